@@ -1,0 +1,91 @@
+"""The step clock: which denoising step a call of the model belongs to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+class StepClock:
+    """Watches one scheduler instance: `set_timesteps` begins a generation, `step` ends a step.
+
+    A step is what lies between two calls of `step`: solvers such as Heun repeat timesteps and call
+    the model more often than there are inference steps, so neither a timestep nor a count of calls tells.
+
+    Only the instance is changed; `detach` restores it.
+
+    Args:
+        scheduler: A diffusers scheduler.
+        on_generation: Called with the scheduler when a generation begins, before its first step.
+        on_step: Called when a step has ended.
+    """
+
+    def __init__(self, scheduler: Any, on_generation: Callable[[Any], None], on_step: Callable[[], None]) -> None:
+        self.scheduler = scheduler
+        set_timesteps, step = scheduler.set_timesteps, scheduler.step
+        self._before = {name: scheduler.__dict__.get(name) for name in ("set_timesteps", "step")}
+
+        def began(result: Any) -> Any:
+            on_generation(scheduler)
+            return result
+
+        def ended(result: Any) -> Any:
+            on_step()
+            return result
+
+        scheduler.set_timesteps = _Watched(scheduler, "set_timesteps", set_timesteps, began)
+        scheduler.step = _Watched(scheduler, "step", step, ended)
+
+    def detach(self) -> None:
+        """Give the scheduler its own methods back."""
+        for name, before in self._before.items():
+            if before is None:
+                self.scheduler.__dict__.pop(name, None)
+            else:
+                setattr(self.scheduler, name, before)
+
+
+class _Watched:
+    """A scheduler's method that tells when it has been called."""
+
+    def __init__(self, scheduler: Any, name: str, method: Callable[..., Any], then: Callable[[Any], Any]) -> None:
+        self.scheduler = scheduler
+        self.name = name
+        self.then = then
+        self.__wrapped__ = method  # pipelines read the signature to see which arguments the method takes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.then(self.__wrapped__(*args, **kwargs))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # Some pipelines copy their scheduler: the copy must step itself, unwatched, and not the original.
+        return getattr(type(self.scheduler), self.name).__get__(memo[id(self.scheduler)])
+
+
+def timesteps(scheduler: Any) -> tuple[float, ...]:
+    """Return the timestep of each step, as the scheduler's own `timesteps` has them."""
+    return tuple(float(t) for t in np.asarray(scheduler.timesteps.cpu(), dtype=np.float64))
+
+
+def noise_levels(scheduler: Any) -> tuple[float, ...]:
+    """Return the natural logarithm of the noise-to-signal ratio at each step, falling from the first to the last.
+
+    It is the one axis on which samplers of different step counts and conventions can be compared: rectified flows
+    have signal 1 - sigma, the variance-exploding form has signal 1, the others have the square root of alpha-bar.
+
+    Raises:
+        ValueError: If the scheduler has neither sigmas nor alphas.
+    """
+    steps = len(scheduler.timesteps)
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and len(sigmas) >= steps:
+        ratio = np.asarray(sigmas.cpu() if hasattr(sigmas, "cpu") else sigmas, dtype=np.float64)[:steps]
+        if "FlowMatch" in type(scheduler).__name__ or getattr(scheduler.config, "use_flow_sigmas", False):
+            ratio = ratio / np.maximum(1 - ratio, 1e-6)
+    elif getattr(scheduler, "alphas_cumprod", None) is not None:
+        index = np.asarray(scheduler.timesteps.cpu()).astype(np.int64)
+        alpha = np.asarray(scheduler.alphas_cumprod.cpu(), dtype=np.float64)[index]
+        ratio = np.sqrt((1 - alpha) / alpha)
+    else:
+        raise ValueError(f"{type(scheduler).__name__} tells neither sigmas nor alphas; its noise levels are not known")
+    return tuple(float(level) for level in np.log(np.maximum(ratio, 1e-6)))

@@ -1,0 +1,112 @@
+"""What a model is called with: captured from its pipeline, or made up from its configuration."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.parts import AnatomyError
+
+TEXT_TOKENS = 8  # of made-up text; enough to tell it from one token
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call of a model."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class _Captured(BaseException):  # past the pipeline's own `except Exception`
+    pass
+
+
+def capture_inputs(model: nn.Module, run: Callable[[], Any]) -> Inputs:
+    """Return the arguments of the first call of `model` that `run()` makes; the run is broken off there.
+
+    Raises:
+        AnatomyError: If the run ends without calling the model.
+    """
+    found: list[Inputs] = []
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        found.append(Inputs(args, kwargs))
+        raise _Captured
+
+    with Overrides() as overrides:
+        overrides.set(model, stop)
+        try:
+            run()
+        except _Captured:
+            return found[0]
+    raise AnatomyError(f"the run ended without a call of {type(model).__name__}; there is nothing to look at")
+
+
+def example_inputs(model: nn.Module) -> Inputs:
+    """Make up arguments, batch 2, from a diffusers model's configuration and the names of its parameters.
+
+    Raises:
+        AnatomyError: If a required parameter has a name that is not known here.
+    """
+    config: Mapping[str, Any] = getattr(model, "config", {})
+    reference = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(reference)
+
+    size = config.get("sample_size") or 16
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    text = config.get("caption_channels") or config.get("joint_attention_dim") or config.get("cross_attention_dim")
+    known: dict[str, Callable[[], Any]] = {
+        "hidden_states": lambda: noise(2, config["in_channels"], height, width),
+        "timestep": lambda: torch.full((2,), 500, device=reference.device),
+        "class_labels": lambda: torch.zeros(2, dtype=torch.long, device=reference.device),
+        "encoder_hidden_states": lambda: noise(2, TEXT_TOKENS, int(text or 0)),
+        "pooled_projections": lambda: noise(2, config["pooled_projection_dim"]),
+        "added_cond_kwargs": lambda: {"resolution": None, "aspect_ratio": None},
+    }
+    needed = {
+        "class_labels": config.get("norm_type") == "ada_norm_zero",
+        "encoder_hidden_states": text is not None,
+        "pooled_projections": config.get("pooled_projection_dim") is not None,
+        "added_cond_kwargs": True,
+    }
+    kwargs = {}
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        required = parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        if name in known and (required or needed.get(name, True)):
+            try:
+                kwargs[name] = known[name]()
+            except (KeyError, TypeError):
+                required = True
+        if required and name not in kwargs:
+            raise AnatomyError(
+                f"{type(model).__name__} needs {name!r}, and what to give cannot be read from its configuration; "
+                "call survey(model, inputs) with the arguments of a real call"
+            )
+    if config.get("use_additional_conditions") and "added_cond_kwargs" in kwargs:
+        pixels = torch.tensor([[256.0, 256.0]] * 2, device=reference.device, dtype=reference.dtype)
+        kwargs["added_cond_kwargs"] = {"resolution": pixels, "aspect_ratio": pixels[:, :1] / 256}
+    return Inputs((), kwargs)
+
+
+def latents_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the latents among a call's arguments: `hidden_states` or `sample`, else the first tensor.
+
+    Raises:
+        AnatomyError: If there is no tensor.
+    """
+    for name in ("hidden_states", "sample", "x"):
+        if isinstance(kwargs.get(name), Tensor) and not args:
+            latents: Tensor = kwargs[name]
+            return latents
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise AnatomyError("the call has no tensor among its arguments, so its latents cannot be found")

@@ -1,0 +1,78 @@
+"""Multiply-accumulates counted by operator, as they happen: hooks cannot claim work that was not done."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from dicache.anatomy.overrides import Overrides
+
+TOTAL = ""
+
+
+class MacCounter(TorchDispatchMode):
+    """Counts the multiply-accumulates of matrix products, convolutions and attention inside it.
+
+    Attributes:
+        macs: Path of a marked module -> the multiply-accumulates while it ran, those of marked modules in it
+            included; `TOTAL` holds all of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs: Counter[str] = Counter()
+        self._open = [TOTAL]
+
+    @contextmanager
+    def mark(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Attribute work to these modules, path -> module, as well."""
+
+        def watched(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                self._open.append(path)
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    self._open.pop()
+
+            return run
+
+        with Overrides() as overrides:
+            for path, module in modules.items():
+                overrides.set(module, watched(path, module.forward))
+            yield
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # not in torch's registry
+            self._add(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape) // 2)
+        elif packet in flop_registry:
+            out = func(*args, **kwargs)
+            self._add(flop_registry[packet](*args, **kwargs, out_val=out) // 2)
+            return out
+        else:
+            with self:
+                decomposed = func.decompose(*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
+        return func(*args, **kwargs)
+
+    def _add(self, macs: int) -> None:
+        for path in self._open:
+            self.macs[path] += macs
+
+
+def count_macs(run: Callable[[], Any], modules: Mapping[str, nn.Module] | None = None) -> Counter[str]:
+    """Return the multiply-accumulates of `run()`: in all (`TOTAL`) and while each marked module ran."""
+    counter = MacCounter()
+    with counter.mark(modules or {}), torch.no_grad(), counter:
+        run()
+    return counter.macs

@@ -1,0 +1,198 @@
+"""The parts of a diffusion transformer, as plain data that a file can carry."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+BRANCHES = ("attn", "cross_attn", "joint_attn", "mlp", "fused")
+ROLES = ("main", "refiner")
+
+
+class AnatomyError(ValueError):
+    """A model, or the description of one, is not what it was taken for."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One branch of one block: the place where an output can be kept and given again."""
+
+    branch: str  # kind, and the name where a block has several of the kind: "mlp", "mlp.context"
+    module: str  # path inside the block of the module whose return value is kept
+    macs: int = 0  # multiply-accumulates of one call
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block as it is called once."""
+
+    index: int  # execution order, over all main blocks
+    path: str  # container inside the model: "transformer_blocks"
+    position: int  # place in the container
+    kind: str  # class name
+    returns: str | tuple[str | None, ...]  # argument that each output belongs to; None for an output without a stream
+    sites: tuple[Site, ...]
+    norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # path inside the block -> all branches it feeds
+    macs: int = 0  # of one call, its sites included
+
+    @property
+    def module(self) -> str:
+        """Path of the block inside the model."""
+        return f"{self.path}.{self.position}"
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Names of the arguments that enter as a stream and leave as one."""
+        returns = (self.returns,) if isinstance(self.returns, str) else self.returns
+        return tuple(name for name in returns if name is not None)
+
+    def key(self, site: Site) -> str:
+        return f"{self.index}.{site.branch}"
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Blocks, sites, streams and segments of one model.
+
+    Attributes:
+        model: Class name of the model.
+        blocks: The main blocks in execution order; token refiners, which do not see the latents, are not among them.
+        segments: Runs of blocks `(start, stop)`, half open, that one delta per stream may replace.
+        macs: Multiply-accumulates of one call of the model, at the size it was surveyed with.
+        latents: Shape of that call's latents without the batch.
+    """
+
+    model: str
+    blocks: tuple[Block, ...]
+    segments: tuple[tuple[int, int], ...]
+    macs: int = 0
+    latents: tuple[int, ...] = ()
+
+    @cached_property
+    def sites(self) -> tuple[str, ...]:
+        """Keys of all sites, `<block>.<branch>`, in execution order."""
+        return tuple(block.key(site) for block in self.blocks for site in block.sites)
+
+    def segment(self, block: int) -> tuple[int, int]:
+        """Return the segment `(start, stop)` that holds a block."""
+        return next(segment for segment in self.segments if segment[0] <= block < segment[1])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the description that `from_json` reads: equal neighbours are written once."""
+
+        def shape(block: Block) -> tuple[Any, ...]:
+            norms = tuple(sorted(block.norms.items()))
+            return block.index - block.position, block.path, block.kind, block.returns, block.sites, norms, block.macs
+
+        blocks = []
+        for _, run in groupby(self.blocks, key=shape):
+            alike = list(run)
+            first = alike[0]
+            blocks.append(
+                {
+                    "blocks": span(first.index, alike[-1].index),
+                    "module": f"{first.path}.{span(first.position, alike[-1].position)}",
+                    "class": first.kind,
+                    "returns": first.returns if isinstance(first.returns, str) else list(first.returns),
+                    "sites": {site.branch: {"module": site.module, "macs": site.macs} for site in first.sites},
+                    "norms": {path: list(feeds) for path, feeds in first.norms.items()},
+                    "macs": first.macs,
+                }
+            )
+        return {
+            "model": self.model,
+            "macs": self.macs,
+            "latents": list(self.latents),
+            "segments": [span(start, stop - 1) for start, stop in self.segments],
+            "blocks": blocks,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Anatomy":
+        """Read a description.
+
+        Raises:
+            AnatomyError: If a key is missing or unknown, or a value is not of its kind.
+        """
+        check_keys("anatomy", content, {"model", "macs", "latents", "segments", "blocks"})
+        blocks: list[Block] = []
+        try:
+            for entry in content["blocks"]:
+                blocks += _read_blocks(entry)
+            segments = tuple((a, b + 1) for a, b in map(parse_span, content["segments"]))
+            anatomy = cls(
+                model=str(content["model"]),
+                blocks=tuple(blocks),
+                segments=segments,
+                macs=int(content["macs"]),
+                latents=tuple(int(n) for n in content["latents"]),
+            )
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            if isinstance(error, AnatomyError):
+                raise
+            raise AnatomyError(f"the anatomy cannot be read: {error}") from error
+        covered = [index for start, stop in segments for index in range(start, stop)]
+        if [b.index for b in blocks] != list(range(len(blocks))) or covered != list(range(len(blocks))):
+            raise AnatomyError(
+                f"the anatomy's blocks and segments must both count 0 to {len(blocks) - 1} in order, "
+                f"but its segments are {content['segments']}"
+            )
+        return anatomy
+
+
+def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
+    check_keys("anatomy block", entry, {"blocks", "module", "class", "returns", "sites", "norms", "macs"})
+    first, last = parse_span(entry["blocks"])
+    path, _, positions = entry["module"].rpartition(".")
+    start, end = parse_span(positions)
+    if end - start != last - first:
+        raise AnatomyError(f"blocks {entry['blocks']} cannot be the modules {entry['module']}: the counts differ")
+    sites = []
+    for branch, site in entry["sites"].items():
+        if branch.split(".")[0] not in BRANCHES:
+            raise AnatomyError(f"unknown branch {branch!r}; a branch is one of {', '.join(BRANCHES)}")
+        check_keys(f"site {branch}", site, {"module", "macs"})
+        sites.append(Site(branch=branch, module=site["module"], macs=int(site["macs"])))
+    returns = entry["returns"]
+    return [
+        Block(
+            index=first + offset,
+            path=path,
+            position=start + offset,
+            kind=entry["class"],
+            returns=returns if isinstance(returns, str) else tuple(returns),
+            sites=tuple(sites),
+            norms={norm: tuple(feeds) for norm, feeds in entry["norms"].items()},
+            macs=int(entry["macs"]),
+        )
+        for offset in range(last - first + 1)
+    ]
+
+
+def check_keys(what: str, content: Mapping[str, Any], keys: set[str]) -> None:
+    """Raise AnatomyError unless `content` has exactly these keys."""
+    if not isinstance(content, Mapping):
+        raise AnatomyError(f"{what}: found {type(content).__name__}, needed an object with {', '.join(sorted(keys))}")
+    unknown, missing = sorted(content.keys() - keys), sorted(keys - content.keys())
+    if unknown or missing:
+        found = [f"unknown key {', '.join(unknown)}"] if unknown else []
+        found += [f"missing key {', '.join(missing)}"] if missing else []
+        raise AnatomyError(f"{what}: {'; '.join(found)}; it has the keys {', '.join(sorted(keys))}")
+
+
+def span(first: int, last: int) -> str:
+    """Write a range of indices, both included: `7-27`, or `7`."""
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def parse_span(text: str) -> tuple[int, int]:
+    """Read `7-27` or `7` as its first and last index."""
+    first, _, last = str(text).partition("-")
+    try:
+        start, end = int(first), int(last or first)
+    except ValueError:
+        raise AnatomyError(f"{text!r} is not a range of blocks; write `7` or `7-27`") from None
+    if not 0 <= start <= end:
+        raise AnatomyError(f"{text!r} is not a range of blocks: it must rise from 0 or more")
+    return start, end

@@ -1,0 +1,148 @@
+"""TeaCache's policy, decided inside the first branch of the first block, so that the model's head runs once."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from dicache.anatomy import Anatomy
+from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.signal import l1_change
+from dicache.runtime.generation import Generation, Lane
+from dicache.runtime.stats import Stats
+from dicache.runtime.streams import Streams, Tensors, add, delta
+from dicache.schedules import TeaCachePolicy
+
+Forward = Callable[..., Any]
+INPUT = "modulated input"
+
+
+class Adaptive:
+    """Executes a policy that skips the whole body or computes it.
+
+    The first branch's wrapper sees the modulated input. To skip, it and the other branches of its block return views
+    of one zero, the block's exit adds the kept delta instead of what they make, and all later blocks pass their input
+    on, the first of each segment with its delta added.
+
+    Args:
+        model: The model.
+        anatomy: Its anatomy.
+        policy: Decides at each step.
+        overrides: Where the forwards are put.
+        stats: Counted into.
+    """
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, policy: TeaCachePolicy, overrides: Overrides, stats: Stats
+    ) -> None:
+        self._anatomy = anatomy
+        self._policy = policy
+        self._stats = stats
+        self._overrides = overrides
+        self._lane: Lane | None = None
+        self._step = self._steps = 0
+        self._skipping = False
+        self._inputs: dict[int, Tensors] = {}  # of the segment that is running, by its first block
+        for block in anatomy.blocks:
+            module = model.get_submodule(block.module)
+            streams = Streams(block, module, overrides.original(module))
+            overrides.set(module, self._block(block.index, streams))
+        first = anatomy.blocks[0]
+        for place, site in enumerate(first.sites):
+            module = model.get_submodule(f"{first.module}.{site.module}")
+            overrides.set(module, self._site(first.key(site), module, decides=place == 0))
+
+    def prepare(self, lane: Lane, context: str, generation: Generation) -> None:
+        """Make ready for a call of `lane`."""
+        self._lane = lane
+        self._step, self._steps = generation.step, generation.steps
+        self._skipping = False
+
+    def finish(self, lane: Lane) -> None:
+        """Count the call."""
+        stats, anatomy = self._stats, self._anatomy
+        if self._skipping:
+            stats.skipped_sites += len(anatomy.sites)
+            saved = sum(block.macs for block in anatomy.blocks)
+            stats.macs += 1 - saved / anatomy.macs if anatomy.macs else 1
+        else:
+            stats.computed_sites += len(anatomy.sites)
+            stats.macs += 1
+
+    def leave(self) -> None:
+        """Forget the call that ran, also when it failed."""
+        self._lane = None
+        self._inputs.clear()
+
+    def uninstall(self) -> None:
+        """Let the model run as it is: without a lane the wrappers only pass calls on."""
+        self.leave()
+
+    @property
+    def letter(self) -> str:
+        return "." if self._skipping else "C"
+
+    def _decide(self, modulated: Tensor) -> bool:
+        """Return whether to compute the body."""
+        lane = self._lane
+        assert lane is not None
+        before = lane.entries.get(INPUT)
+        lane.entries[INPUT] = modulated
+        x = None
+        if before is not None and all(segment[0] in lane.entries for segment in self._anatomy.segments):
+            change, size = l1_change(modulated, before)
+            x = float(change / size)
+        compute, lane.accumulated = self._policy.decide(self._step, self._steps, x, lane.accumulated)
+        return compute
+
+    def _site(self, key: str, module: nn.Module, *, decides: bool) -> Forward:
+        forward = self._overrides.original(module)
+        nothing = ("nothing", key)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            lane = self._lane
+            if lane is None:  # outside a generation
+                return forward(*args, **kwargs)
+            if decides:
+                modulated = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+                self._skipping = not self._decide(modulated)
+            if self._skipping:
+                return lane.entries[nothing]
+            out = forward(*args, **kwargs)
+            if nothing not in lane.entries:
+                lane.entries[nothing] = _view_of_zero(out)
+            return out
+
+        return run
+
+    def _block(self, index: int, streams: Streams) -> Forward:
+        forward = streams.forward
+        start, stop = self._anatomy.segment(index)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            lane = self._lane
+            if lane is None:
+                return forward(*args, **kwargs)
+            if self._skipping:  # decided in an earlier block
+                into = streams.read(args, kwargs)
+                return streams.pack(add(into, lane.entries[start]) if index == start else into)
+            if index == start:
+                self._inputs[start] = streams.read(args, kwargs)
+            returned = forward(*args, **kwargs)
+            if self._skipping:  # decided just now, inside
+                return streams.pack(add(self._inputs.pop(start), lane.entries[start]))
+            if index == stop - 1:
+                lane.entries[start] = delta(streams.unpack(returned), self._inputs.pop(start))
+            return returned
+
+        # Only the ends of a segment do anything when the body is computed; the others must still be able to pass.
+        return run
+
+
+def _view_of_zero(out: Any) -> Any:
+    """Return zeros of the shape of a branch's output that take no memory."""
+    if isinstance(out, Tensor):
+        return out.new_zeros(()).expand(out.shape)
+    if isinstance(out, (tuple, list)):
+        return type(out)(_view_of_zero(part) for part in out)
+    return out

@@ -1,0 +1,116 @@
+"""Attach a schedule to a pipeline or a model."""
+
+import os
+from collections.abc import Collection
+from typing import Any, get_args
+
+from torch import nn
+
+from dicache.anatomy.fingerprint import fingerprint
+from dicache.runtime.cache import Cache, CacheError, Fit
+from dicache.schedules import Schedule, ScheduleError
+
+DENOISERS = ("transformer", "unet", "prior")  # what diffusers' pipelines call the model in their sampling loop
+BOUND = ("model", "weights", "dtype", "latents", "scheduler", "num_inference_steps", "timesteps", "noise_levels")
+
+
+def apply(
+    target: Any,
+    schedule: Schedule | str | os.PathLike[str],
+    *,
+    fit: Fit = "exact",
+    allow: Collection[str] = (),
+) -> Cache:
+    """Attach a schedule to a pipeline or a bare model, and return the cache that replays it.
+
+    All that the schedule says it was made for is compared, and any difference is refused: what cannot be seen yet,
+    the steps of the sampler and the size of the latents, when the first generation begins.
+
+    Args:
+        target: A diffusers pipeline, or the transformer itself. With a bare model, call the cache's
+            `begin_generation()` before the sampling loop and `begin_step()` in each of its turns.
+        schedule: A schedule or its file.
+        fit: `exact` refuses another number of steps or other timesteps; `resample` maps the schedule to them by
+            noise level.
+        allow: Names of what may differ from what the schedule was made for, such as `dtype`.
+
+    Raises:
+        ScheduleError: If the schedule cannot be read or was made for something else.
+        CacheError: If the model cannot take a schedule as it is.
+    """
+    if not isinstance(schedule, Schedule):
+        schedule = Schedule.load(schedule)
+    if fit not in get_args(Fit):
+        raise ValueError(f"fit must be exact or resample, found {fit!r}")
+    if unknown := sorted(set(allow) - set(BOUND)):
+        raise ValueError(f"allow names {unknown[0]!r}; what may be allowed to differ is {', '.join(BOUND)}")
+    model = denoiser(target)
+    pipeline = None if model is target else target
+    allowed = frozenset(allow) | ({"num_inference_steps"} if "timesteps" in allow else set())
+    _check(model, pipeline, schedule, fit, allowed)
+    return Cache(model, schedule, pipeline, fit, allowed)
+
+
+def denoiser(target: Any) -> nn.Module:
+    """Return the model that a pipeline calls at each step, or the bare model itself.
+
+    Raises:
+        CacheError: If there is none, or more than one.
+    """
+    if isinstance(target, nn.Module):
+        return target
+    found = [name for name in DENOISERS if isinstance(getattr(target, name, None), nn.Module)]
+    if not found or not hasattr(target, "scheduler"):
+        raise CacheError(
+            f"{type(target).__name__} is neither a torch module nor a pipeline with a scheduler and one of "
+            f"{', '.join(DENOISERS)}; pass the model itself and use begin_generation() and begin_step()"
+        )
+    if isinstance(getattr(target, "transformer_2", None), nn.Module):
+        raise CacheError(
+            f"{type(target).__name__} has two transformers that share its steps, which one schedule cannot describe yet"
+        )
+    model: nn.Module = getattr(target, found[0])
+    return model
+
+
+def _check(model: nn.Module, pipeline: Any | None, schedule: Schedule, fit: Fit, allow: frozenset[str]) -> None:
+    if model.training:
+        raise CacheError(f"the {type(model).__name__} is in training mode; call its eval() first")
+    if any(getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
+        raise CacheError(
+            "the model is compiled already, and compiled code does not see a schedule; apply it uncompiled"
+        )
+    differences = []
+    if type(model).__name__ != schedule.anatomy.model and "model" not in allow:
+        differences.append(f"a {schedule.anatomy.model}, found {type(model).__name__}")
+    else:
+        differences += _missing_modules(model, schedule)
+    found: dict[str, Any] = {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    if schedule.target.weights is not None and not differences:
+        found["weights"] = fingerprint(model)
+    if pipeline is not None and fit == "exact":
+        found["scheduler"] = type(pipeline.scheduler).__name__
+    differences += schedule.target.differences(**{k: v for k, v in found.items() if k not in allow})
+    if differences:
+        raise ScheduleError(
+            f"this {schedule.method} schedule was made for {'; '.join(differences)}. "
+            "Calibrate for this model, or name what may differ in apply(..., allow=...)"
+        )
+
+
+def _missing_modules(model: nn.Module, schedule: Schedule) -> list[str]:
+    modules = dict(model.named_modules())
+    paths = [
+        f"{block.module}.{path}"
+        for block in schedule.anatomy.blocks
+        for path in (*(site.module for site in block.sites), *block.norms)
+    ]
+    absent = [path for path in paths if path not in modules]
+    said = [f"a model with {absent[0]}, found none"] if absent else []
+    lists = {block.path for block in schedule.anatomy.blocks}
+    for path in sorted(lists):
+        count = sum(block.path == path for block in schedule.anatomy.blocks)
+        found = len(list(modules[path].children())) if path in modules else 0
+        if found != count:
+            said.append(f"{count} blocks in {path}, found {found}")
+    return said[-1:]

@@ -1,0 +1,267 @@
+"""A schedule attached to a model."""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from threading import RLock
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import nn
+
+from dicache.anatomy.clock import StepClock, noise_levels, timesteps
+from dicache.anatomy.overrides import Overrides
+from dicache.runtime.adaptive import Adaptive
+from dicache.runtime.generation import Generation, Request, Requests, signature_of
+from dicache.runtime.replay import Replay
+from dicache.runtime.stats import Stats, bytes_of
+from dicache.schedules import Schedule, ScheduleError
+
+Fit = Literal["exact", "resample"]
+_MARK = "_dicache"
+
+
+class CacheError(RuntimeError):
+    """The cache cannot be used this way."""
+
+
+class Cache:
+    """A schedule at work on a model, until `detach()` or the end of the `with` block.
+
+    Made by `dicache.apply`. Calls of the model are serialised: requests may take turns, each with its own state.
+
+    Attributes:
+        schedule: What is replayed.
+        stats: Planned and achieved work.
+    """
+
+    def __init__(
+        self, model: nn.Module, schedule: Schedule, pipeline: Any | None, fit: Fit, allow: frozenset[str]
+    ) -> None:
+        if _MARK in model.__dict__:
+            raise CacheError(
+                f"a {model.__dict__[_MARK].schedule.method} schedule is already attached to this "
+                f"{type(model).__name__}; call its detach() first"
+            )
+        self.schedule = schedule
+        self.stats = Stats(planned_macs_fraction=schedule.macs_fraction())
+        self._model = model
+        self._pipeline = pipeline
+        self._fit = fit
+        self._allow = allow
+        self._lock = RLock()
+        self._requests = Requests()
+        self._overrides = Overrides()
+        self._forward = self._overrides.original(model)
+        self._clock: StepClock | None = None
+        self._attached = True
+        self._naming = "cache_context" in dir(type(model))
+        try:
+            self._executor = self._executor_of(schedule)
+            self._overrides.set(model, self._call)
+            if self._naming:
+                model.__dict__["cache_context"] = self._cache_context
+            if pipeline is not None:
+                self._clock = StepClock(pipeline.scheduler, self._on_set_timesteps, self._on_step)
+        except BaseException:
+            self.detach()
+            raise
+        model.__dict__[_MARK] = self
+
+    def _executor_of(self, schedule: Schedule) -> Replay | Adaptive:
+        if schedule.plan is not None:
+            return Replay(self._model, schedule.anatomy, schedule.plan, self._overrides, self.stats)
+        assert schedule.policy is not None
+        return Adaptive(self._model, schedule.anatomy, schedule.policy, self._overrides, self.stats)
+
+    # The life of a generation
+
+    def begin_generation(self, steps: int | None = None) -> None:
+        """Say that a bare model's sampling loop begins. Not needed with a pipeline.
+
+        Args:
+            steps: How many steps it will have, to be compared with the schedule; None trusts the caller.
+
+        Raises:
+            ScheduleError: If the schedule is for another number of steps.
+        """
+        self._check_attached()
+        if steps is not None and steps != self.schedule.steps:
+            raise ScheduleError(
+                f"this {self.schedule.method} schedule has {self.schedule.steps} steps, the generation has {steps}; "
+                "calibrate for this step count"
+            )
+        self._begin(self.schedule.steps)
+
+    def begin_step(self) -> None:
+        """Say that the next step of a bare model's sampling loop begins.
+
+        Raises:
+            CacheError: If no generation has begun, or it has no step left.
+        """
+        self._check_attached()
+        generation = self._requests.current().generation
+        if generation is None:
+            raise CacheError("begin_step() without a generation; call begin_generation() before the sampling loop")
+        if generation.step + 1 >= generation.steps:
+            raise CacheError(
+                f"the schedule has {generation.steps} steps and all of them have begun; "
+                "call begin_generation() before the next sampling loop"
+            )
+        generation.begin_step()
+
+    def request(self) -> Request:
+        """Return the state of one of several generations that take turns on this model; enter it around its calls."""
+        self._check_attached()
+        return Request(self._requests)
+
+    def detach(self) -> None:
+        """Give the model and the scheduler their own methods back, and free all that is kept."""
+        if not self._attached:
+            return
+        self._attached = False
+        self._overrides.restore()
+        if self._clock is not None:
+            self._clock.detach()
+        if self._naming:
+            self._model.__dict__.pop("cache_context", None)
+        if self._model.__dict__.get(_MARK) is self:
+            del self._model.__dict__[_MARK]
+        self._requests = Requests()
+        self.stats.bytes_held = 0
+
+    def __enter__(self) -> "Cache":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    # What the clock says
+
+    def _on_set_timesteps(self, scheduler: Any) -> None:
+        self._requests.current().generation = None
+        steps = len(scheduler.timesteps)
+        asked = getattr(scheduler, "num_inference_steps", None)
+        levels = _levels(scheduler)
+        found = {"num_inference_steps": asked, "timesteps": timesteps(scheduler), "noise_levels": levels}
+        found = {name: value for name, value in found.items() if value is not None and name not in self._allow}
+        differences = self.schedule.target.differences(**found)
+        if steps != self.schedule.steps and not differences:
+            differences = [f"{self.schedule.steps} steps, found {steps}"]
+        if differences:
+            if self._fit != "resample":
+                raise ScheduleError(
+                    f"this {self.schedule.method} schedule was made for {'; '.join(differences)}. Calibrate for this "
+                    "sampler, or pass fit='resample' to apply() to map the schedule by noise level"
+                )
+            if levels is None:
+                raise ScheduleError(
+                    f"{type(scheduler).__name__} does not tell its noise levels; nothing to resample on"
+                )
+            self._resample(levels, asked)
+        self._begin(steps)
+
+    def _resample(self, levels: tuple[float, ...], asked: int | None) -> None:
+        with self._lock:
+            self.schedule = self.schedule.resampled(levels, asked)
+            self.stats.planned_macs_fraction = self.schedule.macs_fraction()
+            inner = [module for module in self._overrides if module is not self._model]
+            for module in inner:
+                self._overrides.clear(module)
+            self._executor = self._executor_of(self.schedule)
+
+    def _on_step(self) -> None:
+        generation = self._requests.current().generation
+        if generation is not None and not generation.finished:
+            generation.begin_step()
+            if generation.finished:
+                self.stats.bytes_held = 0
+
+    def _begin(self, steps: int) -> None:
+        generation = Generation(steps)
+        if self._pipeline is not None:
+            generation.begin_step()
+        self._requests.current().generation = generation
+        self.stats.generations += 1
+        self.stats.steps = {}
+
+    # What the model does
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        request = self._requests.current()
+        generation = request.generation
+        if self._pipeline is None:
+            if generation is None or generation.step < 0:
+                raise CacheError(
+                    "a bare model must be told its steps: call begin_generation() before the sampling loop and "
+                    "begin_step() in each of its turns"
+                )
+        elif self._clock is not None and self._pipeline.scheduler is not self._clock.scheduler:
+            raise CacheError(
+                "the pipeline's scheduler was replaced after the schedule was applied; "
+                "set the scheduler first, then call dicache.apply"
+            )
+        elif generation is None or generation.finished:  # the model is called outside a sampling loop: plainly
+            return self._plainly(args, kwargs)
+        assert generation is not None
+        with self._lock:
+            return self._replay(generation, request.context, args, kwargs)
+
+    def _plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._lock:
+            self._executor.uninstall()
+            return self._forward(*args, **kwargs)
+
+    def _replay(
+        self, generation: Generation, context: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        signature = signature_of(args, kwargs)
+        self._check_latents(signature)
+        name, lane = generation.lane(context, signature)
+        executor, stats = self._executor, self.stats
+        try:
+            executor.prepare(lane, name, generation)
+            out = self._forward(*args, **kwargs)
+            executor.finish(lane)
+        except BaseException:
+            lane.clear()  # half a step is of no use to the next one
+            raise
+        finally:
+            executor.leave()
+        stats.calls += 1
+        stats.steps[name] = stats.steps.get(name, "").ljust(generation.step, "-") + executor.letter
+        stats.held(bytes_of(lane.entries for lane in generation.lanes.values()))
+        return out
+
+    def _check_latents(self, signature: tuple[Any, ...]) -> None:
+        want = self.schedule.target.latents
+        if want is None or "latents" in self._allow or not signature:
+            return
+        found = tuple(signature[0][0][1:])
+        if found != want:
+            raise ScheduleError(
+                f"this {self.schedule.method} schedule was made for latents of shape {want}, but the model is called "
+                f"with {found}. Calibrate for this size, or pass allow=('latents',) to apply()"
+            )
+
+    def _cache_context(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        @contextmanager
+        def both() -> Any:
+            kind: Any = type(self._model)
+            inner: Callable[..., Any] = kind.cache_context
+            with self._requests.current().named(name), inner(self._model, name, *args, **kwargs):
+                yield
+
+        return both()
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise CacheError("this cache is detached; call dicache.apply again")
+
+
+def _levels(scheduler: Any) -> tuple[float, ...] | None:
+    try:
+        return noise_levels(scheduler)
+    except ValueError:
+        return None

@@ -1,0 +1,65 @@
+"""What a cache did."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class Stats:
+    """Planned and achieved work of an attached schedule, over all its generations so far.
+
+    Attributes:
+        planned_macs_fraction: Share of the model's multiply-accumulates that the schedule means to compute.
+        generations: Generations begun.
+        calls: Calls of the model inside a generation.
+        computed_sites: Branches that ran.
+        reused_sites: Branches whose kept output was given instead.
+        skipped_sites: Branches inside a range of blocks that was replaced by its delta.
+        macs: Multiply-accumulates done, in units of one call's.
+        steps: For each guidance pass of the latest generation, a letter a step: C all computed, `.` not all.
+        bytes_held: Of the kept tensors at the end of the latest call.
+        peak_bytes_held: The largest of those.
+    """
+
+    planned_macs_fraction: float = 1.0
+    generations: int = 0
+    calls: int = 0
+    computed_sites: int = 0
+    reused_sites: int = 0
+    skipped_sites: int = 0
+    macs: float = 0.0
+    steps: dict[str, str] = field(default_factory=dict)
+    bytes_held: int = 0
+    peak_bytes_held: int = 0
+
+    @property
+    def macs_fraction(self) -> float:
+        """Share of the model's multiply-accumulates that was computed, 1 before the first call."""
+        return self.macs / self.calls if self.calls else 1.0
+
+    def held(self, count: int) -> None:
+        self.bytes_held = count
+        self.peak_bytes_held = max(self.peak_bytes_held, count)
+
+
+def bytes_of(values: Iterable[Any]) -> int:
+    """Return the memory that nested tensors keep alive; views of one storage count once."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            for part in value.values():
+                visit(part)
+        elif isinstance(value, (tuple, list)):
+            for part in value:
+                visit(part)
+
+    for value in values:
+        visit(value)
+    return sum(storages.values())

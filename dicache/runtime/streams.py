@@ -1,0 +1,48 @@
+"""Reads the streams of a block from its arguments and packs them into what it returns."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from dicache.anatomy import Block
+
+Tensors = dict[str, Tensor]
+
+
+class Streams:
+    """The streams of one block."""
+
+    def __init__(self, block: Block, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module = module
+        self.forward = forward
+        self._returns = block.returns
+        parameters = list(inspect.signature(forward).parameters)
+        self._places = [(name, parameters.index(name)) for name in block.streams]
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensors:
+        """Return the streams that enter with a call, by argument name."""
+        return {name: kwargs[name] if name in kwargs else args[place] for name, place in self._places}
+
+    def unpack(self, returned: Any) -> Tensors:
+        """Return the streams that leave with what the block returned."""
+        if isinstance(self._returns, str):
+            return {self._returns: returned}
+        return {name: out for name, out in zip(self._returns, returned, strict=True) if name is not None}
+
+    def pack(self, streams: Mapping[str, Tensor]) -> Any:
+        """Return streams the way the block returns them; where it returns no stream, None."""
+        if isinstance(self._returns, str):
+            return streams[self._returns]
+        return tuple(None if name is None else streams[name] for name in self._returns)
+
+
+def delta(out: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> Tensors:
+    """Return output minus input of a range of blocks, for each stream that leaves it."""
+    return {name: tensor - into[name] for name, tensor in out.items()}
+
+
+def add(into: Mapping[str, Tensor], change: Mapping[str, Tensor]) -> Tensors:
+    """Return the streams with the delta added; a stream without one passes."""
+    return {name: tensor + change[name] if name in change else tensor for name, tensor in into.items()}

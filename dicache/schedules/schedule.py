@@ -1,0 +1,286 @@
+"""The schedule file: what to compute, for which model and sampler, and how that was found."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dicache.anatomy.parts import Anatomy, AnatomyError
+from dicache.schedules.plan import ACT, COMPUTE, Plan, PlanError, Rule
+from dicache.schedules.policies import TeaCachePolicy, read_policy
+
+FORMAT = "dicache.schedule/1"
+
+
+class ScheduleError(ValueError):
+    """A schedule file is broken, or does not fit what it is used for."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a schedule was made for. A field that is None is not bound.
+
+    Attributes:
+        weights: Fingerprint of the model's weights.
+        dtype: Of the weights: `float32`.
+        latents: Shape of the model's latents without the batch.
+        scheduler: Class name.
+        num_inference_steps: As the user asks for them.
+        timesteps: Of each step, in the scheduler's own unit; there are more than inference steps with some solvers.
+        noise_levels: Logarithm of the noise-to-signal ratio at each step; the axis for other step counts.
+    """
+
+    weights: str | None = None
+    dtype: str | None = None
+    latents: tuple[int, ...] | None = None
+    scheduler: str | None = None
+    num_inference_steps: int | None = None
+    timesteps: tuple[float, ...] | None = None
+    noise_levels: tuple[float, ...] | None = None
+
+    def unbound(self) -> tuple[str, ...]:
+        """Names of the fields that say nothing."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) is None)
+
+    def differences(self, **found: Any) -> list[str]:
+        """Return one sentence for each given field that is bound and differs.
+
+        Numbers may differ by rounding: timesteps and noise levels by one part in a thousand.
+        """
+        said = []
+        for name, value in found.items():
+            want = getattr(self, name)
+            if want is None or want == value:
+                continue
+            if name in ("timesteps", "noise_levels"):
+                if len(want) != len(value):
+                    said.append(f"{len(want)} steps, found {len(value)}")
+                elif not np.allclose(want, value, rtol=1e-3, atol=1e-3):
+                    step = int(np.argmax(~np.isclose(want, value, rtol=1e-3, atol=1e-3)))
+                    said.append(f"{name[:-1].replace('_', ' ')} {want[step]:g} at step {step}, found {value[step]:g}")
+            else:
+                said.append(f"{name.replace('_', ' ')} {want}, found {value}")
+        return said
+
+    def to_json(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
+
+    @classmethod
+    def from_json(cls, content: Any) -> "Target":
+        known = {f.name for f in fields(cls)}
+        if not isinstance(content, Mapping):
+            raise ScheduleError(f"made_for must be an object, found {content!r}")
+        if unknown := sorted(set(content) - known):
+            raise ScheduleError(f"made_for: unknown key {unknown[0]!r}; the keys are {', '.join(sorted(known))}")
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+        for name, value in values.items():
+            numbers = value if isinstance(value, tuple) else (0,)
+            kind: type = {"weights": str, "dtype": str, "scheduler": str, "num_inference_steps": int}.get(name, tuple)
+            if not isinstance(value, kind) or not all(isinstance(n, (int, float)) for n in numbers):
+                raise ScheduleError(f"made_for: {name} cannot be {value!r}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A plan or a policy, with all that is needed to replay it and to know whether it fits.
+
+    Attributes:
+        method: Name of the method that made it.
+        settings: The method's settings.
+        anatomy: The model's blocks and sites.
+        target: What it was made for.
+        steps: Number of steps, as the step clock counts them.
+        plan: What is computed, if that is known beforehand.
+        policy: The rule that decides at run time, if it is not.
+        measured: What calibration found: fit quality, the profile it came from, the simulated outcome.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    anatomy: Anatomy
+    target: Target
+    steps: int
+    plan: Plan | None = None
+    policy: TeaCachePolicy | None = None
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.plan is None) == (self.policy is None):
+            raise ScheduleError("a schedule has either a plan or a policy")
+        if self.plan is not None:
+            if self.plan.steps != self.steps:
+                raise ScheduleError(f"the plan has {self.plan.steps} steps, the schedule {self.steps}")
+            self.plan.table(self.anatomy)  # raises if it does not fit the model
+
+    @property
+    def adaptive(self) -> bool:
+        return self.policy is not None
+
+    def table(self, context: str | None = None) -> dict[str, str]:
+        """Return, for every site, a letter a step: C computed, R reused, S skipped.
+
+        Of a policy it is what the calibration foresaw on its own runs, where it did, else all computed.
+        """
+        if self.plan is not None:
+            return self.plan.table(self.anatomy, context)
+        expected = self.measured.get("expected_steps", COMPUTE * self.steps)
+        return {key: expected.replace(ACT, "S") for key in self.anatomy.sites}
+
+    def macs_fraction(self) -> float:
+        """Return the share of the model's multiply-accumulates that is computed.
+
+        Of a policy it is what the calibration expected, else 1.
+        """
+        if self.plan is None:
+            return float(self.measured.get("macs_fraction", 1.0))
+        return macs_fraction(self.anatomy, self.plan.table(self.anatomy))
+
+    def resampled(self, noise_levels: tuple[float, ...], num_inference_steps: int | None) -> "Schedule":
+        """Return the schedule for another number of steps.
+
+        Each computed step of the plan is computed at the new step whose noise level is nearest to its own; a policy
+        decides at run time and only counts its steps anew.
+
+        Raises:
+            ScheduleError: If the schedule does not say at which noise levels it was made.
+        """
+        if self.target.noise_levels is None:
+            raise ScheduleError(
+                f"the schedule does not say its noise levels, so its {self.steps} steps cannot be mapped to "
+                f"{len(noise_levels)}; calibrate for this step count instead"
+            )
+        mine, theirs = np.asarray(self.target.noise_levels), np.asarray(noise_levels)
+        nearest = np.abs(mine[:, None] - theirs[None, :]).argmin(axis=1)  # (steps,) new step of each old one
+        plan = self.plan
+        if plan is not None:
+            rules = []
+            for rule in plan.rules:
+                letters = [ACT] * len(theirs)
+                letters[0] = COMPUTE
+                for step, letter in enumerate(rule.steps):
+                    if letter == COMPUTE:
+                        letters[nearest[step]] = COMPUTE
+                if ACT not in rule.steps:
+                    letters = [COMPUTE] * len(theirs)
+                rules.append(Rule(**{**rule.to_json(), "steps": "".join(letters)}))
+            plan = Plan(len(theirs), tuple(rules))
+        target = Target(
+            **{
+                **vars(self.target),
+                "num_inference_steps": num_inference_steps,
+                "timesteps": None,
+                "noise_levels": tuple(noise_levels),
+            }
+        )
+        measured = {"resampled_from_steps": self.steps}
+        return Schedule(self.method, self.settings, self.anatomy, target, len(theirs), plan, self.policy, measured)
+
+    def to_json(self) -> dict[str, Any]:
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "method": self.method,
+            "settings": dict(self.settings),
+            "steps": self.steps,
+            "made_for": self.target.to_json(),
+        }
+        if self.plan is not None:
+            content["plan"] = self.plan.to_json()
+        if self.policy is not None:
+            content["policy"] = self.policy.to_json()
+        return {**content, "measured": dict(self.measured), "anatomy": self.anatomy.to_json()}
+
+    @classmethod
+    def from_json(cls, content: Any) -> "Schedule":
+        """Read a schedule.
+
+        Raises:
+            ScheduleError: If a key is unknown or missing, or a value contradicts another.
+        """
+        if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+            found = content.get("format") if isinstance(content, Mapping) else type(content).__name__
+            raise ScheduleError(f"not a schedule: found format {found!r}, needed {FORMAT!r}")
+        keys = {"format", "method", "settings", "steps", "made_for", "measured", "anatomy"}
+        given = set(content) - {"plan", "policy"}
+        if wrong := sorted(keys ^ given):
+            kind = "unknown" if wrong[0] in given else "missing"
+            raise ScheduleError(f"{kind} key {wrong[0]!r}; the keys are {', '.join(sorted(keys))}, and plan or policy")
+        for name, kind_of in (("method", str), ("settings", Mapping), ("steps", int), ("measured", Mapping)):
+            if not isinstance(content[name], kind_of):
+                raise ScheduleError(f"{name} cannot be {content[name]!r}")
+        try:
+            return cls(
+                method=content["method"],
+                settings=content["settings"],
+                anatomy=Anatomy.from_json(content["anatomy"]),
+                target=Target.from_json(content["made_for"]),
+                steps=content["steps"],
+                plan=Plan.from_json(content["plan"]) if "plan" in content else None,
+                policy=read_policy(content["policy"]) if "policy" in content else None,
+                measured=content["measured"],
+            )
+        except (PlanError, AnatomyError) as error:
+            raise ScheduleError(str(error)) from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file in one go: a reader sees the old one or the new one, never a part."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(_dump(self.to_json()))
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Schedule":
+        """Read a schedule file.
+
+        Raises:
+            ScheduleError: If the file is missing, is not JSON, or is not a schedule.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_text(), parse_constant=_no_constant))
+        except FileNotFoundError:
+            raise ScheduleError(f"{path} does not exist; make a schedule with `dicache calibrate`") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ScheduleError(f"{path} is not JSON ({error}); was it cut off? Calibrate again") from None
+        except IsADirectoryError:
+            raise ScheduleError(f"{path} is a folder; needed a schedule file") from None
+        except ScheduleError as error:
+            raise ScheduleError(f"{path}: {error}") from None
+
+
+def macs_fraction(anatomy: Anatomy, table: Mapping[str, str]) -> float:
+    """Return the share of the model's multiply-accumulates that a table of letters computes.
+
+    Reused sites save their own; a skipped block saves all of it, modulation layers included.
+    """
+    steps = len(next(iter(table.values())))
+    if not anatomy.macs:
+        return math.nan
+    saved = 0
+    for block in anatomy.blocks:
+        letters = {site.branch: table[block.key(site)] for site in block.sites}
+        for step in range(steps):
+            if any(row[step] == "S" for row in letters.values()):
+                saved += block.macs
+            else:
+                saved += sum(site.macs for site in block.sites if letters[site.branch][step] == "R")
+    return 1 - saved / (anatomy.macs * steps)
+
+
+def _no_constant(name: str) -> float:
+    raise ScheduleError(f"found {name}, needed a finite number")
+
+
+def _dump(content: Any) -> str:
+    """Write JSON with one line for each list of plain values, so that a person can read and compare it."""
+    import re
+
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+    return re.sub(r"\[\s+((?:[^\[\]{}]*?))\s+\]", lambda m: "[" + re.sub(r"\s*\n\s*", " ", m[1]) + "]", text) + "\n"
