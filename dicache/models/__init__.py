@@ -1,0 +1,1 @@
+"""Names that `--model` knows, the pipelines behind them, and how they are called."""

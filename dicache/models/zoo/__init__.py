@@ -1,0 +1,10 @@
+"""Small models that were trained for this package, and the scripts that trained them."""
+
+from pathlib import Path
+
+NAMES = {"digits": "class-conditional DiT of 12 blocks on scikit-learn's handwritten digits, 32 x 32"}
+
+
+def folder(name: str) -> Path:
+    """Return the folder of a bundled model, in diffusers' format."""
+    return Path(__file__).parent / "weights" / name

@@ -137,8 +137,9 @@ def train_autoencoder(digits: Digits, work: Path, *, seed: int, device: str) -> 
         posterior = autoencoder.encode(batch).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         decoded = autoencoder.decode(posterior.mean + posterior.std * noise).sample
-        error: Tensor = F.mse_loss(decoded, batch) + 0.1 * F.l1_loss(decoded, batch)
-        return error + 1e-6 * posterior.kl().mean()
+        likeness = F.mse_loss(decoded, batch) + 0.1 * F.l1_loss(decoded, batch)
+        error: Tensor = likeness + 1e-6 * posterior.kl().mean()
+        return error
 
     fit("autoencoder", autoencoder, loss, steps=1200, learning_rate=2e-3, work=work, seed=seed)
     normalise_latents(autoencoder, as_rgb(digits.images).to(device))

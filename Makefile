@@ -1,0 +1,38 @@
+# One command each. Everything is installed into .venv, with the versions of constraints.txt.
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# One thread a process: small models gain nothing from more, and the tests run side by side.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: demo test lint types pytest bench format clean
+
+demo: .venv/installed
+	$(BIN)/dicache demo
+
+test: lint types pytest
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+pytest: .venv/installed
+	$(BIN)/pytest -n 2
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/replay.py
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo profiles dist build

@@ -1,0 +1,55 @@
+"""The table of methods, and what a method that makes a plan from its settings alone has to offer."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Protocol, TypeVar
+
+from dicache.anatomy import Anatomy
+from dicache.schedules import Plan, Schedule, Target
+
+
+class CalibrationError(ValueError):
+    """A method's settings are wrong, or what was measured does not suffice for it."""
+
+
+class PlanMethod(Protocol):
+    """A frozen dataclass of settings that makes a plan."""
+
+    def plan(self, anatomy: Anatomy, steps: int) -> Plan:
+        """Return what to compute in a generation of `steps` steps.
+
+        Raises:
+            CalibrationError: If the settings do not fit the model or the number of steps.
+        """
+
+
+METHODS: dict[str, type[Any]] = {}
+Kind = TypeVar("Kind", bound=type[Any])
+
+
+def method(name: str) -> Callable[[Kind], Kind]:
+    """Enter a class into the table of methods."""
+
+    def enter(kind: Kind) -> Kind:
+        METHODS[name] = kind
+        return kind
+
+    return enter
+
+
+def name_of(kind: type[Any]) -> str:
+    """Return the name that a method was entered under."""
+    return next(name for name, entered in METHODS.items() if entered is kind)
+
+
+def planned_schedule(settings: Any, anatomy: Anatomy, target: Target, steps: int) -> Schedule:
+    """Return the schedule of a method that needs no measurement.
+
+    Args:
+        settings: An instance of one of the methods.
+        anatomy: The model's.
+        target: What the schedule is bound to.
+        steps: As the step clock counts them.
+    """
+    plan = settings.plan(anatomy, steps)
+    return Schedule(name_of(type(settings)), asdict(settings), anatomy, target, steps, plan=plan)

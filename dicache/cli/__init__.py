@@ -1,0 +1,30 @@
+"""The command line: one module a verb. Heavy imports stand inside the commands, so that help is instant."""
+
+import click
+
+from dicache import __version__
+from dicache.cli.calibrate import calibrate
+from dicache.cli.command import Group
+from dicache.cli.demo import demo
+from dicache.cli.evaluate import evaluate
+from dicache.cli.generate import generate
+from dicache.cli.models import models, zoo
+from dicache.cli.plot import plot
+from dicache.cli.profiles import profiles
+from dicache.cli.profiling import profile
+from dicache.cli.schedules import schedules
+
+
+@click.group(cls=Group)
+@click.version_option(__version__)
+def main() -> None:
+    """Measure a diffusion transformer once, decide which computations can be reused, and replay that at inference.
+
+    \b
+    dicache profile --model digits
+    dicache calibrate teacache --target-speedup 1.8
+    """
+
+
+for command in (demo, models, zoo, profile, profiles, calibrate, schedules, generate, evaluate, plot):
+    main.add_command(command)

@@ -1,0 +1,69 @@
+"""What all commands share: `--debug`, `--json`, errors as one line, numbers in columns."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Command(click.Command):
+    """A command that tells an error in one line and exits with 1, unless it is asked for the traceback."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = ctx.params.pop("debug")
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            expected = type(error).__module__.startswith("dicache.") or isinstance(error, OSError)
+            raise click.ClickException(message if expected else f"{type(error).__name__}: {message}") from None
+
+
+class Group(click.Group):
+    """A group whose commands are of this kind, in the order in which they were added."""
+
+    command_class = Command
+    group_class = type
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def json_option(function: F) -> F:
+    """Add `--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")(function)
+
+
+def model_option(*, required: bool = True) -> Callable[[F], F]:
+    """Add `--model`."""
+    text = "A bundled model, a short name (see `dicache models`), a hub id, or a folder in diffusers' format."
+    return click.option("--model", required=required, help=text)
+
+
+def show_json(content: Any) -> None:
+    """Print one JSON object."""
+    click.echo(json.dumps(content, indent=2, allow_nan=False))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows in columns: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [
+            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])

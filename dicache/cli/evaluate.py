@@ -1,0 +1,104 @@
+"""`dicache evaluate`: quality and speed of schedules."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dicache.cli.command import Command, json_option, model_option, show_json, table
+
+if TYPE_CHECKING:
+    from dicache.evaluate.evaluation import Result
+
+METRICS = ("psnr", "ssim", "accuracy", "frechet")
+
+
+@click.command(cls=Command)
+@model_option()
+@click.option("--schedule", "files", multiple=True, required=True, type=click.Path(path_type=Path), help="Repeatable.")
+@click.option("--runs", type=click.IntRange(1), default=16, show_default=True, help="Images.")
+@click.option("--guidance", type=click.FloatRange(0), help="Guidance scale.  [default: the pipeline's]")
+@click.option("--seed", type=int, default=1000, show_default=True, help="Of the first image.")
+@click.option("--metrics", help=f"Separated by commas: {','.join(METRICS)}.  [default: all that the model has]")
+@click.option("--timing-rounds", type=click.IntRange(0), default=5, show_default=True, help="0 times nothing.")
+@click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
+@click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else bfloat16]")
+@json_option
+def evaluate(
+    model: str,
+    files: tuple[Path, ...],
+    runs: int,
+    guidance: float | None,
+    seed: int,
+    metrics: str | None,
+    timing_rounds: int,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Judge schedules against the uncached run of the same seeds, and against fewer steps at the same cost."""
+    from dicache.evaluate.evaluation import evaluate as judge
+    from dicache.models.judges import judges_of
+    from dicache.models.loading import default_device, load
+    from dicache.models.names import ModelError
+    from dicache.models.sampling import Sampling, default_conditions
+    from dicache.schedules import Schedule, ScheduleError
+
+    wanted = [part.strip() for part in metrics.split(",")] if metrics else list(METRICS)
+    if unknown := sorted(set(wanted) - set(METRICS)):
+        raise ModelError(f"unknown metric {unknown[0]!r}; known: {', '.join(METRICS)}")
+    schedules = [(file.stem, Schedule.load(file)) for file in files]
+    if len({name for name, _ in schedules}) < len(schedules):
+        schedules = [(str(file), schedule) for file, (_, schedule) in zip(files, schedules, strict=True)]
+    counts = {schedule.target.num_inference_steps or schedule.steps for _, schedule in schedules}
+    if len(counts) > 1:
+        raise ScheduleError(f"the schedules are for {sorted(counts)} steps; evaluate those of one step count together")
+    pipeline = load(model, device=device or default_device(), dtype=dtype)
+    conditions = default_conditions(pipeline, runs)
+    judges = {name: f for name, f in judges_of(model, pipeline, conditions).items() if name in wanted}
+    if metrics and (absent := [m for m in wanted if m not in ("psnr", "ssim", *judges)]):
+        raise ModelError(f"{model} has no judge for {', '.join(absent)}; the bundled models have")
+    uncached, results, fewer = judge(
+        pipeline,
+        schedules,
+        conditions,
+        sampling=Sampling(steps=counts.pop(), guidance=guidance),
+        seed=seed,
+        judges=judges,
+        timing_rounds=timing_rounds,
+    )
+    if as_json:
+        show_json(
+            {
+                "model": model,
+                "results": [result.to_json() for result in results],
+                "fewer_steps": [result.to_json() for result in fewer],
+                "uncached": uncached.to_json(),
+            }
+        )
+        return
+    click.echo(results_table([uncached, *results, *fewer]))
+
+
+def results_table(results: "Sequence[Result]") -> str:
+    """Return results as text, one a line; the interval is the 95 % bootstrap one."""
+    judged = list(results[0].judged)
+    header = ["", "steps", "computed", "MACs", "speed-up", "PSNR dB", "95 %", "SSIM", *judged]
+    rows = []
+    for result in results:
+        same = result.name == "uncached"
+        rows.append(
+            [
+                result.name,
+                str(result.steps),
+                f"{result.computed_steps:.1f}",
+                f"{result.macs_fraction:.3f}",
+                "-" if result.speedup is None else f"{result.speedup:.2f}",
+                "-" if same else f"{result.psnr.mean:.1f}",
+                "-" if same else f"{result.psnr.low:.1f} to {result.psnr.high:.1f}",
+                "-" if same else f"{result.ssim.mean:.4f}",
+                *(f"{result.judged[name]:.3f}" for name in judged),
+            ]
+        )
+    return table(header, rows)

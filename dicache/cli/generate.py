@@ -1,0 +1,69 @@
+"""`dicache generate`: make images, with or without a schedule."""
+
+import re
+from pathlib import Path
+
+import click
+
+from dicache.cli.command import Command, json_option, model_option, show_json
+
+
+@click.command(cls=Command)
+@model_option()
+@click.option("--schedule", "schedule_file", type=click.Path(path_type=Path), help="Replay this schedule.")
+@click.option("--prompt", "prompts", multiple=True, help="A text; may be given several times.")
+@click.option("--class", "classes", multiple=True, help="A class by number or name; may be given several times.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first image; the next ones count up.")
+@click.option("--num-images", type=click.IntRange(1), default=1, show_default=True, help="Of each prompt or class.")
+@click.option("--steps", type=click.IntRange(1), help="Inference steps.  [default: the schedule's or the pipeline's]")
+@click.option("--guidance", type=click.FloatRange(0), help="Guidance scale.  [default: the pipeline's]")
+@click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
+@click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else bfloat16]")
+@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder.")
+@json_option
+def generate(
+    model: str,
+    schedule_file: Path | None,
+    prompts: tuple[str, ...],
+    classes: tuple[str, ...],
+    seed: int,
+    num_images: int,
+    steps: int | None,
+    guidance: float | None,
+    device: str | None,
+    dtype: str | None,
+    output: Path,
+    as_json: bool,
+) -> None:
+    """Make images and write them as PNG."""
+    from contextlib import nullcontext
+
+    from dicache.models.images import save_png
+    from dicache.models.loading import default_device, load
+    from dicache.models.names import ModelError
+    from dicache.models.sampling import Sampling, sample, takes_classes
+    from dicache.runtime import apply
+    from dicache.schedules import Schedule
+
+    if bool(prompts) == bool(classes):
+        raise click.UsageError("give either --prompt or --class")
+    schedule = Schedule.load(schedule_file) if schedule_file else None
+    pipeline = load(model, device=device or default_device(), dtype=dtype)
+    if takes_classes(pipeline) != bool(classes):
+        wanted = "--class" if takes_classes(pipeline) else "--prompt"
+        raise ModelError(f"{model} is conditioned on a {wanted[2:]}; give {wanted}")
+    if steps is None and schedule is not None:
+        steps = schedule.target.num_inference_steps
+    sampling = Sampling(steps=steps, guidance=guidance)
+    files: list[str] = []
+    with apply(pipeline, schedule) if schedule else nullcontext() as cache:
+        for condition in prompts or classes:
+            slug = re.sub(r"\W+", "-", condition.lower()).strip("-")[:40] or "image"
+            for number in range(seed, seed + num_images):
+                image = sample(pipeline, [condition], [number], sampling)[0]
+                files.append(str(save_png(image, output / f"{slug}-{number}.png")))
+    fraction = cache.stats.macs_fraction if cache else 1.0
+    if as_json:
+        show_json({"images": files, "macs_fraction": fraction})
+        return
+    click.echo(f"Wrote {len(files)} images to {output}, with {fraction:.3f} of the MACs")

@@ -1,0 +1,64 @@
+"""`dicache models` and `dicache zoo`."""
+
+from pathlib import Path
+
+import click
+
+from dicache.cli.command import Command, Group, json_option, show_json
+
+
+@click.command(cls=Command)
+@json_option
+def models(as_json: bool) -> None:
+    """List the names that --model knows."""
+    from dicache.models import zoo as bundled
+    from dicache.models.names import HUB
+
+    if as_json:
+        show_json({"bundled": bundled.NAMES, "hub": HUB})
+        return
+    click.echo("Bundled:")
+    for name, text in bundled.NAMES.items():
+        click.echo(f"  {name:14} {text}")
+    click.echo("From the hub, by short name:")
+    for name, repository in HUB.items():
+        click.echo(f"  {name:14} {repository}")
+    click.echo("Or any hub id, or a folder in diffusers' format.")
+
+
+@click.group(cls=Group)
+def zoo() -> None:
+    """The bundled models."""
+
+
+@zoo.command()
+@click.argument("name")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the pipeline.  [default: ./NAME]")
+@click.option("--work", type=click.Path(path_type=Path), help="Checkpoints, to go on from.  [default: ./NAME-training]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--steps", type=click.IntRange(1), help="Optimiser steps of the transformer.  [default: the recipe's]")
+def train(name: str, output: Path | None, work: Path | None, seed: int, device: str, steps: int | None) -> None:
+    """Train a bundled model again; a training that was broken off goes on.
+
+    Needs `pip install 'dicache[zoo]'` for the data.
+    """
+    from dicache.models import zoo as bundled
+    from dicache.models.names import ModelError
+
+    if name not in bundled.NAMES:
+        raise ModelError(f"unknown model {name!r}; bundled are {', '.join(bundled.NAMES)}")
+    import logging
+
+    from dicache.models.zoo import digits
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    output = output or Path(name)
+    digits.train(
+        output,
+        work or Path(f"{name}-training"),
+        seed=seed,
+        device=device,
+        **({} if steps is None else {"steps": steps}),
+    )
+    click.echo(f"Wrote {output}. Try: dicache generate --model {output} --class seven -o images")

@@ -1,0 +1,78 @@
+"""`dicache plot`: pictures of profiles and schedules."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from dicache.cli.command import Group
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@click.group(cls=Group)
+def plot() -> None:
+    """Draw a profile or schedules, as PNG, SVG or PDF."""
+
+
+def picture_option(function: F) -> F:
+    return click.option(
+        "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Picture to write."
+    )(function)
+
+
+@plot.command()
+@click.argument("profile", type=click.Path(path_type=Path))
+@picture_option
+def delta(profile: Path, output: Path) -> None:
+    """How much each block's delta is like that of the step before (Delta-DiT, figure 4c)."""
+    from dicache.figures import save
+    from dicache.figures.delta import delta_map
+    from dicache.profiler.storage import load
+
+    save(delta_map(load(profile)), output)
+    click.echo(f"Wrote {output}")
+
+
+@plot.command()
+@click.argument("profile", type=click.Path(path_type=Path))
+@click.option("--lag", type=click.IntRange(1), default=1, show_default=True, help="Steps back to compare with.")
+@picture_option
+def similarity(profile: Path, lag: int, output: Path) -> None:
+    """How much each branch's output is like that of earlier steps (FORA, figure 2)."""
+    from dicache.figures import save
+    from dicache.figures.similarity import similarity_maps
+    from dicache.profiler.storage import load
+
+    save(similarity_maps(load(profile), lag), output)
+    click.echo(f"Wrote {output}")
+
+
+@plot.command()
+@click.argument("profile", type=click.Path(path_type=Path))
+@click.option("--schedule", "schedule_file", type=click.Path(path_type=Path), help="Draw its polynomial.")
+@picture_option
+def teacache(profile: Path, schedule_file: Path | None, output: Path) -> None:
+    """Whether the modulated input foretells the output's change (TeaCache)."""
+    from dicache.figures import save
+    from dicache.figures.teacache import teacache_fit
+    from dicache.profiler.storage import load
+    from dicache.schedules import Schedule
+
+    schedule = Schedule.load(schedule_file) if schedule_file else None
+    save(teacache_fit(load(profile), schedule), output)
+    click.echo(f"Wrote {output}")
+
+
+@plot.command()
+@click.argument("schedules", nargs=-1, required=True, type=click.Path(path_type=Path))
+@picture_option
+def schedule(schedules: tuple[Path, ...], output: Path) -> None:
+    """Which step computes what."""
+    from dicache.figures import save
+    from dicache.figures.schedule import schedule_strip
+    from dicache.schedules import Schedule
+
+    save(schedule_strip([(file.stem, Schedule.load(file)) for file in schedules]), output)
+    click.echo(f"Wrote {output}")

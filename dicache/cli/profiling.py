@@ -1,0 +1,74 @@
+"""`dicache profile`."""
+
+from pathlib import Path
+
+import click
+
+from dicache.cli.command import Command, json_option, model_option, show_json
+
+
+@click.command(cls=Command)
+@model_option()
+@click.option("--prompts", type=click.Path(dir_okay=False), help="A file with a prompt, or a class, a line.")
+@click.option("--runs", type=click.IntRange(1), default=16, show_default=True, help="How many runs, without --prompts.")
+@click.option("--steps", type=click.IntRange(2), help="Inference steps.  [default: the pipeline's]")
+@click.option("--scheduler", help="Class name of another scheduler, such as DPMSolverMultistepScheduler.")
+@click.option("--guidance", type=click.FloatRange(0), help="Guidance scale.  [default: the pipeline's]")
+@click.option("--height", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
+@click.option("--width", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
+@click.option("--frames", type=click.IntRange(1), help="Of a video.  [default: the pipeline's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first run; the next ones count up.")
+@click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
+@click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else bfloat16]")
+@click.option("--lags", type=click.IntRange(1), default=3, show_default=True, help="Steps back to compare with.")
+@click.option("--resume", is_flag=True, help="Go on with a profile that was broken off.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="The profile to write (HDF5).")
+@json_option
+def profile(
+    model: str,
+    prompts: str | None,
+    runs: int,
+    steps: int | None,
+    scheduler: str | None,
+    guidance: float | None,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    seed: int,
+    device: str | None,
+    dtype: str | None,
+    lags: int,
+    resume: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure a model over many runs and write a profile.
+
+    It is written to ./profiles, where the other commands look for the newest one.
+    """
+    from dicache.models.loading import default_device, load
+    from dicache.models.names import find
+    from dicache.models.sampling import Sampling, default_conditions, read_conditions
+    from dicache.profiler.profiling import profile_pipeline
+
+    source = find(model)
+    conditions = read_conditions(prompts) if prompts else None
+    pipeline = load(model, device=device or default_device(), dtype=dtype, scheduler=scheduler)
+    sampling = Sampling(steps, guidance, height, width, frames).resolved(pipeline)
+    if output is None:
+        sampler = type(pipeline.scheduler).__name__.removesuffix("Scheduler").lower()
+        output = Path("profiles") / f"{source.name}-{sampler}-{sampling.steps}.h5"
+    profile_pipeline(
+        pipeline,
+        model,
+        output,
+        conditions or default_conditions(pipeline, runs),
+        sampling=sampling,
+        seed=seed,
+        lags=lags,
+        resume=resume,
+    )
+    if as_json:
+        show_json({"profile": str(output)})
+    else:
+        click.echo(f"Wrote {output}. Next: dicache calibrate teacache --target-speedup 1.8")

@@ -1,0 +1,193 @@
+"""Judge schedules by what they make, against the uncached run of the same seeds and against fewer steps."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dicache.evaluate.quality import Mean, mean_with_interval, psnr, ssim
+from dicache.evaluate.timing import Variant as Timed
+from dicache.evaluate.timing import interleaved, speedup
+from dicache.models.sampling import Sampling, sample
+from dicache.runtime import Cache, apply
+from dicache.schedules import Schedule
+
+Judge = Callable[[np.ndarray], float]  # images -> one number, such as the share that shows what was asked for
+UNCACHED = "uncached"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one variant made of the same conditions and seeds.
+
+    Attributes:
+        name: Of the schedule, or `uncached`, or `25 steps`.
+        steps: Inference steps.
+        computed_steps: Mean over images of the steps at which everything was computed.
+        macs_fraction: Multiply-accumulates as a share of the uncached run's.
+        speedup: Uncached wall time / this one's, the median of interleaved rounds; None if it was not timed.
+        psnr: In dB against the uncached images; identical images count as 120.
+        ssim: Structural similarity with them.
+        judged: What the judges say, by name.
+        images: What was made, (n, h, w, 3).
+    """
+
+    name: str
+    steps: int
+    computed_steps: float
+    macs_fraction: float
+    speedup: float | None
+    psnr: Mean
+    ssim: Mean
+    judged: Mapping[str, float] = field(default_factory=dict)
+    images: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schedule": self.name,
+            "runs": len(self.images),
+            "steps": self.steps,
+            "computed_steps": self.computed_steps,
+            "macs_fraction": self.macs_fraction,
+            "speedup": self.speedup,
+            "psnr": self.psnr.to_json(),
+            "ssim": self.ssim.to_json(),
+            **self.judged,
+        }
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A way to make the images: with a schedule, or with another number of steps."""
+
+    name: str
+    sampling: Sampling
+    schedule: Schedule | None = None
+    batch: int = 8
+
+    def attached(self, pipeline: Any) -> AbstractContextManager[Cache | None]:
+        return nullcontext() if self.schedule is None else apply(pipeline, self.schedule)
+
+
+def evaluate(
+    pipeline: Any,
+    schedules: Sequence[tuple[str, Schedule]],
+    conditions: Sequence[str],
+    *,
+    sampling: Sampling | None = None,
+    seed: int = 1000,
+    fewer_steps: bool = True,
+    judges: Mapping[str, Judge] | None = None,
+    timing_rounds: int = 5,
+    progress: bool = True,
+) -> tuple[Result, list[Result], list[Result]]:
+    """Run the pipeline uncached, with each schedule, and with fewer steps at each schedule's cost.
+
+    Adaptive schedules see one image at a time, as a user's single image would; the others do not depend on the batch.
+
+    Args:
+        pipeline: A diffusers pipeline.
+        schedules: Names and schedules.
+        conditions: Prompts or classes, one an image.
+        sampling: How to call the pipeline.
+        seed: Of the first image; the next ones count up. Far from the profile's, so that nothing is judged on
+            what it was calibrated with.
+        fewer_steps: Whether to run the baseline that any cache has to beat.
+        judges: Name -> a function of all images.
+        timing_rounds: Rounds of single images to time; 0 times nothing.
+        progress: Whether to show a bar on standard error.
+
+    Returns:
+        The uncached result, those of the schedules in their order, and those of fewer steps.
+
+    Raises:
+        ScheduleError: If a schedule does not fit the pipeline as it is called.
+    """
+    sampling = (sampling or Sampling()).resolved(pipeline)
+    assert sampling.steps is not None
+    judges = judges or {}
+    seeds = [seed + i for i in range(len(conditions))]
+    uncached = _Variant(UNCACHED, sampling)
+    reference, _ = _images(pipeline, uncached, conditions, seeds, progress)
+
+    cached: list[tuple[_Variant, np.ndarray, list[float], float]] = []
+    for name, schedule in schedules:
+        variant = _Variant(name, sampling, schedule, batch=1 if schedule.adaptive else 8)
+        images, stats = _images(pipeline, variant, conditions, seeds, progress)
+        fraction = float(np.mean([share for share, _ in stats]))
+        cached.append((variant, images, [computed for _, computed in stats], fraction))
+
+    fewer: list[tuple[_Variant, np.ndarray]] = []
+    counts = sorted({max(1, round(fraction * sampling.steps)) for *_, fraction in cached}, reverse=True)
+    for count in counts if fewer_steps else ():
+        if count < sampling.steps:
+            variant = _Variant(f"{count} steps", replace(sampling, steps=count))
+            fewer.append((variant, _images(pipeline, variant, conditions, seeds, progress)[0]))
+
+    variants = [uncached, *(row[0] for row in cached), *(row[0] for row in fewer)]
+    seconds = _time(pipeline, variants, conditions[0], seeds[0], timing_rounds, progress) if timing_rounds else {}
+
+    def result(variant: _Variant, images: np.ndarray, computed: float, fraction: float) -> Result:
+        timed = seconds.get(variant.name)
+        return Result(
+            name=variant.name,
+            steps=variant.sampling.steps or 0,
+            computed_steps=computed,
+            macs_fraction=fraction,
+            speedup=speedup(seconds[UNCACHED], timed) if timed else None,
+            psnr=mean_with_interval(psnr(images, reference)),
+            ssim=mean_with_interval(ssim(images, reference)),
+            judged={name: judge(images) for name, judge in judges.items()},
+            images=images,
+        )
+
+    steps = sampling.steps
+    return (
+        result(uncached, reference, steps, 1.0),
+        [result(v, images, float(np.mean(computed)), share) for v, images, computed, share in cached],
+        [result(v, images, v.sampling.steps or 0, (v.sampling.steps or 0) / steps) for v, images in fewer],
+    )
+
+
+def _images(
+    pipeline: Any, variant: _Variant, conditions: Sequence[str], seeds: Sequence[int], progress: bool
+) -> tuple[np.ndarray, list[tuple[float, float]]]:
+    """Return the images, and for each batch the share of multiply-accumulates and the fully computed steps."""
+    images, stats = [], []
+    bar = tqdm(total=len(conditions), desc=variant.name, unit="image", disable=not progress, leave=False)
+    with bar, variant.attached(pipeline) as cache:
+        for batch in _batches(len(conditions), variant.batch):
+            before = (cache.stats.macs, cache.stats.calls) if cache else (0.0, 0)
+            images.append(sample(pipeline, conditions[batch], seeds[batch], variant.sampling))
+            if cache:
+                share = (cache.stats.macs - before[0]) / (cache.stats.calls - before[1])
+                rows = cache.stats.steps.values()
+                stats.append((share, float(np.mean([row.count("C") for row in rows]))))
+            bar.update(len(conditions[batch]))
+    return np.concatenate(images), stats
+
+
+def _batches(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, start + size)
+
+
+def _time(
+    pipeline: Any, variants: Sequence[_Variant], condition: str, seed: int, rounds: int, progress: bool
+) -> dict[str, list[float]]:
+    bar = tqdm(total=(rounds + 1) * len(variants), desc="timing", disable=not progress, leave=False)
+
+    def ready(variant: _Variant) -> Timed:
+        @contextmanager
+        def attached() -> Iterator[Callable[[], object]]:
+            with variant.attached(pipeline):
+                yield lambda: sample(pipeline, [condition], [seed], variant.sampling)
+            bar.update()
+
+        return attached
+
+    with bar:
+        return interleaved({variant.name: ready(variant) for variant in variants}, rounds)

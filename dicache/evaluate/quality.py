@@ -1,0 +1,64 @@
+"""How close cached images are to the uncached ones of the same seeds."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+IDENTICAL_DB = 120.0  # counted for identical images, whose PSNR is infinite: above what float32 images can differ by
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over images with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, float]:
+        return dict(vars(self))
+
+
+def psnr(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return the peak signal-to-noise ratio of each image in dB, shape (n,).
+
+    Args:
+        images: In [0, 1], shape (n, ...).
+        reference: The same shape.
+    """
+    error = ((images.astype(np.float64) - reference) ** 2).reshape(len(images), -1).mean(axis=1)
+    decibels: np.ndarray = -10 * np.log10(np.maximum(error, 10 ** (-IDENTICAL_DB / 10)))
+    return decibels
+
+
+def ssim(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return the structural similarity of each image, at most 1, shape (n,); of a video, the mean over its frames.
+
+    Args:
+        images: In [0, 1], shape (n, h, w, 3) or (n, frames, h, w, 3).
+        reference: The same shape.
+
+    References:
+        Wang et al., IEEE TIP 13(4), 2004, with its Gaussian window.
+    """
+    from skimage.metrics import structural_similarity
+
+    def one(image: np.ndarray, wanted: np.ndarray) -> float:
+        if image.ndim == 4:
+            return float(np.mean([one(a, b) for a, b in zip(image, wanted, strict=True)]))
+        return float(
+            structural_similarity(
+                image, wanted, channel_axis=-1, data_range=1.0, gaussian_weights=True, use_sample_covariance=False
+            )
+        )
+
+    return np.array([one(a, b) for a, b in zip(images, reference, strict=True)])
+
+
+def mean_with_interval(values: np.ndarray, seed: int = 0) -> Mean:
+    """Return the mean of one value an image and its 95 % interval over resampled sets of images."""
+    values = np.asarray(values, dtype=np.float64)
+    rows = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.percentile(values[rows].mean(axis=1), [2.5, 97.5])
+    return Mean(float(values.mean()), float(low), float(high))

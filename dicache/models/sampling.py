@@ -1,0 +1,162 @@
+"""Call any pipeline the same way: conditions and seeds in, images out."""
+
+import inspect
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dicache.models.names import ModelError
+
+# What pictures are asked for when nobody says: plain things, many kinds of texture, layout and light.
+PROMPTS = (
+    "a red fox in fresh snow, morning light",
+    "a bowl of lemons on a blue wooden table",
+    "an old lighthouse on a cliff during a storm",
+    "a portrait of an elderly fisherman, black and white photograph",
+    "a crowded street market at night with paper lanterns",
+    "a glass teapot with green tea, macro photograph",
+    "a small robot watering sunflowers, watercolor",
+    "a mountain lake with the reflection of pine trees",
+    "a stack of hardcover books beside a brass lamp",
+    "an astronaut riding a bicycle on the moon",
+    "a city skyline made of circuit boards",
+    "two sparrows on a telephone wire, minimalist drawing",
+    "a steam locomotive crossing a stone viaduct",
+    "a bakery window full of bread and pastries",
+    "an underwater photograph of a sea turtle above a reef",
+    "a desert road under a sky full of stars",
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a pipeline is called.
+
+    Attributes:
+        steps: Inference steps; None takes the pipeline's own default.
+        guidance: Guidance scale; None likewise.
+        height: In pixels; None likewise.
+        width: In pixels; None likewise.
+        frames: Of a video; None likewise.
+    """
+
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and (not np.isfinite(value) or value < (0 if name == "guidance" else 1)):
+                raise ModelError(f"{name} cannot be {value}")
+
+    def resolved(self, pipeline: Any) -> "Sampling":
+        """Return the same with the pipeline's own defaults filled in."""
+        parameters = inspect.signature(type(pipeline).__call__).parameters
+
+        def default(name: str) -> Any:
+            value = parameters[name].default if name in parameters else None
+            return None if value is inspect.Parameter.empty else value
+
+        return Sampling(
+            steps=self.steps or default("num_inference_steps"),
+            guidance=default("guidance_scale") if self.guidance is None else self.guidance,
+            height=self.height,
+            width=self.width,
+            frames=self.frames,
+        )
+
+
+def takes_classes(pipeline: Any) -> bool:
+    """Whether the pipeline is conditioned on a class, and not on a text."""
+    return "class_labels" in inspect.signature(type(pipeline).__call__).parameters
+
+
+def default_conditions(pipeline: Any, count: int) -> list[str]:
+    """Return `count` conditions: classes spread over all there are, or the built-in prompts in turn."""
+    if not takes_classes(pipeline):
+        return [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+    classes = sorted({int(label) for label in pipeline.labels.values()}) or list(range(1000))
+    stride = max(1, len(classes) // count)
+    return [str(classes[i * stride % len(classes)]) for i in range(count)]
+
+
+def read_conditions(path: str | os.PathLike[str]) -> list[str]:
+    """Read prompts or classes from a text file, one a line; empty lines are left out.
+
+    Raises:
+        ModelError: If the file is missing, is not text, or has no line.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    except (FileNotFoundError, IsADirectoryError):
+        raise ModelError(f"{path} does not exist; needed a text file with a prompt or a class a line") from None
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} is not text ({error}); needed a prompt or a class a line") from None
+    conditions = [line for line in lines if line]
+    if not conditions:
+        raise ModelError(f"{path} is empty; needed a prompt or a class a line")
+    return conditions
+
+
+def sample(
+    pipeline: Any, conditions: Sequence[str], seeds: Sequence[int], sampling: Sampling, *, output_type: str = "np"
+) -> Any:
+    """Return what the pipeline makes of conditions and seeds, in one batch.
+
+    Each image has a generator of its own, so that it does not depend on the batch it is in.
+
+    Args:
+        pipeline: A diffusers pipeline.
+        conditions: Prompts, or classes as numbers or names.
+        seeds: One for each condition.
+        sampling: How to call it.
+        output_type: `np` for images in [0, 1], shape (n, h, w, 3), or (n, frames, h, w, 3) of a video.
+
+    Raises:
+        ModelError: If a class is not known, or the pipeline does not take an option that is set.
+    """
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    sampling = sampling.resolved(pipeline)
+    arguments: dict[str, Any] = {
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance,
+        "height": sampling.height,
+        "width": sampling.width,
+        "num_frames": sampling.frames,
+    }
+    for name, value in list(arguments.items()):
+        if name in parameters and value is not None:
+            continue
+        if name not in parameters and value is not None:
+            raise ModelError(f"{type(pipeline).__name__} does not take {name}; found {value}")
+        del arguments[name]
+    if takes_classes(pipeline):
+        arguments["class_labels"] = [class_id(pipeline, condition) for condition in conditions]
+    else:
+        arguments["prompt"] = list(conditions)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with torch.no_grad():
+        out = pipeline(**arguments, generator=generators, output_type=output_type)
+    return np.asarray(out[0])
+
+
+def class_id(pipeline: Any, condition: str) -> int:
+    """Return the number of a class given by its number or its name."""
+    labels = {str(name).lower(): int(label) for name, label in pipeline.labels.items()}
+    if condition.lower() in labels:
+        return labels[condition.lower()]
+    try:
+        label = int(condition)
+    except ValueError:
+        label = -1
+    if (labels and label not in labels.values()) or label < 0:
+        some = ", ".join(sorted(labels, key=lambda name: labels[name])[:10]) or "numbers from 0"
+        raise ModelError(f"unknown class {condition!r}; needed one of {some}") from None
+    return label
