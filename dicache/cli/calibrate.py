@@ -66,13 +66,13 @@ def fora(
         raise click.UsageError("give either --interval or --target-speedup")
     kinds = tuple(part.strip() for part in branches.split(",")) if branches else ()
     settings = Fora(1 if interval is None else interval, anchor, kinds, first, last)
-    anatomy, target, count = _subject(profile_file, model, steps)
+    name, anatomy, target, count = _subject(profile_file, model, steps)
     if target_speedup is None:
-        return _write(planned_schedule(settings, anatomy, target, count), output, as_json)
+        return _write(planned_schedule(settings, anatomy, target, count), name, output, as_json)
     for tried in range(1, count):
         schedule = planned_schedule(replace(settings, interval=tried), anatomy, target, count)
         if 1 / schedule.macs_fraction() >= target_speedup:
-            return _write(schedule, output, as_json)
+            return _write(schedule, name, output, as_json)
     raise CalibrationError(f"fora: a speed-up of {target_speedup:g} cannot be reached in {count} steps")
 
 
@@ -110,11 +110,12 @@ def teacache(
         target_speedup = 1.8
     settings = TeaCache(threshold, target_speedup, degree, fit_to)
     file = profile_file or newest()
-    _write(settings.calibrate(load(file)), output, as_json)
+    profile = load(file)
+    _write(settings.calibrate(profile), profile.provenance.model, output, as_json)
 
 
-def _subject(profile_file: Path | None, model: str | None, steps: int | None) -> "tuple[Anatomy, Target, int]":
-    """Return the anatomy, the target and the number of steps that a schedule is to be for."""
+def _subject(profile_file: Path | None, model: str | None, steps: int | None) -> "tuple[str, Anatomy, Target, int]":
+    """Return the model's name, the anatomy, the target and the number of steps that a schedule is to be for."""
     if model is not None and profile_file is not None:
         raise click.UsageError("give either --profile or --model")
     if model is None:
@@ -123,24 +124,24 @@ def _subject(profile_file: Path | None, model: str | None, steps: int | None) ->
         from dicache.profiler.storage import header
 
         provenance, _ = header(profile_file or newest())
-        return provenance.anatomy, provenance.target, len(provenance.target.timesteps or ())
+        return provenance.model, provenance.anatomy, provenance.target, len(provenance.target.timesteps or ())
     from dicache.models.loading import load
     from dicache.models.sampling import Sampling
     from dicache.profiler.profiling import survey_pipeline
 
     pipeline = load(model)
     sampling = Sampling(steps=steps).resolved(pipeline)
-    return survey_pipeline(pipeline, sampling)
+    return model, *survey_pipeline(pipeline, sampling)
 
 
-def _write(schedule: "Schedule", output: Path | None, as_json: bool) -> None:
+def _write(schedule: "Schedule", model: str, output: Path | None, as_json: bool) -> None:
     output = output or Path(f"{schedule.method}.json")
     schedule.save(output)
     fraction = schedule.macs_fraction()
     if as_json:
         show_json({"schedule": str(output), "macs_fraction": fraction, **schedule.to_json()["measured"]})
         return
-    click.echo(f"Wrote {output}: {schedule.method}, {schedule.steps} steps, {fraction:.3f} of the MACs")
+    click.echo(f"Wrote {output}: {schedule.method}, {schedule.steps} steps of {model}, {fraction:.3f} of the MACs")
     if "fit" in schedule.measured:
         fit, policy = schedule.measured["fit"], schedule.policy
         assert policy is not None
@@ -148,4 +149,4 @@ def _write(schedule: "Schedule", output: Path | None, as_json: bool) -> None:
             f"  threshold {policy.threshold:.4g}, {schedule.measured['computed_steps']:g} steps computed on average; "
             f"fit of {fit['pairs']} pairs, R2 {fit['held_out_r2']:.3f} on held-out runs"
         )
-    click.echo(f"Next: dicache evaluate --model {schedule.measured.get('model', 'MODEL')} --schedule {output}")
+    click.echo(f"Next: dicache evaluate --model {model} --schedule {output}")

@@ -30,8 +30,10 @@ def load(name: str, *, device: str = "cpu", dtype: str | None = None, scheduler:
         raise ModelError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     # A bundled folder holds the class names in its index, of which diffusers says that it did not expect them.
     logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
-    level = logger.level
+    level, shows_progress = logger.level, diffusers.utils.logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
+    if source.bundled:
+        diffusers.utils.logging.disable_progress_bar()
     version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
     precision = {"dtype" if version >= (0, 42) else "torch_dtype": DTYPES[dtype]}  # renamed there
     try:
@@ -43,6 +45,8 @@ def load(name: str, *, device: str = "cpu", dtype: str | None = None, scheduler:
         raise ModelError(f"{name}: cannot load {source.location}: {said[0]}") from error
     finally:
         logger.setLevel(level)
+        if shows_progress:
+            diffusers.utils.logging.enable_progress_bar()
     if scheduler is not None:
         pipeline.scheduler = _scheduler(scheduler).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)

@@ -9,7 +9,7 @@ from dicache.anatomy import Anatomy
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.signal import l1_change
 from dicache.runtime.generation import Generation, Lane
-from dicache.runtime.stats import Stats
+from dicache.runtime.stats import Stats, bytes_of
 from dicache.runtime.streams import Streams, Tensors, add, delta
 from dicache.schedules import TeaCachePolicy
 
@@ -68,6 +68,7 @@ class Adaptive:
         else:
             stats.computed_sites += len(anatomy.sites)
             stats.macs += 1
+        lane.bytes_held = bytes_of(lane.entries)
 
     def leave(self) -> None:
         """Forget the call that ran, also when it failed."""

@@ -13,7 +13,7 @@ from dicache.anatomy.overrides import Overrides
 from dicache.runtime.adaptive import Adaptive
 from dicache.runtime.generation import Generation, Request, Requests, signature_of
 from dicache.runtime.replay import Replay
-from dicache.runtime.stats import Stats, bytes_of
+from dicache.runtime.stats import Stats
 from dicache.schedules import Schedule, ScheduleError
 
 Fit = Literal["exact", "resample"]
@@ -231,7 +231,7 @@ class Cache:
             executor.leave()
         stats.calls += 1
         stats.steps[name] = stats.steps.get(name, "").ljust(generation.step, "-") + executor.letter
-        stats.held(bytes_of(lane.entries for lane in generation.lanes.values()))
+        stats.held(sum(lane.bytes_held for lane in generation.lanes.values()))
         return out
 
     def _check_latents(self, signature: tuple[Any, ...]) -> None:

@@ -24,16 +24,19 @@ class Lane:
         step: Its latest step; a lane that missed one starts afresh.
         entries: Kept outputs by site, and kept deltas by range of blocks.
         accumulated: The policy's sum.
+        bytes_held: Memory of the entries.
     """
 
     signature: Signature
     step: int = -1
     entries: dict[Hashable, Any] = field(default_factory=dict)
     accumulated: float = 0.0
+    bytes_held: int = 0
 
     def clear(self) -> None:
         self.entries.clear()
         self.accumulated = 0.0
+        self.bytes_held = 0
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dicache.anatomy import Anatomy
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.surveying import pass_on
 from dicache.runtime.generation import Generation, Lane
-from dicache.runtime.stats import Stats
+from dicache.runtime.stats import Stats, bytes_of
 from dicache.runtime.streams import Streams, Tensors, add, delta
 from dicache.schedules import Plan, Range, Row, Rows
 
@@ -65,6 +65,8 @@ class Replay:
         stats.skipped_sites += step.skipped
         stats.computed_sites += step.computed
         stats.macs += step.macs
+        if step.changes:
+            lane.bytes_held = bytes_of(lane.entries)
 
     def leave(self) -> None:
         """Forget the call that ran, also when it failed."""
@@ -170,6 +172,7 @@ class _Step:
         self.row = row
         self.program = program
         self.released = (*row.release, *row.release_delta)
+        self.changes = bool(self.released or row.keep or row.keep_delta)
         self.computed = self.reused = self.skipped = saved = 0
         for block in anatomy.blocks:
             skipped = any(start <= block.index < stop for start, stop in row.skip)

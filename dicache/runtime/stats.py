@@ -1,6 +1,5 @@
 """What a cache did."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +44,7 @@ class Stats:
         self.peak_bytes_held = max(self.peak_bytes_held, count)
 
 
-def bytes_of(values: Iterable[Any]) -> int:
+def bytes_of(kept: Any) -> int:
     """Return the memory that nested tensors keep alive; views of one storage count once."""
     storages: dict[int, int] = {}
 
@@ -60,6 +59,5 @@ def bytes_of(values: Iterable[Any]) -> int:
             for part in value:
                 visit(part)
 
-    for value in values:
-        visit(value)
+    visit(kept)
     return sum(storages.values())

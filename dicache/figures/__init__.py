@@ -1,0 +1,67 @@
+"""Pictures of profiles, schedules and images. The only package that imports matplotlib.
+
+Every function returns a `matplotlib.figure.Figure` of its own and leaves matplotlib's global state alone, so that it
+works without a display, in notebooks and in threads. `save` writes one to a file.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from dicache.figures.delta import delta_map
+    from dicache.figures.grid import image_grid
+    from dicache.figures.schedule import schedule_strip
+    from dicache.figures.similarity import similarity_maps
+    from dicache.figures.teacache import teacache_fit
+
+__all__ = ["SUFFIXES", "delta_map", "image_grid", "save", "schedule_strip", "similarity_maps", "teacache_fit"]
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
+    """Write a figure in the format that the suffix names, in one go: a reader never sees a part of it.
+
+    Raises:
+        ValueError: If the suffix is not one of `SUFFIXES`.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        found = f"the suffix {path.suffix!r}" if suffix else "no suffix"
+        raise ValueError(f"{path} has {found}; a figure is written as one of {', '.join(SUFFIXES)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(part, format=suffix[1:])
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    # matplotlib takes a second to import, and `dicache --help` does not need it.
+    if name == "delta_map":
+        from dicache.figures.delta import delta_map
+
+        return delta_map
+    if name == "similarity_maps":
+        from dicache.figures.similarity import similarity_maps
+
+        return similarity_maps
+    if name == "teacache_fit":
+        from dicache.figures.teacache import teacache_fit
+
+        return teacache_fit
+    if name == "schedule_strip":
+        from dicache.figures.schedule import schedule_strip
+
+        return schedule_strip
+    if name == "image_grid":
+        from dicache.figures.grid import image_grid
+
+        return image_grid
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,32 @@
+"""Delta-DiT's map: how much each block's delta is like that of the step before."""
+
+from matplotlib.figure import Figure
+
+from dicache.figures.heatmap import colour_bar, colour_range, describe, draw, legend, mean_over_runs
+from dicache.figures.page import new_page, whole_numbers
+from dicache.profiler import Profile
+
+
+def delta_map(profile: Profile) -> Figure:
+    """Draw the cosine of each block's delta with the same block's delta at the step before.
+
+    A delta is what a block adds to its input. The mean over runs and guidance passes is drawn, step 0 at the left and
+    block 0 at the top.
+
+    Raises:
+        ProfileError: If there is no finished run, or only one step.
+
+    References:
+        Delta-DiT, arXiv 2406.01125, figure 4c.
+    """
+    what = describe(profile, of="mean of ")
+    table = mean_over_runs(profile.delta_cosine)  # (b, s)
+    limits = colour_range([table])
+    detail = f"{what}. {legend([table], limits)}"
+    height = min(max(1.1 + 0.2 * len(table), 2.6), 5.6)
+    figure = new_page(7.2, height, "How much each block's delta is like that of the step before", detail)
+    axes = figure.add_subplot()
+    image = draw(axes, table, limits)
+    whole_numbers(axes, x=11, y=min(len(table), 10))
+    colour_bar(figure, image, [axes], [table], limits, "cosine with the step before")
+    return figure

@@ -1,0 +1,130 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dicache.calibrate import CalibrationError
+from dicache.calibrate.teacache import TeaCache, find_threshold, fit_rescale, simulate
+from dicache.profiler import Profile, Provenance, Run
+from dicache.schedules import Target, TeaCachePolicy
+from tests.calibrate.test_fora import TWO_BLOCKS
+
+STEPS = 11
+
+
+def profile_of(x: np.ndarray, y: np.ndarray) -> Profile:
+    """Return a profile whose relative changes are x and y, shape (runs, 1, steps - 1)."""
+    runs, contexts, changes = x.shape
+
+    def pairs(ratio: np.ndarray) -> np.ndarray:
+        out = np.full((runs, contexts, changes + 1, 2), np.nan)
+        out[:, :, 1:, 0], out[:, :, 1:, 1] = ratio * 2.0, 2.0
+        return out
+
+    provenance = Provenance(
+        "toy", TWO_BLOCKS, Target(num_inference_steps=changes + 1), {"guidance": 4.0}, {}, 1, ("0",), "batched"
+    )
+    signals = {"input": pairs(x), **{name: pairs(y) for name in ("residual", "body", "output")}}
+    return Profile(
+        provenance,
+        tuple(Run(str(i), i) for i in range(runs)),
+        {},
+        np.full((runs, contexts, changes + 1, 2), 1.0),
+        signals,
+    )
+
+
+def changes(runs: int = 8, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(0.02, 0.3, size=(runs, 1, STEPS - 1))
+
+
+def test_a_polynomial_is_found_again() -> None:
+    x = changes()
+    want = np.array([3.0, -2.0, 0.5, 1.0, 0.01])
+    fit = fit_rescale(x, np.polyval(want, x))
+    assert fit.coefficients == pytest.approx(want, rel=1e-6, abs=1e-9)
+    assert fit.input_range == (x.min(), x.max())
+    assert fit.pairs == x.size
+    assert fit.held_out_r2 == pytest.approx(1.0, abs=1e-3)
+
+
+def test_an_output_that_has_nothing_to_do_with_the_input_has_no_held_out_quality() -> None:
+    y = np.random.default_rng(1).uniform(0.1, 0.2, size=changes().shape)
+    assert fit_rescale(changes(), y).held_out_r2 < 0.1
+
+
+def test_steps_without_a_value_are_left_out_of_the_fit() -> None:
+    x = changes()
+    y = 2 * x
+    x[0, 0, 3] = np.nan
+    assert fit_rescale(x, y, degree=1).pairs == x.size - 1
+
+
+def test_too_little_to_fit_on_is_refused() -> None:
+    x = changes(runs=1)
+    with pytest.raises(CalibrationError, match="found 1 run"):
+        fit_rescale(x, x)
+    with pytest.raises(CalibrationError, match="found 4 pairs, needed more than the 5"):
+        fit_rescale(changes()[:2, :, :2], changes()[:2, :, :2])
+    with pytest.raises(CalibrationError, match="same amount"):
+        fit_rescale(np.full((4, 1, 10), 0.1), changes(4))
+
+
+def test_the_simulated_rule_is_the_papers() -> None:
+    policy = TeaCachePolicy(0.25, (1.0, 0.0), (0.0, 1.0))
+    x = np.full((1, 1, 7), 0.1)
+    # Sums of 0.1: at 0.1 and 0.2 it is reused, at 0.3 computed and begun again; first and last are always computed.
+    assert "".join("C" if c else "." for c in simulate(policy, x)[0, 0]) == "C..C..CC"
+
+
+def test_the_threshold_reaches_the_target_and_a_smaller_one_does_not() -> None:
+    x = changes()
+    profile = profile_of(x, 2 * x)
+    rescale = fit_rescale(x, 2 * x)
+    threshold = find_threshold(rescale, x, profile, 1.4)
+
+    def speedup(value: float) -> float:
+        computed = simulate(TeaCachePolicy(value, rescale.coefficients, rescale.input_range), x).mean()
+        return float(1 / (1 - (1 - computed) * 12 / 15))  # the blocks are 12 of 15 multiply-accumulates
+
+    assert speedup(threshold) >= 1.4
+    assert speedup(threshold * 0.98) < 1.4
+
+
+def test_a_speed_up_that_no_threshold_reaches_is_refused_with_the_highest() -> None:
+    x = changes()
+    with pytest.raises(CalibrationError, match="speed-up of 9 cannot be reached in 11 steps; .* it is 2.89"):
+        TeaCache(target_speedup=9).calibrate(profile_of(x, x))
+
+
+def test_the_schedule_says_what_it_expects_and_how_good_the_fit_is() -> None:
+    x = changes()
+    schedule = TeaCache(threshold=0.0).calibrate(profile_of(x, x))
+    assert schedule.adaptive
+    assert schedule.table()["0.attn"] == "C" * STEPS
+    assert schedule.macs_fraction() == 1.0
+    schedule = TeaCache(threshold=100.0).calibrate(profile_of(x, x))
+    assert schedule.table()["1.mlp"] == "C" + "S" * (STEPS - 2) + "C"
+    assert schedule.measured["computed_steps"] == 2
+    assert schedule.measured["fit"]["held_out_r2"] > 0.99
+
+
+def test_wrong_settings_are_refused() -> None:
+    for wrong in (
+        {},
+        {"threshold": 0.1, "target_speedup": 2.0},
+        {"threshold": float("nan")},
+        {"threshold": -1.0},
+        {"target_speedup": 0.5},
+        {"threshold": 0.1, "degree": 0},
+        {"threshold": 0.1, "fit_to": "nothing"},
+    ):
+        with pytest.raises(CalibrationError, match="teacache"):
+            TeaCache(**wrong)  # type: ignore[arg-type]
+
+
+def test_failed_runs_are_not_counted() -> None:
+    profile = profile_of(changes(), changes())
+    runs = (*profile.runs, Run("9", 9, "failed at step 1 in 0.mlp"))
+    schedule = TeaCache(threshold=0.1).calibrate(replace(profile, runs=runs))
+    assert schedule.measured["runs"] == 8
