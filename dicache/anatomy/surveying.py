@@ -145,9 +145,14 @@ def _branches(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def _bind(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    bound = inspect.signature(forward).bind(*args, **kwargs)
-    return dict(bound.arguments)
+def signature(module: nn.Module) -> inspect.Signature:
+    """Return the signature of a module's forward as its class has it, whatever has been wrapped round the instance's."""
+    whole = inspect.signature(type(module).forward)
+    return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+
+def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(signature(module).bind(*args, **kwargs).arguments)
 
 
 def _watch(model: nn.Module, containers: Mapping[str, nn.ModuleList], inputs: Inputs) -> list[_Call]:
@@ -157,7 +162,7 @@ def _watch(model: nn.Module, containers: Mapping[str, nn.ModuleList], inputs: In
 
     def watch_block(path: str, position: int, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            call = _Call(path, position, module, _bind(forward, args, kwargs), None, [])
+            call = _Call(path, position, module, _bind(module, args, kwargs), None, [])
             open_block.append(call)
             call.returned = forward(*args, **kwargs)
             open_block.pop()
@@ -170,7 +175,7 @@ def _watch(model: nn.Module, containers: Mapping[str, nn.ModuleList], inputs: In
         def run(*args: Any, **kwargs: Any) -> Any:
             returned = forward(*args, **kwargs)
             if open_block:
-                open_block[-1].inner.append(_Inner(name, module, _bind(forward, args, kwargs), returned))
+                open_block[-1].inner.append(_Inner(name, module, _bind(module, args, kwargs), returned))
             return returned
 
         return run
@@ -192,9 +197,9 @@ def _refiners(model: nn.Module, containers: Mapping[str, nn.ModuleList], inputs:
     def call(given: Inputs) -> None:
         seen: dict[str, list[Tensor]] = {}
 
-        def watch(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def watch(path: str, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
-                first = [v for v in _bind(forward, args, kwargs).values() if isinstance(v, Tensor) and v.ndim >= 3]
+                first = [v for v in _bind(block, args, kwargs).values() if isinstance(v, Tensor) and v.ndim >= 3]
                 seen.setdefault(path, first[:1])
                 return forward(*args, **kwargs)
 
@@ -202,7 +207,7 @@ def _refiners(model: nn.Module, containers: Mapping[str, nn.ModuleList], inputs:
 
         with Overrides() as overrides, torch.no_grad():
             for path, container in containers.items():
-                overrides.set(container[0], watch(path, container[0].forward))
+                overrides.set(container[0], watch(path, container[0], container[0].forward))
             model(*given.args, **given.kwargs)
         entering.append(seen)
 
@@ -219,7 +224,7 @@ def _refiners(model: nn.Module, containers: Mapping[str, nn.ModuleList], inputs:
 def _moved(model: nn.Module, inputs: Inputs) -> Inputs:
     """Return the same arguments with other latents and another timestep."""
     latents = latents_of(inputs.args, inputs.kwargs)
-    bound = _bind(model.forward, inputs.args, inputs.kwargs)
+    bound = _bind(model, inputs.args, inputs.kwargs)
     time: Any = bound.get("timestep")
 
     def moved(value: Any) -> Any:
@@ -405,7 +410,7 @@ def _give(value: Any, *_args: Any, **_kwargs: Any) -> Any:
 
 def _as_keywords(call: _Call) -> dict[str, Any]:
     keywords: dict[str, Any] = {}
-    parameters = inspect.signature(call.module.forward).parameters
+    parameters = signature(call.module).parameters
     for name, value in call.arguments.items():
         if parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             keywords.update(value)

@@ -61,7 +61,8 @@ def teacache(profile: Path, schedule_file: Path | None, output: Path) -> None:
     from dicache.schedules import Schedule
 
     schedule = Schedule.load(schedule_file) if schedule_file else None
-    save(teacache_fit(load(profile), schedule), output)
+    fitted_to = str(schedule.settings.get("fit_to", "output")) if schedule else "output"
+    save(teacache_fit(load(profile), schedule, fitted_to), output)
     click.echo(f"Wrote {output}")
 
 

@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from dicache.figures.heatmap import colour_bar, colour_range, describe, draw, legend, mean_over_runs
+from dicache.figures.heatmap import colour_bar, colour_scale, describe, draw, mean_over_runs
 from dicache.figures.page import new_page, whole_numbers
 from dicache.profiler import Profile
 
@@ -19,14 +19,15 @@ def delta_map(profile: Profile) -> Figure:
     References:
         Delta-DiT, arXiv 2406.01125, figure 4c.
     """
-    what = describe(profile, of="mean of ")
+    measured = describe(profile, of="mean of ")
     table = mean_over_runs(profile.delta_cosine)  # (b, s)
-    limits = colour_range([table])
-    detail = f"{what}. {legend([table], limits)}"
+    scale = colour_scale([table])
     height = min(max(1.1 + 0.2 * len(table), 2.6), 5.6)
-    figure = new_page(7.2, height, "How much each block's delta is like that of the step before", detail)
+    figure = new_page(
+        7.2, height, "How much each block's delta is like that of the step before", f"{measured}. {scale}"
+    )
     axes = figure.add_subplot()
-    image = draw(axes, table, limits)
+    image = draw(axes, table, scale)
     whole_numbers(axes, x=11, y=min(len(table), 10))
-    colour_bar(figure, image, [axes], [table], limits, "cosine with the step before")
+    colour_bar(figure, image, [axes], scale, "cosine with the step before")
     return figure

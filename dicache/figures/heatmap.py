@@ -1,6 +1,7 @@
 """Heat maps over steps and blocks, all drawn alike: a block a row, a step a column, hatched where nothing is known."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -19,6 +20,22 @@ WORTH_CLIPPING = 1.25  # the range is cut only if that widens the colours of wha
 NARROWEST = 1e-4  # of a colour range; below it there is only rounding
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What the colours mean: from `low` to 1. `lowest` is the lowest value, which may lie below."""
+
+    low: float
+    lowest: float
+
+    @property
+    def cut(self) -> bool:
+        return self.lowest < self.low
+
+    def __str__(self) -> str:
+        """Say what the colours do not."""
+        return "Hatched: nothing to compare." + (f" Lowest: {self.lowest:.2f}." if self.cut else "")
+
+
 def describe(profile: Profile, *, of: str = "") -> str:
     """Return what a profile was measured on, as a line of text; `of` is what was made of its runs: "mean of ".
 
@@ -33,9 +50,8 @@ def describe(profile: Profile, *, of: str = "") -> str:
     model, scheduler = profile.provenance.model, profile.provenance.target.scheduler
     parts = [PurePath(model).name if PurePath(model).is_absolute() else model]
     parts += [f"{steps} steps of {scheduler}" if scheduler else f"{steps} steps"]
-    parts += [
-        of + (f"{runs} runs" if runs > 1 else "1 run") + (f" and {contexts} guidance passes" if contexts > 1 else "")
-    ]
+    passes = f" and {contexts} guidance passes" if contexts > 1 else ""
+    parts += [of + (f"{runs} runs" if runs > 1 else "1 run") + passes]
     return ", ".join(parts)
 
 
@@ -45,8 +61,8 @@ def mean_over_runs(values: np.ndarray) -> Table:
     return mean
 
 
-def colour_range(tables: Sequence[Table]) -> tuple[float, float]:
-    """Return the ends of one colour scale for tables of cosines: the lowest value that is no outlier, and 1.
+def colour_scale(tables: Sequence[Table]) -> Scale:
+    """Return one scale for tables of cosines: from the lowest value that is no outlier up to 1.
 
     Raises:
         ProfileError: If no table has a value.
@@ -57,36 +73,20 @@ def colour_range(tables: Sequence[Table]) -> tuple[float, float]:
     lowest, low = float(values.min()), float(np.percentile(values, LOW_PERCENTILE))
     if 1 - lowest < WORTH_CLIPPING * (1 - low):
         low = lowest
-    return min(low, 1 - NARROWEST), 1.0
+    return Scale(low=min(low, 1 - NARROWEST), lowest=lowest)
 
 
-def legend(tables: Sequence[Table], limits: tuple[float, float]) -> str:
-    """Return what the colours do not say: what is hatched, and how low those go that lie below the scale."""
-    lowest = min(float(table.min()) for table in tables if table.count())
-    return "Hatched: nothing to compare." + (f" Lowest: {lowest:.2f}." if lowest < limits[0] else "")
-
-
-def draw(axes: Axes, table: Table, limits: tuple[float, float], *, title: str = "") -> AxesImage:
+def draw(axes: Axes, table: Table, scale: Scale, *, title: str = "") -> AxesImage:
     """Draw a table of shape (blocks, steps) with block 0 at the top and step 0 at the left."""
     label(axes, x="step (0 = noisiest)", y="block (0 = first)", title=title, weight="bold")
     show_cells(axes)
-    low, high = limits
-    return axes.imshow(table, cmap=COLOURS, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    return axes.imshow(table, cmap=COLOURS, vmin=scale.low, vmax=1, aspect="auto", interpolation="nearest")
 
 
-def colour_bar(
-    figure: Figure,
-    image: AxesImage,
-    panels: Sequence[Axes],
-    tables: Sequence[Table],
-    limits: tuple[float, float],
-    text: str,
-) -> None:
+def colour_bar(figure: Figure, image: AxesImage, panels: Sequence[Axes], scale: Scale, text: str) -> None:
     """Draw the scale beside the panels; its lower end is pointed where values lie below it."""
-    below = any(float(table.min()) < limits[0] for table in tables if table.count())
-    slim = figure.get_figheight() * 0.7 / 0.14  # so that the bar is 0.14 inches wide, whatever its length
-    bar = figure.colorbar(
-        image, ax=list(panels), extend="min" if below else "neither", extendfrac=0.03, aspect=slim, pad=0.02
-    )
+    extend = "min" if scale.cut else "neither"
+    slim = figure.get_figheight() * 0.7 / 0.14  # so that the bar is about 0.14 inches wide, whatever its length
+    bar = figure.colorbar(image, ax=list(panels), extend=extend, extendfrac=0.03, aspect=slim, pad=0.02)
     label_bar(bar, text)
     bar.ax.ticklabel_format(useOffset=False)

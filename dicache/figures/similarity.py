@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dicache.figures.heatmap import colour_bar, colour_range, describe, draw, legend, mean_over_runs
+from dicache.figures.heatmap import colour_bar, colour_scale, describe, draw, mean_over_runs
 from dicache.figures.page import BLUE, GREEN, INK, ORANGE, SMALL, label, new_page, whole_numbers
 from dicache.profiler import Profile
 
@@ -28,10 +28,9 @@ def similarity_maps(profile: Profile, lag: int = 1) -> Figure:
         FORA, arXiv 2407.01425, figure 2.
     """
     before = "the step before" if lag == 1 else f"{lag} steps before"
-    what = describe(profile, of="mean of ")
+    measured = describe(profile, of="mean of ")
     tables = [mean_over_runs(profile.similarity(branch, lag)) for branch in profile.branches]  # each (b, s)
-    limits = colour_range(tables)
-    detail = f"{what}. {legend(tables, limits)}"
+    scale = colour_scale(tables)
     columns = min(len(tables), MOST_COLUMNS)
     bands = -(-len(tables) // columns)  # rows of maps
     heights = [min(max(0.9 + 0.18 * len(tables[0]), 1.9), 4.2)]
@@ -40,14 +39,14 @@ def similarity_maps(profile: Profile, lag: int = 1) -> Figure:
         2.9 * columns + 1.4,
         bands * sum(heights) + 0.5,
         f"How much each branch's output is like that of {before}",
-        detail,
+        f"{measured}. {scale}",
     )
     grid = figure.add_gridspec(bands * len(heights), columns, height_ratios=heights * bands)
     maps: list[Axes] = []
     for place, (branch, table) in enumerate(zip(profile.branches, tables, strict=True)):
         row, column = divmod(place, columns)
         maps.append(figure.add_subplot(grid[row * len(heights), column]))
-        image = draw(maps[-1], table, limits, title=branch)
+        image = draw(maps[-1], table, scale, title=branch)
         whole_numbers(maps[-1], x=6, y=min(len(table), 9))
     if len(heights) > 1:
         places = [grid[place // columns * 2 + 1, place % columns] for place in range(len(maps))]
@@ -62,7 +61,7 @@ def similarity_maps(profile: Profile, lag: int = 1) -> Figure:
     for axes in figure.axes:
         if axes.get_subplotspec().colspan.start:  # type: ignore[union-attr] # all are on the grid
             axes.set_ylabel("")
-    colour_bar(figure, image, maps, tables, limits, f"cosine with {before}")
+    colour_bar(figure, image, maps, scale, f"cosine with {before}")
     return figure
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from dicache.models.names import find
 from dicache.models.sampling import class_id
 
-
 FRECHET_NEEDS = 100  # images; the covariance of fewer features than these says nothing
 
 

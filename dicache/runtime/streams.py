@@ -1,12 +1,12 @@
 """Reads the streams of a block from its arguments and packs them into what it returns."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from dicache.anatomy import Block
+from dicache.anatomy.surveying import signature
 
 Tensors = dict[str, Tensor]
 
@@ -18,7 +18,7 @@ class Streams:
         self.module = module
         self.forward = forward
         self._returns = block.returns
-        parameters = list(inspect.signature(forward).parameters)
+        parameters = list(signature(module).parameters)
         self._places = [(name, parameters.index(name)) for name in block.streams]
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensors:

@@ -93,7 +93,7 @@ def test_the_threshold_reaches_the_target_and_a_smaller_one_does_not() -> None:
 
 def test_a_speed_up_that_no_threshold_reaches_is_refused_with_the_highest() -> None:
     x = changes()
-    with pytest.raises(CalibrationError, match="speed-up of 9 cannot be reached in 11 steps; .* it is 2.89"):
+    with pytest.raises(CalibrationError, match=r"speed-up of 9 cannot be reached in 11 steps; .* it is 2.89"):
         TeaCache(target_speedup=9).calibrate(profile_of(x, x))
 
 
@@ -120,7 +120,7 @@ def test_wrong_settings_are_refused() -> None:
         {"threshold": 0.1, "fit_to": "nothing"},
     ):
         with pytest.raises(CalibrationError, match="teacache"):
-            TeaCache(**wrong)  # type: ignore[arg-type]
+            TeaCache(**wrong)
 
 
 def test_failed_runs_are_not_counted() -> None:

@@ -1,0 +1,19 @@
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from dicache.cli import main
+
+
+def test_the_demo_leaves_profile_schedules_table_and_pictures(tmp_path: Path) -> None:
+    words = ["demo", "--runs", "3", "--steps", "10", "--images", "2", "-o", str(tmp_path)]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 0, result.output
+    names = {path.name for path in tmp_path.iterdir()}
+    pictures = {"delta.png", "similarity.png", "teacache.png", "schedules.png", "images.png"}
+    schedules = {"fora-2.json", "fora-3.json", "teacache-1.5x.json", "teacache-2x.json"}
+    assert names == {"profile.h5", "results.txt", *pictures, *schedules}
+    table = (tmp_path / "results.txt").read_text()
+    assert table in result.output
+    for row in ("uncached", "fora-2", "fora-3", "teacache-1.5x", "teacache-2x", "steps"):
+        assert row in table

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+
+from dicache.evaluate.quality import mean_with_interval, psnr, ssim
+from dicache.evaluate.timing import speedup
+
+
+def test_psnr_of_an_error_of_a_tenth_is_twenty_decibels() -> None:
+    reference = np.full((2, 8, 8, 3), 0.5)
+    assert psnr(reference + np.array([0.1, 0.01])[:, None, None, None], reference) == pytest.approx([20, 40])
+
+
+def test_identical_images_count_as_120_decibels() -> None:
+    images = np.full((1, 8, 8, 3), 0.5)
+    assert psnr(images, images) == pytest.approx([120])
+
+
+def test_ssim_is_one_for_equal_images_and_falls_with_noise() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.uniform(size=(1, 32, 32, 3))
+    noisy = [(images + rng.normal(scale=scale, size=images.shape)).clip(0, 1) for scale in (0.0, 0.1, 0.5)]
+    values = [ssim(other, images)[0] for other in noisy]
+    assert values[0] == pytest.approx(1)
+    assert values[0] > values[1] > values[2]
+
+
+def test_ssim_of_a_video_is_the_mean_of_its_frames() -> None:
+    rng = np.random.default_rng(0)
+    one, two = rng.uniform(size=(2, 1, 3, 16, 16, 3))
+    assert ssim(one, two)[0] == pytest.approx(ssim(one[0], two[0]).mean())
+
+
+def test_the_interval_holds_the_mean_and_narrows_with_more_images() -> None:
+    values = np.random.default_rng(0).normal(40, 2, size=400)
+    few, many = mean_with_interval(values[:10]), mean_with_interval(values)
+    assert few.low < few.mean < few.high
+    assert many.high - many.low < few.high - few.low
+    assert many.high - many.low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.15)
+
+
+def test_the_speedup_is_the_median_over_rounds() -> None:
+    assert speedup([2.0, 2.0, 20.0], [1.0, 1.0, 1.0]) == 2.0
