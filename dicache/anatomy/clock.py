@@ -23,7 +23,6 @@ class StepClock:
     def __init__(self, scheduler: Any, on_generation: Callable[[Any], None], on_step: Callable[[], None]) -> None:
         self.scheduler = scheduler
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
-        self._before = {name: scheduler.__dict__.get(name) for name in ("set_timesteps", "step")}
 
         def began(result: Any) -> Any:
             on_generation(scheduler)
@@ -33,16 +32,24 @@ class StepClock:
             on_step()
             return result
 
-        scheduler.set_timesteps = _Watched(scheduler, "set_timesteps", set_timesteps, began)
-        scheduler.step = _Watched(scheduler, "step", step, ended)
+        self._watched = (
+            _Watched(scheduler, "set_timesteps", set_timesteps, began),
+            _Watched(scheduler, "step", step, ended),
+        )
+        scheduler.set_timesteps, scheduler.step = self._watched
 
     def detach(self) -> None:
         """Give the scheduler its own methods back."""
-        for name, before in self._before.items():
-            if before is None:
-                self.scheduler.__dict__.pop(name, None)
+        for watched in self._watched:
+            watched.then = None
+            # Another clock may have been wound up on top of this one: then its wrapper stays, and only passes calls on.
+            method, own = vars(self.scheduler).get(watched.name), True
+            while isinstance(method, _Watched) and method.then is None:
+                method, own = method.__wrapped__, method.own
+            if own and method is not None:
+                vars(self.scheduler)[watched.name] = method
             else:
-                setattr(self.scheduler, name, before)
+                vars(self.scheduler).pop(watched.name, None)
 
 
 class _Watched:
@@ -51,11 +58,13 @@ class _Watched:
     def __init__(self, scheduler: Any, name: str, method: Callable[..., Any], then: Callable[[Any], Any]) -> None:
         self.scheduler = scheduler
         self.name = name
-        self.then = then
+        self.then: Callable[[Any], Any] | None = then
+        self.own = name in vars(scheduler)  # whether the instance had a method of its own before
         self.__wrapped__ = method  # pipelines read the signature to see which arguments the method takes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.then(self.__wrapped__(*args, **kwargs))
+        result = self.__wrapped__(*args, **kwargs)
+        return result if self.then is None else self.then(result)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # Some pipelines copy their scheduler: the copy must step itself, unwatched, and not the original.
@@ -88,4 +97,4 @@ def noise_levels(scheduler: Any) -> tuple[float, ...]:
         ratio = np.sqrt((1 - alpha) / alpha)
     else:
         raise ValueError(f"{type(scheduler).__name__} tells neither sigmas nor alphas; its noise levels are not known")
-    return tuple(float(level) for level in np.log(np.maximum(ratio, 1e-6)))
+    return tuple(round(float(level), 6) for level in np.log(np.maximum(ratio, 1e-6)))

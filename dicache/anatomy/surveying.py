@@ -146,7 +146,7 @@ def _branches(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def signature(module: nn.Module) -> inspect.Signature:
-    """Return the signature of a module's forward as its class has it, whatever has been wrapped round the instance's."""
+    """Return the signature of a module's forward as its class has it, whatever is wrapped round the instance's."""
     whole = inspect.signature(type(module).forward)
     return whole.replace(parameters=list(whole.parameters.values())[1:])
 
@@ -386,7 +386,7 @@ def _norms(block: Block, call: _Call, inputs: Inputs) -> dict[str, tuple[str, ..
         if feeds:
             norms[name] = feeds
 
-    # What the runtime will do: the norms pass their input on. It must change neither the output nor the input itself.
+    # What the runtime will do: the norms pass one token on. It must change neither the output nor the input itself.
     before = [stream.clone() for stream in streams]
     with Overrides() as overrides, torch.no_grad():
         for site in block.sites:
@@ -400,8 +400,12 @@ def _norms(block: Block, call: _Call, inputs: Inputs) -> dict[str, tuple[str, ..
 
 
 def pass_on(*args: Any, **kwargs: Any) -> Any:
-    """Stand in for a norm that feeds only reused branches: what it returns is not looked at."""
-    return args[0] if args else next(iter(kwargs.values()))
+    """Stand in for a norm that feeds only reused branches: what it returns is not looked at.
+
+    One token of its input is enough to be scaled and shifted, and spares doing so with all of them.
+    """
+    passed = args[0] if args else next(iter(kwargs.values()))
+    return passed[:, :1]
 
 
 def _give(value: Any, *_args: Any, **_kwargs: Any) -> Any:

@@ -205,5 +205,5 @@ def find_threshold(rescale: Rescale, x: np.ndarray, profile: Profile, target_spe
 
 def _macs_fraction(profile: Profile, computed: float) -> float:
     """Return the share of all multiply-accumulates when this share of the steps computes the body."""
-    body = sum(block.macs for block in profile.anatomy.blocks) / profile.anatomy.macs
-    return 1 - (1 - computed) * body
+    anatomy = profile.anatomy
+    return 1 - (1 - computed) * anatomy.macs_after_decision / anatomy.macs

@@ -59,7 +59,7 @@ def demo(runs: int, steps: int, images: int, output: Path) -> None:
     (output / "results.txt").write_text(text + "\n")
     click.echo(f"\n{text}\n")
 
-    _draw(profile, schedules, [(r.name, r.images[:10]) for r in (uncached, *cached, *fewer)], conditions[:10], output)
+    _draw(profile, schedules, [(r.name, r.images[:10]) for r in (uncached, *cached)], conditions[:10], output)
     click.echo(f"Profile, schedules, table and pictures are in {output}/")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dicache.anatomy import Anatomy, StepClock
+from dicache.anatomy.inputs import latents_of
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.signal import l1_change
 from dicache.profiler.storage import DATASETS, SITE_STATISTICS, TEACACHE_SIGNALS
@@ -96,11 +97,10 @@ class Recorder:
             generation = self._generation
             if generation is None or generation.finished:
                 return forward(*args, **kwargs)
-            signature = signature_of(args, kwargs)
-            name, _ = generation.lane(None, signature)
+            latents = latents_of(args, kwargs)
+            name, _ = generation.lane(None, len(latents), signature_of(args, kwargs))
             if name not in self._records:
-                device = signature[0][2] if signature else torch.device("cpu")
-                self._records[name] = _Record(self._anatomy, generation.steps, self._lags, device)
+                self._records[name] = _Record(self._anatomy, generation.steps, self._lags, latents.device)
             self._record = record = self._records[name]
             record.begin(generation.step)
             try:

@@ -1,19 +1,17 @@
 """TeaCache's policy, decided inside the first branch of the first block, so that the model's head runs once."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from dicache.anatomy import Anatomy
-from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.signal import l1_change
+from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane
 from dicache.runtime.stats import Stats, bytes_of
 from dicache.runtime.streams import Streams, Tensors, add, delta
 from dicache.schedules import TeaCachePolicy
 
-Forward = Callable[..., Any]
 INPUT = "modulated input"
 
 
@@ -28,32 +26,34 @@ class Adaptive:
         model: The model.
         anatomy: Its anatomy.
         policy: Decides at each step.
-        overrides: Where the forwards are put.
+        installer: Puts the forwards on the modules.
         stats: Counted into.
     """
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, policy: TeaCachePolicy, overrides: Overrides, stats: Stats
+        self, model: nn.Module, anatomy: Anatomy, policy: TeaCachePolicy, installer: Installer, stats: Stats
     ) -> None:
         self._anatomy = anatomy
         self._policy = policy
         self._stats = stats
-        self._overrides = overrides
+        self._installer = installer
+        self._program: Program = {}
         self._lane: Lane | None = None
         self._step = self._steps = 0
         self._skipping = False
         self._inputs: dict[int, Tensors] = {}  # of the segment that is running, by its first block
         for block in anatomy.blocks:
             module = model.get_submodule(block.module)
-            streams = Streams(block, module, overrides.original(module))
-            overrides.set(module, self._block(block.index, streams))
+            streams = Streams(block, module, installer.original(module))
+            self._program[module] = self._block(block.index, streams)
         first = anatomy.blocks[0]
         for place, site in enumerate(first.sites):
             module = model.get_submodule(f"{first.module}.{site.module}")
-            overrides.set(module, self._site(first.key(site), module, decides=place == 0))
+            self._program[module] = self._site(first.key(site), module, decides=place == 0)
 
     def prepare(self, lane: Lane, context: str, generation: Generation) -> None:
         """Make ready for a call of `lane`."""
+        self._installer.install(self._program)
         self._lane = lane
         self._step, self._steps = generation.step, generation.steps
         self._skipping = False
@@ -63,8 +63,7 @@ class Adaptive:
         stats, anatomy = self._stats, self._anatomy
         if self._skipping:
             stats.skipped_sites += len(anatomy.sites)
-            saved = sum(block.macs for block in anatomy.blocks)
-            stats.macs += 1 - saved / anatomy.macs if anatomy.macs else 1
+            stats.macs += 1 - anatomy.macs_after_decision / anatomy.macs if anatomy.macs else 1
         else:
             stats.computed_sites += len(anatomy.sites)
             stats.macs += 1
@@ -75,18 +74,17 @@ class Adaptive:
         self._lane = None
         self._inputs.clear()
 
-    def uninstall(self) -> None:
-        """Let the model run as it is: without a lane the wrappers only pass calls on."""
-        self.leave()
-
     @property
     def letter(self) -> str:
         return "." if self._skipping else "C"
 
+    def _running_lane(self) -> Lane:
+        assert self._lane is not None  # the program is only installed while a call runs
+        return self._lane
+
     def _decide(self, modulated: Tensor) -> bool:
         """Return whether to compute the body."""
-        lane = self._lane
-        assert lane is not None
+        lane = self._running_lane()
         before = lane.entries.get(INPUT)
         lane.entries[INPUT] = modulated
         x = None
@@ -97,13 +95,11 @@ class Adaptive:
         return compute
 
     def _site(self, key: str, module: nn.Module, *, decides: bool) -> Forward:
-        forward = self._overrides.original(module)
+        forward = self._installer.original(module)
         nothing = ("nothing", key)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            lane = self._lane
-            if lane is None:  # outside a generation
-                return forward(*args, **kwargs)
+            lane = self._running_lane()
             if decides:
                 modulated = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
                 self._skipping = not self._decide(modulated)
@@ -121,9 +117,7 @@ class Adaptive:
         start, stop = self._anatomy.segment(index)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            lane = self._lane
-            if lane is None:
-                return forward(*args, **kwargs)
+            lane = self._running_lane()
             if self._skipping:  # decided in an earlier block
                 into = streams.read(args, kwargs)
                 return streams.pack(add(into, lane.entries[start]) if index == start else into)

@@ -9,8 +9,10 @@ from typing import Any, Literal
 from torch import nn
 
 from dicache.anatomy.clock import StepClock, noise_levels, timesteps
+from dicache.anatomy.inputs import latents_of
 from dicache.anatomy.overrides import Overrides
 from dicache.runtime.adaptive import Adaptive
+from dicache.runtime.executor import Executor, Installer
 from dicache.runtime.generation import Generation, Request, Requests, signature_of
 from dicache.runtime.replay import Replay
 from dicache.runtime.stats import Stats
@@ -51,12 +53,13 @@ class Cache:
         self._lock = RLock()
         self._requests = Requests()
         self._overrides = Overrides()
+        self._installer = Installer(self._overrides)
         self._forward = self._overrides.original(model)
         self._clock: StepClock | None = None
         self._attached = True
         self._naming = "cache_context" in dir(type(model))
         try:
-            self._executor = self._executor_of(schedule)
+            self._executors = {schedule.target.noise_levels: self._executor_of(schedule)}
             self._overrides.set(model, self._call)
             if self._naming:
                 model.__dict__["cache_context"] = self._cache_context
@@ -67,11 +70,11 @@ class Cache:
             raise
         model.__dict__[_MARK] = self
 
-    def _executor_of(self, schedule: Schedule) -> Replay | Adaptive:
+    def _executor_of(self, schedule: Schedule) -> Executor:
         if schedule.plan is not None:
-            return Replay(self._model, schedule.anatomy, schedule.plan, self._overrides, self.stats)
+            return Replay(self._model, schedule.anatomy, schedule.plan, self._installer, self.stats)
         assert schedule.policy is not None
-        return Adaptive(self._model, schedule.anatomy, schedule.policy, self._overrides, self.stats)
+        return Adaptive(self._model, schedule.anatomy, schedule.policy, self._installer, self.stats)
 
     # The life of a generation
 
@@ -90,7 +93,7 @@ class Cache:
                 f"this {self.schedule.method} schedule has {self.schedule.steps} steps, the generation has {steps}; "
                 "calibrate for this step count"
             )
-        self._begin(self.schedule.steps)
+        self._begin(self.schedule)
 
     def begin_step(self) -> None:
         """Say that the next step of a bare model's sampling loop begins.
@@ -112,7 +115,7 @@ class Cache:
     def request(self) -> Request:
         """Return the state of one of several generations that take turns on this model; enter it around its calls."""
         self._check_attached()
-        return Request(self._requests)
+        return self._requests.new()
 
     def detach(self) -> None:
         """Give the model and the scheduler their own methods back, and free all that is kept."""
@@ -126,7 +129,7 @@ class Cache:
             self._model.__dict__.pop("cache_context", None)
         if self._model.__dict__.get(_MARK) is self:
             del self._model.__dict__[_MARK]
-        self._requests = Requests()
+        self._requests.free()
         self.stats.bytes_held = 0
 
     def __enter__(self) -> "Cache":
@@ -140,36 +143,24 @@ class Cache:
     # What the clock says
 
     def _on_set_timesteps(self, scheduler: Any) -> None:
-        self._requests.current().generation = None
-        steps = len(scheduler.timesteps)
+        self._requests.current().free()
+        steps, levels = len(scheduler.timesteps), _levels(scheduler)
         asked = getattr(scheduler, "num_inference_steps", None)
-        levels = _levels(scheduler)
         found = {"num_inference_steps": asked, "timesteps": timesteps(scheduler), "noise_levels": levels}
         found = {name: value for name, value in found.items() if value is not None and name not in self._allow}
         differences = self.schedule.target.differences(**found)
         if steps != self.schedule.steps and not differences:
             differences = [f"{self.schedule.steps} steps, found {steps}"]
-        if differences:
-            if self._fit != "resample":
-                raise ScheduleError(
-                    f"this {self.schedule.method} schedule was made for {'; '.join(differences)}. Calibrate for this "
-                    "sampler, or pass fit='resample' to apply() to map the schedule by noise level"
-                )
-            if levels is None:
-                raise ScheduleError(
-                    f"{type(scheduler).__name__} does not tell its noise levels; nothing to resample on"
-                )
-            self._resample(levels, asked)
-        self._begin(steps)
-
-    def _resample(self, levels: tuple[float, ...], asked: int | None) -> None:
-        with self._lock:
-            self.schedule = self.schedule.resampled(levels, asked)
-            self.stats.planned_macs_fraction = self.schedule.macs_fraction()
-            inner = [module for module in self._overrides if module is not self._model]
-            for module in inner:
-                self._overrides.clear(module)
-            self._executor = self._executor_of(self.schedule)
+        if not differences:
+            return self._begin(self.schedule)
+        if self._fit != "resample":
+            raise ScheduleError(
+                f"this {self.schedule.method} schedule was made for {'; '.join(differences)}. Calibrate for this "
+                "sampler, or pass fit='resample' to apply() to map the schedule by noise level"
+            )
+        if levels is None:
+            raise ScheduleError(f"{type(scheduler).__name__} does not tell its noise levels; nothing to resample on")
+        return self._begin(self.schedule.resampled(levels, asked))
 
     def _on_step(self) -> None:
         generation = self._requests.current().generation
@@ -178,12 +169,18 @@ class Cache:
             if generation.finished:
                 self.stats.bytes_held = 0
 
-    def _begin(self, steps: int) -> None:
-        generation = Generation(steps)
+    def _begin(self, schedule: Schedule) -> None:
+        levels = schedule.target.noise_levels
+        if levels not in self._executors:
+            self._executors[levels] = self._executor_of(schedule)
+        generation = Generation(schedule.steps, self._executors[levels])
         if self._pipeline is not None:
             generation.begin_step()
-        self._requests.current().generation = generation
+        request = self._requests.current()
+        request.free()
+        request.generation = generation
         self.stats.generations += 1
+        self.stats.planned_macs_fraction = schedule.macs_fraction()
         self.stats.steps = {}
 
     # What the model does
@@ -210,16 +207,17 @@ class Cache:
 
     def _plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._lock:
-            self._executor.uninstall()
+            self._installer.uninstall()
             return self._forward(*args, **kwargs)
 
     def _replay(
         self, generation: Generation, context: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        signature = signature_of(args, kwargs)
-        self._check_latents(signature)
-        name, lane = generation.lane(context, signature)
-        executor, stats = self._executor, self.stats
+        executor, stats = generation.executor, self.stats
+        assert executor is not None
+        latents = latents_of(args, kwargs)
+        self._check_latents(tuple(latents.shape[1:]))
+        name, lane = generation.lane(context, len(latents), signature_of(args, kwargs))
         try:
             executor.prepare(lane, name, generation)
             out = self._forward(*args, **kwargs)
@@ -229,17 +227,17 @@ class Cache:
             raise
         finally:
             executor.leave()
+        stats.held(sum(lane.bytes_held for lane in generation.lanes.values()))
+        if generation.step == generation.steps - 1:  # nothing comes after it, whatever a policy has kept
+            lane.clear()
+            stats.held(sum(lane.bytes_held for lane in generation.lanes.values()))
         stats.calls += 1
         stats.steps[name] = stats.steps.get(name, "").ljust(generation.step, "-") + executor.letter
-        stats.held(sum(lane.bytes_held for lane in generation.lanes.values()))
         return out
 
-    def _check_latents(self, signature: tuple[Any, ...]) -> None:
+    def _check_latents(self, found: tuple[int, ...]) -> None:
         want = self.schedule.target.latents
-        if want is None or "latents" in self._allow or not signature:
-            return
-        found = tuple(signature[0][0][1:])
-        if found != want:
+        if want is not None and want != found and "latents" not in self._allow:
             raise ScheduleError(
                 f"this {self.schedule.method} schedule was made for latents of shape {want}, but the model is called "
                 f"with {found}. Calibrate for this size, or pass allow=('latents',) to apply()"

@@ -6,11 +6,15 @@ from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import Lock, get_ident
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dicache.runtime.executor import Executor
 
 Signature = tuple[Any, ...]
 
@@ -41,9 +45,17 @@ class Lane:
 
 @dataclass
 class Generation:
-    """One run of the sampling loop."""
+    """One run of the sampling loop.
+
+    Attributes:
+        steps: How many it has.
+        executor: Replays the schedule in it.
+        step: The one that runs, -1 before the first.
+        lanes: By name of the guidance pass and batch size.
+    """
 
     steps: int
+    executor: "Executor | None" = None
     step: int = -1
     lanes: dict[tuple[str, int], Lane] = field(default_factory=dict)
     _calls: Counter[str] = field(default_factory=Counter)
@@ -58,7 +70,7 @@ class Generation:
     def finished(self) -> bool:
         return self.step >= self.steps
 
-    def lane(self, context: str | None, signature: Signature) -> tuple[str, Lane]:
+    def lane(self, context: str | None, batch: int, signature: Signature) -> tuple[str, Lane]:
         """Return the name and the lane of the next call, empty if nothing in it may be used.
 
         The pass is known by the pipeline's name for it, else by its place among the calls of this step, and by its
@@ -67,7 +79,6 @@ class Generation:
         self._calls[context or ""] += 1
         ordinal = self._calls[context or ""] - 1
         name = f"{context or ''}{ordinal if ordinal or context is None else ''}"
-        batch = next((part[0][0] for part in signature if part[0]), 0)
         lane = self.lanes.get((name, batch))
         if lane is None:
             lane = self.lanes[name, batch] = Lane(signature)
@@ -99,7 +110,7 @@ class Request:
         self.context: str | None = None
 
     def __enter__(self) -> "Request":
-        self._requests.enter(sys._getframe(1), self)
+        self._requests.enter(_entering_frame(), self)
         self._tokens.append(self._requests.variable.set(self))
         return self
 
@@ -112,7 +123,13 @@ class Request:
         except ValueError:  # entered in another context, such as a generator that another task finishes
             self._requests.variable.set(None)
         if kind is not None:
-            self.generation = None
+            self.free()
+
+    def free(self) -> None:
+        """Forget the generation and all that it keeps."""
+        if self.generation is not None:
+            self.generation.lanes.clear()
+        self.generation = None
 
     @contextmanager
     def named(self, context: str) -> Iterator[None]:
@@ -124,37 +141,81 @@ class Request:
             self.context = before
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Where a request was entered."""
+
+    frame: FrameType
+    thread: int
+    task: Any
+    request: Request
+
+
 class Requests:
     """Finds the request that a call belongs to.
 
-    A context variable tells threads and tasks apart. Generators that take turns in one thread share their variables,
-    so the frames on the stack are looked at first: the one that entered a request is among them only while it runs.
+    The frame that entered a request is on the stack while the request runs, and is not while a generator that holds it
+    waits for its turn. Work that was started inside a request, in another thread or task, has it as a context variable.
     """
 
     def __init__(self) -> None:
         self.variable: ContextVar[Request | None] = ContextVar("dicache_request", default=None)
-        self._frames: tuple[tuple[FrameType, Request], ...] = ()
+        self._entries: tuple[_Entry, ...] = ()
         self._changing = Lock()
-        self._alone = Request(self)
+        self._made: WeakSet[Request] = WeakSet()
+        self._alone = self.new()
+
+    def new(self) -> Request:
+        request = Request(self)
+        with self._changing:
+            self._made.add(request)
+        return request
 
     def enter(self, frame: FrameType, request: Request) -> None:
         with self._changing:
-            self._frames = (*self._frames, (frame, request))
+            self._entries = (*self._entries, _Entry(frame, get_ident(), _current_task(), request))
 
     def leave(self, request: Request) -> None:
         with self._changing:
-            last = max(i for i, (_, entered) in enumerate(self._frames) if entered is request)
-            self._frames = self._frames[:last] + self._frames[last + 1 :]
+            last = max(i for i, entry in enumerate(self._entries) if entry.request is request)
+            self._entries = self._entries[:last] + self._entries[last + 1 :]
 
     def current(self) -> Request:
         """Return the request that the caller runs in, or the one for callers that name none."""
-        frames = self._frames
-        if not frames:
+        entries = self._entries
+        if not entries:
             return self._alone
-        entered = {id(frame): request for frame, request in frames}
+        entered = {id(entry.frame): entry.request for entry in entries}
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             if id(frame) in entered:
                 return entered[id(frame)]
             frame = frame.f_back
-        return self.variable.get() or self._alone
+        inherited = self.variable.get()
+        here = (get_ident(), _current_task())
+        if inherited is None or any(e.request is inherited and (e.thread, e.task) == here for e in entries):
+            return self._alone  # what this thread and task itself entered is waiting for its turn
+        return inherited
+
+    def free(self) -> None:
+        """Forget all generations, also of requests that somebody still holds."""
+        with self._changing:
+            made = list(self._made)
+        for request in made:
+            request.free()
+
+
+def _entering_frame() -> FrameType:
+    """Return the frame of whoever enters a request, past the exit stack that may do it for them."""
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__") == "contextlib" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _current_task() -> Any:
+    asyncio = sys.modules.get("asyncio")
+    try:
+        return asyncio.current_task() if asyncio else None
+    except RuntimeError:  # no loop runs in this thread
+        return None

@@ -1,20 +1,16 @@
 """Static plans: every distinct row is a set of specialised forwards that are put on the modules for its steps."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from dicache.anatomy import Anatomy
-from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.surveying import pass_on
-from dicache.runtime.generation import Generation, Lane
+from dicache.runtime.executor import Forward, Installer, Program
+from dicache.runtime.generation import Generation, Lane, Signature
 from dicache.runtime.stats import Stats, bytes_of
 from dicache.runtime.streams import Streams, Tensors, add, delta
 from dicache.schedules import Plan, Range, Row, Rows
-
-Forward = Callable[..., Any]
-Program = dict[nn.Module, Forward]
 
 
 class Replay:
@@ -24,27 +20,26 @@ class Replay:
         model: The model that the plan is for.
         anatomy: Its anatomy.
         plan: What to compute.
-        overrides: Where the forwards are put.
+        installer: Puts the forwards on the modules.
         stats: Counted into.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan, overrides: Overrides, stats: Stats) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan, installer: Installer, stats: Stats) -> None:
         self._model = model
         self._anatomy = anatomy
         self._plan = plan
-        self._overrides = overrides
+        self._installer = installer
         self._stats = stats
         self._rows: dict[str, Rows] = {}
         self._programs: dict[tuple[Any, ...], Program] = {}
         self._steps: dict[tuple[str, int, bool], _Step] = {}
         self._running = _Step(Row(), {}, anatomy)
-        self._installed: Program = {}
         self._entries: dict[Any, Any] = {}  # of the lane whose call is running
         self._inputs: dict[Range, Tensors] = {}
         self._streams: dict[int, Streams] = {}
         for block in anatomy.blocks:
             module = model.get_submodule(block.module)
-            self._streams[block.index] = Streams(block, module, overrides.original(module))
+            self._streams[block.index] = Streams(block, module, installer.original(module))
 
     def prepare(self, lane: Lane, context: str, generation: Generation) -> None:
         """Put the forwards of this step's row in place for a call of `lane`."""
@@ -52,7 +47,7 @@ class Replay:
         if not (step.row.reuse <= lane.entries.keys() and all(part in lane.entries for part in step.row.skip)):
             lane.clear()
             step = self._step(context, generation.step, compute=True)
-        self._install(step.program)
+        self._installer.install(step.program)
         self._running = step
         self._entries = lane.entries
 
@@ -65,17 +60,15 @@ class Replay:
         stats.skipped_sites += step.skipped
         stats.computed_sites += step.computed
         stats.macs += step.macs
-        if step.changes:
-            lane.bytes_held = bytes_of(lane.entries)
+        if step.changes:  # what a step leaves behind depends on nothing but the step and the shapes
+            if lane.signature not in step.bytes_held:
+                step.bytes_held[lane.signature] = bytes_of(lane.entries)
+            lane.bytes_held = step.bytes_held[lane.signature]
 
     def leave(self) -> None:
         """Forget the call that ran, also when it failed."""
         self._entries = {}
         self._inputs.clear()
-
-    def uninstall(self) -> None:
-        """Let the model run as it is."""
-        self._install({})
 
     @property
     def letter(self) -> str:
@@ -94,16 +87,6 @@ class Replay:
             self._steps[key] = _Step(row, self._programs[same], self._anatomy)
         return self._steps[key]
 
-    def _install(self, program: Program) -> None:
-        if program is self._installed:
-            return
-        for module in self._installed:
-            if module not in program:
-                self._overrides.clear(module)
-        for module, forward in program.items():
-            self._overrides.set(module, forward)
-        self._installed = program
-
     def _build(self, row: Row) -> Program:
         program: Program = {}
         skipped = {index for start, stop in row.skip for index in range(start, stop)}
@@ -116,7 +99,7 @@ class Replay:
                 if site.branch in reused:
                     program[module] = self._give(block.key(site))
                 elif block.key(site) in row.keep:
-                    program[module] = self._keep(block.key(site), self._overrides.original(module))
+                    program[module] = self._keep(block.key(site), self._installer.original(module))
             for path, feeds in block.norms.items():
                 if reused.issuperset(feeds):
                     program[self._model.get_submodule(f"{block.module}.{path}")] = pass_on
@@ -173,6 +156,7 @@ class _Step:
         self.program = program
         self.released = (*row.release, *row.release_delta)
         self.changes = bool(self.released or row.keep or row.keep_delta)
+        self.bytes_held: dict[Signature, int] = {}
         self.computed = self.reused = self.skipped = saved = 0
         for block in anatomy.blocks:
             skipped = any(start <= block.index < stop for start, stop in row.skip)

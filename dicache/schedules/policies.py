@@ -103,7 +103,7 @@ def read_policy(content: Mapping[str, Any]) -> TeaCachePolicy:
         return TeaCachePolicy(
             threshold=content["threshold"],
             coefficients=tuple(content["coefficients"]),
-            input_range=(content["input_range"][0], content["input_range"][1]),
+            input_range=tuple(content["input_range"]),
             first_steps=content["first_steps"],
             last_steps=content["last_steps"],
         )

@@ -4,14 +4,14 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dicache.anatomy.parts import Anatomy, AnatomyError
-from dicache.schedules.plan import ACT, COMPUTE, Plan, PlanError, Rule
+from dicache.schedules.plan import ACT, ALL, COMPUTE, Plan, PlanError, Rule
 from dicache.schedules.policies import TeaCachePolicy, read_policy
 
 FORMAT = "dicache.schedule/1"
@@ -117,7 +117,8 @@ class Schedule:
         if self.plan is not None:
             if self.plan.steps != self.steps:
                 raise ScheduleError(f"the plan has {self.plan.steps} steps, the schedule {self.steps}")
-            self.plan.table(self.anatomy)  # raises if it does not fit the model
+            for context in {None, *(rule.context for rule in self.plan.rules if rule.context != ALL)}:
+                self.plan.table(self.anatomy, context)  # raises if it does not fit the model
 
     @property
     def adaptive(self) -> bool:
@@ -145,8 +146,8 @@ class Schedule:
     def resampled(self, noise_levels: tuple[float, ...], num_inference_steps: int | None) -> "Schedule":
         """Return the schedule for another number of steps.
 
-        Each computed step of the plan is computed at the new step whose noise level is nearest to its own; a policy
-        decides at run time and only counts its steps anew.
+        What the plan does at a step it does at the new step whose noise level is nearest; where several meet, only what
+        all of them leave out is left out. A policy decides at run time and only counts its steps anew.
 
         Raises:
             ScheduleError: If the schedule does not say at which noise levels it was made.
@@ -156,21 +157,7 @@ class Schedule:
                 f"the schedule does not say its noise levels, so its {self.steps} steps cannot be mapped to "
                 f"{len(noise_levels)}; calibrate for this step count instead"
             )
-        mine, theirs = np.asarray(self.target.noise_levels), np.asarray(noise_levels)
-        nearest = np.abs(mine[:, None] - theirs[None, :]).argmin(axis=1)  # (steps,) new step of each old one
-        plan = self.plan
-        if plan is not None:
-            rules = []
-            for rule in plan.rules:
-                letters = [ACT] * len(theirs)
-                letters[0] = COMPUTE
-                for step, letter in enumerate(rule.steps):
-                    if letter == COMPUTE:
-                        letters[nearest[step]] = COMPUTE
-                if ACT not in rule.steps:
-                    letters = [COMPUTE] * len(theirs)
-                rules.append(Rule(**{**rule.to_json(), "steps": "".join(letters)}))
-            plan = Plan(len(theirs), tuple(rules))
+        plan = None if self.plan is None else _resampled(self.plan, self.target.noise_levels, noise_levels)
         target = Target(
             **{
                 **vars(self.target),
@@ -180,7 +167,8 @@ class Schedule:
             }
         )
         measured = {"resampled_from_steps": self.steps}
-        return Schedule(self.method, self.settings, self.anatomy, target, len(theirs), plan, self.policy, measured)
+        steps = len(noise_levels)
+        return Schedule(self.method, self.settings, self.anatomy, target, steps, plan, self.policy, measured)
 
     def to_json(self) -> dict[str, Any]:
         content: dict[str, Any] = {
@@ -212,7 +200,7 @@ class Schedule:
             kind = "unknown" if wrong[0] in given else "missing"
             raise ScheduleError(f"{kind} key {wrong[0]!r}; the keys are {', '.join(sorted(keys))}, and plan or policy")
         for name, kind_of in (("method", str), ("settings", Mapping), ("steps", int), ("measured", Mapping)):
-            if not isinstance(content[name], kind_of):
+            if not isinstance(content[name], kind_of) or isinstance(content[name], bool):
                 raise ScheduleError(f"{name} cannot be {content[name]!r}")
         try:
             return cls(
@@ -233,7 +221,7 @@ class Schedule:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
-        part.write_text(_dump(self.to_json()))
+        part.write_text(_dump(self.to_json()) + "\n")
         os.replace(part, path)
 
     @classmethod
@@ -244,7 +232,7 @@ class Schedule:
             ScheduleError: If the file is missing, is not JSON, or is not a schedule.
         """
         try:
-            return cls.from_json(json.loads(Path(path).read_text(), parse_constant=_no_constant))
+            return cls.from_json(json.loads(Path(path).read_text(), parse_constant=_finite, parse_float=_finite))
         except FileNotFoundError:
             raise ScheduleError(f"{path} does not exist; make a schedule with `dicache calibrate`") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -253,6 +241,29 @@ class Schedule:
             raise ScheduleError(f"{path} is a folder; needed a schedule file") from None
         except ScheduleError as error:
             raise ScheduleError(f"{path}: {error}") from None
+
+
+def _resampled(plan: Plan, mine: tuple[float, ...], theirs: tuple[float, ...]) -> Plan:
+    """Return the plan for the noise levels `theirs`, falling, instead of `mine`."""
+    old, new = np.asarray(mine), np.asarray(theirs)
+    nearest = np.abs(old[:, None] - new[None, :]).argmin(axis=1)  # new step of each old one
+    acting = [i for i in range(plan.steps) if any(rule.steps[i] == ACT for rule in plan.rules)]
+
+    def comes_from(step: int) -> list[int]:
+        """Return the old steps that a new step stands for; none if it is to compute."""
+        if here := np.flatnonzero(nearest == step).tolist():
+            return list(here)
+        # No old step is nearest to it: it lies between two, and leaves out what one of them does.
+        before = max(int((old >= new[step]).sum()) - 1, 0)
+        beside = [i for i in (before, before + 1) if i in acting]
+        return sorted(beside, key=lambda i: abs(old[i] - new[step]))[:1]
+
+    sources = [comes_from(step) if step else [] for step in range(len(new))]  # the first step has nothing to reuse
+
+    def letters(rule: Rule) -> str:
+        return "".join(ACT if s and all(rule.steps[i] == ACT for i in s) else COMPUTE for s in sources)
+
+    return Plan(len(new), tuple(replace(rule, steps=letters(rule)) for rule in plan.rules))
 
 
 def macs_fraction(anatomy: Anatomy, table: Mapping[str, str]) -> float:
@@ -274,13 +285,19 @@ def macs_fraction(anatomy: Anatomy, table: Mapping[str, str]) -> float:
     return 1 - saved / (anatomy.macs * steps)
 
 
-def _no_constant(name: str) -> float:
-    raise ScheduleError(f"found {name}, needed a finite number")
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ScheduleError(f"found {text}, needed a finite number")
+    return value
 
 
-def _dump(content: Any) -> str:
-    """Write JSON with one line for each list of plain values, so that a person can read and compare it."""
-    import re
-
-    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
-    return re.sub(r"\[\s+((?:[^\[\]{}]*?))\s+\]", lambda m: "[" + re.sub(r"\s*\n\s*", " ", m[1]) + "]", text) + "\n"
+def _dump(content: Any, indent: str = "") -> str:
+    """Write JSON with a line for each list of plain values, so that a person can read and compare it."""
+    inner = indent + "  "
+    if isinstance(content, Mapping) and content:
+        items = [f"{inner}{json.dumps(str(key))}: {_dump(value, inner)}" for key, value in content.items()]
+        return "{\n" + ",\n".join(items) + f"\n{indent}}}"
+    if isinstance(content, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in content):
+        return "[\n" + ",\n".join(inner + _dump(item, inner) for item in content) + f"\n{indent}]"
+    return json.dumps(content, allow_nan=False, ensure_ascii=False)

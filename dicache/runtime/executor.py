@@ -1,0 +1,65 @@
+"""What replays a schedule: its contract, and how its forwards are put on the modules."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import nn
+
+from dicache.anatomy.overrides import Overrides
+from dicache.runtime.generation import Generation, Lane
+
+Forward = Callable[..., Any]
+Program = dict[nn.Module, Forward]
+
+
+class Executor(Protocol):
+    """Runs the calls of a model by a plan or a policy."""
+
+    def prepare(self, lane: Lane, context: str, generation: Generation) -> None:
+        """Put forwards in place for a call of `lane`."""
+
+    def finish(self, lane: Lane) -> None:
+        """Release what nothing will read, and count the call."""
+
+    def leave(self) -> None:
+        """Forget the call that ran, also when it failed."""
+
+    @property
+    def letter(self) -> str:
+        """`C` if the call computed everything, else `.`."""
+
+
+class Installer:
+    """Puts programs on the modules of one model, one at a time: a program is a forward for each of some modules."""
+
+    def __init__(self, overrides: Overrides) -> None:
+        self._overrides = overrides
+        self._nothing: Program = {}
+        self._installed = self._nothing
+        self._moves: dict[tuple[int, int], list[tuple[dict[str, Any], Forward]]] = {}
+        self._known: list[Program] = []  # kept alive, since they are told apart by identity
+
+    def original(self, module: nn.Module) -> Forward:
+        """Return the forward that a module has without any program."""
+        return self._overrides.original(module)
+
+    def install(self, program: Program) -> None:
+        """Put a program's forwards in place of those of the one before."""
+        if program is self._installed:
+            return
+        change = (id(self._installed), id(program))
+        moves = self._moves.get(change)
+        if moves is None:
+            self._known.append(program)
+            modules = {**self._installed, **program}
+            forwards = {module: program.get(module) or self.original(module) for module in modules}
+            for module, forward in forwards.items():
+                self._overrides.set(module, forward)
+            moves = self._moves[change] = [(vars(module), forward) for module, forward in forwards.items()]
+        for namespace, forward in moves:
+            namespace["forward"] = forward
+        self._installed = program
+
+    def uninstall(self) -> None:
+        """Let the model run as it is."""
+        self.install(self._nothing)
