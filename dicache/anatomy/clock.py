@@ -43,9 +43,10 @@ class StepClock:
         for watched in self._watched:
             watched.then = None
             # Another clock may have been wound up on top of this one: then its wrapper stays, and only passes calls on.
-            method, own = vars(self.scheduler).get(watched.name), True
+            method: Any = vars(self.scheduler).get(watched.name)
+            own = True
             while isinstance(method, _Watched) and method.then is None:
-                method, own = method.__wrapped__, method.own
+                own, method = method.own, method.__wrapped__
             if own and method is not None:
                 vars(self.scheduler)[watched.name] = method
             else:

@@ -1,6 +1,7 @@
 """Recorders: what is measured while the uncached pipeline runs. Scalars only; no activation outlives its use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.signal import l1_change
 from dicache.profiler.storage import DATASETS, SITE_STATISTICS, TEACACHE_SIGNALS
 from dicache.runtime.generation import Generation, signature_of
+from dicache.runtime.naming import PassNames
 from dicache.runtime.streams import Streams, Tensors, delta
 
 Forward = Callable[..., Any]
@@ -36,6 +38,8 @@ class Recorder:
         self._generation: Generation | None = None
         self._records: dict[str, _Record] = {}
         self._record: _Record | None = None  # of the call that is running
+        self._pass: str | None = None
+        self._names = PassNames(model, self._named)
         self._overrides = Overrides()
         self._overrides.set(model, self._model(model.forward))
         for block in anatomy.blocks:
@@ -50,6 +54,7 @@ class Recorder:
         """Give the model and the scheduler their own methods back."""
         self._overrides.restore()
         self._clock.detach()
+        self._names.detach()
 
     def __enter__(self) -> "Recorder":
         return self
@@ -83,6 +88,14 @@ class Recorder:
         step, place = min(found)
         return f"step {step} in {self._anatomy.sites[place]}"
 
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        before, self._pass = self._pass, name
+        try:
+            yield
+        finally:
+            self._pass = before
+
     def _begin(self, scheduler: Any) -> None:
         self._generation = Generation(len(scheduler.timesteps))
         self._generation.begin_step()
@@ -98,7 +111,7 @@ class Recorder:
             if generation is None or generation.finished:
                 return forward(*args, **kwargs)
             latents = latents_of(args, kwargs)
-            name, _ = generation.lane(None, len(latents), signature_of(args, kwargs))
+            name, _ = generation.lane(self._pass, len(latents), signature_of(args, kwargs))
             if name not in self._records:
                 self._records[name] = _Record(self._anatomy, generation.steps, self._lags, latents.device)
             self._record = record = self._records[name]

@@ -1,7 +1,5 @@
 """A schedule attached to a model."""
 
-from collections.abc import Callable
-from contextlib import contextmanager
 from threading import RLock
 from types import TracebackType
 from typing import Any, Literal
@@ -14,6 +12,7 @@ from dicache.anatomy.overrides import Overrides
 from dicache.runtime.adaptive import Adaptive
 from dicache.runtime.executor import Executor, Installer
 from dicache.runtime.generation import Generation, Request, Requests, signature_of
+from dicache.runtime.naming import PassNames
 from dicache.runtime.replay import Replay
 from dicache.runtime.stats import Stats
 from dicache.schedules import Schedule, ScheduleError
@@ -57,12 +56,10 @@ class Cache:
         self._forward = self._overrides.original(model)
         self._clock: StepClock | None = None
         self._attached = True
-        self._naming = "cache_context" in dir(type(model))
+        self._names = PassNames(model, lambda name: self._requests.current().named(name))
         try:
             self._executors = {schedule.target.noise_levels: self._executor_of(schedule)}
             self._overrides.set(model, self._call)
-            if self._naming:
-                model.__dict__["cache_context"] = self._cache_context
             if pipeline is not None:
                 self._clock = StepClock(pipeline.scheduler, self._on_set_timesteps, self._on_step)
         except BaseException:
@@ -125,8 +122,7 @@ class Cache:
         self._overrides.restore()
         if self._clock is not None:
             self._clock.detach()
-        if self._naming:
-            self._model.__dict__.pop("cache_context", None)
+        self._names.detach()
         if self._model.__dict__.get(_MARK) is self:
             del self._model.__dict__[_MARK]
         self._requests.free()
@@ -242,16 +238,6 @@ class Cache:
                 f"this {self.schedule.method} schedule was made for latents of shape {want}, but the model is called "
                 f"with {found}. Calibrate for this size, or pass allow=('latents',) to apply()"
             )
-
-    def _cache_context(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        @contextmanager
-        def both() -> Any:
-            kind: Any = type(self._model)
-            inner: Callable[..., Any] = kind.cache_context
-            with self._requests.current().named(name), inner(self._model, name, *args, **kwargs):
-                yield
-
-        return both()
 
     def _check_attached(self) -> None:
         if not self._attached:

@@ -59,7 +59,7 @@ def test_the_schedule_counts_what_it_computes() -> None:
 
 
 def test_wrong_settings_are_refused_with_what_is_needed() -> None:
-    with pytest.raises(CalibrationError, match="1 .* or more, found 0"):
+    with pytest.raises(CalibrationError, match=r"1 .* or more, found 0"):
         Fora(0)
     with pytest.raises(CalibrationError, match="below the 4 steps, found 9"):
         Fora(9).plan(TWO_BLOCKS, 4)

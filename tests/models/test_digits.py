@@ -87,7 +87,7 @@ def test_a_training_goes_on_where_it_was_broken_off(tmp_path: Path, monkeypatch:
     def trained(work: Path, *, break_off_after: int | None = None) -> torch.Tensor:
         torch.manual_seed(0)
         judge = DigitJudge()
-        batches = []
+        batches: list[torch.Tensor] = []
 
         def loss(generator: torch.Generator) -> torch.Tensor:
             if len(batches) == break_off_after:

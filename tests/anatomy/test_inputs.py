@@ -1,0 +1,78 @@
+"""Arguments of a model's call: made up, captured, and the latents among them."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dicache.anatomy import AnatomyError
+from dicache.anatomy.inputs import capture_inputs, example_inputs, latents_of
+from tests.tiny import Build, arguments, both_models, dit, generate, pipeline_of, predict
+
+
+@both_models
+def test_made_up_inputs_run_the_model_at_its_own_size(build: Build) -> None:
+    model = build()
+    inputs = example_inputs(model)
+    with torch.no_grad():
+        out = model(*inputs.args, **inputs.kwargs).sample
+    assert out.shape == (2, 8, 8, 8)
+
+
+def test_made_up_inputs_have_the_precision_of_the_model() -> None:
+    assert latents_of((), example_inputs(dit().to(torch.bfloat16)).kwargs).dtype == torch.bfloat16
+
+
+def test_a_required_argument_that_is_not_known_is_named_with_what_to_do_next() -> None:
+    class Unusual(nn.Linear):
+        def forward(self, hidden_states: Tensor, phase: Tensor) -> Tensor:  # type: ignore[override]
+            return hidden_states + phase
+
+    model = Unusual(2, 2)
+    model.config = {"in_channels": 4}  # type: ignore[assignment]
+    with pytest.raises(AnatomyError, match=r"Unusual needs 'phase'.*call survey\(model, inputs\)"):
+        example_inputs(model)
+
+
+def test_an_argument_whose_size_the_configuration_does_not_tell_is_named() -> None:
+    class Bare(nn.Linear):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return hidden_states
+
+    with pytest.raises(AnatomyError, match="Bare needs 'hidden_states'"):
+        example_inputs(Bare(2, 2))
+
+
+@both_models
+def test_the_first_call_of_a_pipeline_is_captured_and_the_model_left_as_it_was(build: Build) -> None:
+    pipe = pipeline_of(build)
+    model = pipe.transformer
+    keys = set(model.__dict__)
+    inputs = capture_inputs(model, lambda: generate(pipe))
+    assert latents_of(inputs.args, inputs.kwargs).shape == (2, 4, 8, 8)  # one image, doubled by guidance
+    assert set(model.__dict__) == keys
+    assert predict(model, arguments(model)).shape == (2, 8, 8, 8)
+
+
+def test_a_run_that_never_calls_the_model_is_an_error() -> None:
+    with pytest.raises(AnatomyError, match="ended without a call of DiTTransformer2DModel"):
+        capture_inputs(dit(), lambda: None)
+
+
+def test_an_error_of_the_run_itself_passes_and_the_model_is_restored() -> None:
+    model = dit()
+    keys = set(model.__dict__)
+
+    def run() -> None:
+        raise RuntimeError("no prompt")
+
+    with pytest.raises(RuntimeError, match="no prompt"):
+        capture_inputs(model, run)
+    assert set(model.__dict__) == keys
+
+
+def test_latents_are_the_hidden_states_wherever_they_stand_among_the_keywords() -> None:
+    latents, other = torch.zeros(2, 4), torch.zeros(3)
+    assert latents_of((), {"timestep": other, "hidden_states": latents}) is latents
+    assert latents_of((latents,), {"timestep": other}) is latents
+    with pytest.raises(AnatomyError, match="no tensor among its arguments"):
+        latents_of((1,), {"timestep": 2})

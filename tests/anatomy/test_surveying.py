@@ -1,0 +1,173 @@
+"""What a survey finds in real architectures and in toys with one peculiarity each."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from dicache.anatomy import AnatomyError, Site, survey
+from tests.tiny import Build, anatomy_of, arguments, both_models, dit, pixart, predict
+from tests.toys import Chain, DualBlock, GridBlock, ParallelBlock, PlainBlock, toy_inputs
+
+
+@pytest.mark.parametrize(("build", "blocks"), [(dit, 4), (pixart, 3)])
+def test_blocks_are_found_in_execution_order_with_their_stream_and_one_segment(build: Build, blocks: int) -> None:
+    anatomy = anatomy_of(build)
+    assert anatomy.model == type(build()).__name__
+    assert [block.module for block in anatomy.blocks] == [f"transformer_blocks.{i}" for i in range(blocks)]
+    assert [block.index for block in anatomy.blocks] == list(range(blocks))
+    assert {block.kind for block in anatomy.blocks} == {"BasicTransformerBlock"}
+    assert {block.returns for block in anatomy.blocks} == {"hidden_states"}
+    assert anatomy.segments == ((0, blocks),)
+    assert anatomy.latents == (4, 8, 8)
+
+
+def test_dit_has_an_attention_and_an_mlp_behind_one_norm_each() -> None:
+    for block in anatomy_of(dit).blocks:
+        assert [(site.branch, site.module) for site in block.sites] == [("attn", "attn1"), ("mlp", "ff")]
+        assert block.norms == {"norm1.norm": ("attn",), "norm3": ("mlp",)}
+
+
+def test_pixart_has_a_cross_attention_without_a_norm_of_its_own() -> None:
+    for block in anatomy_of(pixart).blocks:
+        assert [(site.branch, site.module) for site in block.sites] == [
+            ("attn", "attn1"),
+            ("cross_attn", "attn2"),
+            ("mlp", "ff"),
+        ]
+        assert block.norms == {"norm1": ("attn",), "norm2": ("mlp",)}
+
+
+def test_macs_of_dit_are_those_counted_by_hand() -> None:
+    # Batch 2, 16 tokens, width 24. Attention: four projections and two products of 16 x 16; MLP: to 96 and back.
+    attention = 4 * 2 * 16 * 24 * 24 + 2 * 2 * 16 * 16 * 24
+    mlp = 2 * 2 * 16 * 24 * 96
+    # Timestep 256 -> 24 -> 24, and six vectors of modulation.
+    modulation = 2 * (256 * 24 + 24 * 24 + 24 * 6 * 24)
+    # Patches of 2 x 2 x 4; the timestep once more, for two vectors; patches of 2 x 2 x 8.
+    ends = 2 * 16 * 16 * 24 + 2 * (256 * 24 + 24 * 24 + 24 * 48) + 2 * 16 * 24 * 32
+
+    anatomy = anatomy_of(dit)
+    assert {block.sites for block in anatomy.blocks} == {(Site("attn", "attn1", attention), Site("mlp", "ff", mlp))}
+    assert {block.macs for block in anatomy.blocks} == {attention + mlp + modulation}
+    assert anatomy.macs == 4 * (attention + mlp + modulation) + ends
+
+
+def test_macs_of_pixart_are_those_counted_by_hand() -> None:
+    attention = 4 * 2 * 16 * 24 * 24 + 2 * 2 * 16 * 16 * 24
+    # Queries and outputs of 16 tokens, keys and values of 8 of text, two products of 16 x 8.
+    cross = 2 * 2 * 16 * 24 * 24 + 2 * 2 * 8 * 24 * 24 + 2 * 2 * 16 * 8 * 24
+    mlp = 2 * 2 * 16 * 24 * 96
+    for block in anatomy_of(pixart).blocks:
+        assert [site.macs for site in block.sites] == [attention, cross, mlp]
+        assert block.macs == attention + cross + mlp  # modulated by a table, without a product
+
+
+@both_models
+def test_a_survey_leaves_the_model_and_the_random_numbers_as_they_were(build: Build) -> None:
+    model = build()
+    given = arguments(model)
+    keys = {path: set(part.__dict__) for path, part in model.named_modules()}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    want = predict(model, given)
+
+    survey(model)
+
+    assert {path: set(part.__dict__) for path, part in model.named_modules()} == keys
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(predict(model, given), want)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_survey_that_fails_leaves_the_model_as_it_was() -> None:
+    model = dit()
+    keys = {path: set(part.__dict__) for path, part in model.named_modules()}
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("broken block")
+
+    hook = model.get_submodule("transformer_blocks.2.ff").register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="broken block"):
+        survey(model)
+    hook.remove()
+    assert {path: set(part.__dict__) for path, part in model.named_modules()} == keys
+
+
+@both_models
+def test_a_second_survey_finds_the_same(build: Build) -> None:
+    model = build()
+    assert survey(model) == survey(model) == anatomy_of(build)
+
+
+def test_a_matrix_between_two_blocks_ends_a_segment() -> None:
+    assert survey(Chain(), toy_inputs()).segments == ((0, 3),)
+    assert survey(Chain(between=1), toy_inputs()).segments == ((0, 1), (1, 3))
+
+
+def test_a_block_whose_output_a_later_block_takes_ends_its_segment() -> None:
+    assert survey(Chain(long_skip=True), toy_inputs()).segments == ((0, 1), (1, 3))
+
+
+def test_a_block_that_sees_only_text_is_not_among_the_main_blocks() -> None:
+    with_text = survey(Chain(refines=True), toy_inputs())
+    without = survey(Chain(), toy_inputs())
+    assert [block.module for block in with_text.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert with_text.blocks == without.blocks
+    assert with_text.macs > without.macs  # its work still is the model's
+
+
+def test_two_streams_are_told_by_the_tensors_that_go_from_block_to_block() -> None:
+    anatomy = survey(Chain(DualBlock), toy_inputs())
+    for block in anatomy.blocks:
+        assert block.returns == ("encoder_hidden_states", "hidden_states")
+        assert [(site.branch, site.module) for site in block.sites] == [
+            ("joint_attn", "attn"),
+            ("mlp.context", "ff_context"),
+            ("mlp", "ff"),
+        ]
+    assert anatomy.segments == ((0, 3),)
+
+
+def test_a_norm_of_two_branches_feeds_both_and_one_on_the_way_out_feeds_none() -> None:
+    for block in survey(Chain(ParallelBlock), toy_inputs()).blocks:
+        assert block.norms == {"norm": ("attn", "mlp")}
+
+
+def test_a_norm_whose_output_is_laid_out_as_a_picture_is_found_like_any_other() -> None:
+    for block in survey(Chain(GridBlock), toy_inputs()).blocks:
+        assert block.norms == {"norm1": ("attn",), "norm2": ("mlp",)}
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(
+            self, hidden_states: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor
+        ) -> torch.Tensor:
+            for layer in self.layers:
+                hidden_states = layer(hidden_states)
+            return hidden_states
+
+    with pytest.raises(AnatomyError, match=r"Mixer has no list of modules .* found no transformer blocks"):
+        survey(Mixer().eval(), toy_inputs())
+
+
+def test_a_block_that_is_called_twice_is_refused() -> None:
+    with pytest.raises(AnatomyError, match=r"Chain calls blocks\.0 more than once"):
+        survey(Chain(repeats=2), toy_inputs())
+
+
+def test_the_size_surveyed_with_changes_the_macs_and_nothing_else() -> None:
+    model = Chain(PlainBlock)
+    two, four = survey(model, toy_inputs(batch=2)), survey(model, toy_inputs(batch=4))
+    assert four.macs == 2 * two.macs
+    assert [replace(block, macs=0, sites=()) for block in four.blocks] == [
+        replace(block, macs=0, sites=()) for block in two.blocks
+    ]
+    assert four.sites == two.sites

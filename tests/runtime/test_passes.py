@@ -1,0 +1,200 @@
+"""Law 6: guidance passes never share state, and an entry that is missing means compute."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.cache_utils import CacheMixin
+from torch import Tensor, nn
+
+from dicache import Schedule, apply
+from dicache.schedules import Rule
+from tests.tiny import (
+    CHANNELS,
+    SIZE,
+    STEPS,
+    Build,
+    adaptive,
+    arguments,
+    both_models,
+    predict,
+    randomised,
+    replay,
+    scheduled,
+)
+
+METHODS = ["reuse", "skip", "adaptive"]
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def schedule_of(build: Build, method: str) -> Schedule:
+    if method == "adaptive":
+        return adaptive(build, threshold=2)  # noise that has nothing to do with the step before changes by 1.4
+    return scheduled(build, Rule(method, "C..."))  # type: ignore[arg-type]
+
+
+def given(model: nn.Module, name: int, step: int, batch: int = 2) -> dict[str, Any]:
+    """Return the arguments of a pass at a step; no two are alike."""
+    return arguments(model, batch=batch, seed=100 * name + step, timestep=900 - 200 * step)
+
+
+def alone(build: Build, method: str, name: int, batch: int = 2) -> list[Tensor]:
+    model = build()
+    with apply(model, schedule_of(build, method)) as cache:
+        return replay(model, cache, [given(model, name, step, batch) for step in range(STEPS)])
+
+
+def together(build: Build, method: str, *, turns: list[list[tuple[int, int]]]) -> list[dict[int, Tensor]]:
+    """Return what each pass gives at each step; `turns` lists the passes of a step and their batch sizes."""
+    model = build()
+    outputs = []
+    with apply(model, schedule_of(build, method)) as cache:
+        cache.begin_generation()
+        for step, passes in enumerate(turns):
+            cache.begin_step()
+            outputs.append({name: predict(model, given(model, name, step, batch)) for name, batch in passes})
+    return outputs
+
+
+def plain(build: Build, name: int, step: int, batch: int = 2) -> Tensor:
+    model = build()
+    return predict(model, given(model, name, step, batch))
+
+
+@both_models
+@every_method
+@pytest.mark.parametrize("batches", [(2, 2), (2, 1), (1, 3)])
+def test_two_passes_a_step_give_what_each_gives_alone(build: Build, method: str, batches: tuple[int, int]) -> None:
+    first, second = batches
+    both = together(build, method, turns=[[(0, first), (1, second)]] * STEPS)
+    assert torch.equal(torch.stack([step[0] for step in both]), torch.stack(alone(build, method, 0, first)))
+    assert torch.equal(torch.stack([step[1] for step in both]), torch.stack(alone(build, method, 1, second)))
+
+
+@both_models
+@every_method
+def test_what_a_pass_gives_alone_is_not_what_computing_gives(build: Build, method: str) -> None:
+    got = alone(build, method, 0)
+    assert torch.equal(got[0], plain(build, 0, 0))
+    assert not torch.equal(got[1], plain(build, 0, 1))
+
+
+@both_models
+@every_method
+def test_a_pass_that_was_missing_computes_when_it_comes_back(build: Build, method: str) -> None:
+    turns = [[(0, 2), (1, 2)], [(0, 2)], [(0, 2), (1, 2)], [(0, 2), (1, 2)]]
+    both = together(build, method, turns=turns)
+    assert torch.equal(both[2][1], plain(build, 1, 2))
+    assert torch.equal(torch.stack([step[0] for step in both]), torch.stack(alone(build, method, 0)))
+
+
+@both_models
+@every_method
+def test_a_pass_that_appears_in_the_middle_computes_and_disturbs_nobody(build: Build, method: str) -> None:
+    both = together(build, method, turns=[[(0, 4)], [(0, 4)], [(0, 4), (1, 2)], [(0, 4)]])
+    assert torch.equal(both[2][1], plain(build, 1, 2))
+    assert torch.equal(torch.stack([step[0] for step in both]), torch.stack(alone(build, method, 0, 4)))
+
+
+@both_models
+@every_method
+def test_a_pass_of_another_batch_size_that_takes_the_first_place_finds_nothing(build: Build, method: str) -> None:
+    both = together(build, method, turns=[[(0, 2), (1, 1)], [(1, 1)], [(0, 2), (1, 1)], [(0, 2), (1, 1)]])
+    assert torch.equal(both[1][1], plain(build, 1, 1, 1))
+    assert torch.equal(both[2][0], plain(build, 0, 2))
+    assert torch.equal(both[2][1], plain(build, 1, 2, 1))
+
+
+@both_models
+@every_method
+def test_a_batch_size_that_changes_on_the_way_computes(build: Build, method: str) -> None:
+    got = together(build, method, turns=[[(0, 4)], [(0, 2)], [(0, 2)], [(0, 4)]])
+    assert torch.equal(got[1][0], plain(build, 0, 1, 2))  # nothing kept for two
+    assert not torch.equal(got[2][0], plain(build, 0, 2, 2))  # kept at the step before
+    assert torch.equal(got[3][0], plain(build, 0, 3, 4))  # what was kept for four is three steps old
+
+
+@both_models
+def test_a_size_that_changes_on_the_way_computes(build: Build) -> None:
+    model = build()
+    small = given(model, 0, 1)
+    small["hidden_states"] = small["hidden_states"][..., : SIZE // 2, : SIZE // 2]
+    want = predict(model, small)
+    with apply(model, schedule_of(build, "reuse")) as cache:
+        got = replay(model, cache, [given(model, 0, 0), small])
+    assert torch.equal(got[1], want)
+
+
+@both_models
+def test_a_rule_for_one_pass_acts_in_it_alone(build: Build) -> None:
+    model = build()
+    with apply(model, scheduled(build, Rule("reuse", "C.C.", context="1"))) as cache:
+        cache.begin_generation()
+        for step in range(STEPS):
+            cache.begin_step()
+            assert torch.equal(predict(model, given(model, 0, step)), plain(build, 0, step))
+            second = predict(model, given(model, 1, step))
+            assert torch.equal(second, plain(build, 1, step)) == (step in (0, 2))
+        assert cache.stats.steps == {"0": "CCCC", "1": "C.C."}
+
+
+class NamedDiT(DiTTransformer2DModel, CacheMixin):  # type: ignore[misc]
+    """A model whose pipeline names its passes, as Flux and Wan do."""
+
+    told: list[str]
+
+    def cache_context(self, name: str) -> Any:
+        self.told.append(name)
+        return super().cache_context(name)
+
+
+def named() -> nn.Module:
+    model = NamedDiT(num_attention_heads=2, attention_head_dim=12, in_channels=CHANNELS, num_layers=3, sample_size=SIZE)
+    model.told = []
+    return randomised(model)
+
+
+@every_method
+def test_named_passes_are_told_apart_by_their_names_in_whatever_order(method: str) -> None:
+    model: Any = named()
+    got: dict[str, list[Tensor]] = {"cond": [], "uncond": []}
+    with apply(model, schedule_of(named, method)) as cache:
+        cache.begin_generation()
+        for step in range(STEPS):
+            cache.begin_step()
+            for name in ("cond", "uncond") if step % 2 else ("uncond", "cond"):
+                with model.cache_context(name):
+                    got[name].append(predict(model, given(model, len(name), step)))
+        assert set(cache.stats.steps) == {"cond", "uncond"}
+    for name, outputs in got.items():
+        assert torch.equal(torch.stack(outputs), torch.stack(alone(named, method, len(name))))
+
+
+@every_method
+def test_a_named_pass_that_is_left_out_leaves_the_others_alone(method: str) -> None:
+    model: Any = named()
+    outputs = []
+    with apply(model, schedule_of(named, method)) as cache:
+        cache.begin_generation()
+        for step in range(STEPS):
+            cache.begin_step()
+            for name in ("cond", "uncond") if step != 1 else ("uncond",):
+                with model.cache_context(name):
+                    out = predict(model, given(model, len(name), step))
+            outputs.append(out)
+    assert torch.equal(torch.stack(outputs), torch.stack(alone(named, method, len("uncond"))))
+
+
+def test_a_rule_for_a_named_pass_acts_in_it_alone_and_the_name_still_reaches_the_model() -> None:
+    model: Any = named()
+    with apply(model, scheduled(named, Rule("skip", "C.C.", context="uncond"))) as cache:
+        cache.begin_generation()
+        for step in range(STEPS):
+            cache.begin_step()
+            for name in ("cond", "uncond"):
+                with model.cache_context(name):
+                    predict(model, given(model, 0, step))
+        assert cache.stats.steps == {"cond": "CCCC", "uncond": "C.C."}
+    assert model.told == ["cond", "uncond"] * STEPS
+    assert "cache_context" not in model.__dict__

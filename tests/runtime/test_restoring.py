@@ -1,0 +1,149 @@
+"""Law 4: leaving the `with` block or detaching restores the model exactly and frees what was kept."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dicache import CacheError, Schedule, apply
+from dicache.schedules import Rule
+from tests.counting import BrokenError, attributes, broken
+from tests.tiny import (
+    STEPS,
+    Build,
+    adaptive,
+    arguments,
+    both_models,
+    denoise,
+    generate,
+    pipeline_of,
+    predict,
+    sample,
+    scheduled,
+)
+
+METHODS = ("reuse", "skip", "adaptive")
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def schedule_of(build: Build, method: str) -> Schedule:
+    if method == "adaptive":
+        return adaptive(build, threshold=0.5)
+    return scheduled(build, Rule("reuse", "CC.."), Rule(method, "C..C", blocks="1-2"))  # type: ignore[arg-type]
+
+
+@both_models
+@every_method
+def test_leaving_the_block_restores_every_module(build: Build, method: str) -> None:
+    model = build()
+    before, want = attributes(model), sample(model)
+    with apply(model, schedule_of(build, method)) as cache:
+        sample(model, cache)
+        assert attributes(model) != before
+    assert attributes(model) == before
+    assert torch.equal(sample(model), want)
+
+
+@both_models
+@every_method
+@pytest.mark.parametrize("place", ["transformer_blocks.1", "transformer_blocks.0.attn1", "transformer_blocks.2.ff"])
+def test_an_exception_inside_a_block_passes_and_every_module_is_restored(build: Build, method: str, place: str) -> None:
+    model = build()
+    want = sample(model)
+
+    def fail(*_: object) -> None:
+        raise BrokenError
+
+    hook = model.get_submodule(place).register_forward_pre_hook(fail)
+    before = attributes(model)
+    cache = apply(model, schedule_of(build, method))
+    with pytest.raises(BrokenError), cache:
+        sample(model, cache)
+    assert attributes(model) == before
+    assert cache.stats.bytes_held == 0
+    hook.remove()
+    assert torch.equal(sample(model), want)
+
+
+@both_models
+@every_method
+def test_an_exception_in_a_late_step_of_a_pipeline_restores_model_and_scheduler(build: Build, method: str) -> None:
+    pipe = pipeline_of(build)
+    want = generate(pipe)
+    before, keys = attributes(pipe.transformer), set(pipe.scheduler.__dict__)
+    with broken(pipe.transformer.transformer_blocks[0], call=STEPS - 1), apply(pipe, schedule_of(build, method)):
+        generate(pipe)
+    after = attributes(pipe.transformer)
+    assert {path: set(values) for path, values in after.items()} == {path: set(v) for path, v in before.items()}
+    assert after == before
+    assert set(pipe.scheduler.__dict__) == keys
+    assert torch.equal(generate(pipe), want)
+
+
+@both_models
+def test_detach_restores_once_and_again_does_nothing(build: Build) -> None:
+    pipe = pipeline_of(build)
+    before, keys = attributes(pipe.transformer), set(pipe.scheduler.__dict__)
+    cache = apply(pipe, schedule_of(build, "reuse"))
+    cache.detach()
+    assert attributes(pipe.transformer) == before
+    assert not {"step", "set_timesteps"} & set(pipe.scheduler.__dict__) - keys
+    other = apply(pipe, schedule_of(build, "reuse"))
+    cache.detach()  # of the first: must not take the second one off
+    generate(pipe)
+    assert other.stats.reused_sites > 0
+    other.detach()
+    assert attributes(pipe.transformer) == before
+
+
+@both_models
+def test_a_detached_cache_says_so(build: Build) -> None:
+    model = build()
+    cache = apply(model, schedule_of(build, "reuse"))
+    cache.detach()
+    for use in (cache.begin_generation, cache.begin_step, cache.request):
+        with pytest.raises(CacheError, match=r"this cache is detached; call dicache\.apply again"):
+            use()
+
+
+@both_models
+def test_a_schedule_that_cannot_be_attached_leaves_the_model_as_it_was(build: Build) -> None:
+    model = build()
+    before = attributes(model)
+    without_steps = SimpleNamespace(transformer=model, scheduler=SimpleNamespace())
+    with pytest.raises(AttributeError, match="set_timesteps"):
+        apply(without_steps, schedule_of(build, "reuse"))
+    assert attributes(model) == before
+    apply(model, schedule_of(build, "reuse")).detach()
+
+
+@both_models
+@every_method
+def test_a_forward_that_was_on_a_module_is_called_and_comes_back(build: Build, method: str) -> None:
+    model = build()
+    attention = model.get_submodule("transformer_blocks.0.attn1")
+    own, calls = attention.forward, []
+
+    def offloaded(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    attention.forward = offloaded
+    with apply(model, schedule_of(build, method)) as cache:
+        sample(model, cache)
+        assert 1 <= len(calls) < STEPS
+    assert attention.__dict__["forward"] is offloaded
+
+
+@both_models
+def test_the_model_can_be_called_plainly_after_detaching_in_the_middle_of_a_generation(build: Build) -> None:
+    model = build()
+    given = arguments(model)
+    want = predict(model, given)
+    cache = apply(model, schedule_of(build, "skip"))
+    turns = denoise(model, cache)
+    next(turns)
+    next(turns)
+    cache.detach()
+    assert torch.equal(predict(model, given), want)
