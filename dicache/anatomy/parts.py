@@ -1,5 +1,6 @@
 """The parts of a diffusion transformer, as plain data that a file can carry."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -197,11 +198,10 @@ def span(first: int, last: int) -> str:
 
 def parse_span(text: str) -> tuple[int, int]:
     """Read `7-27` or `7` as its first and last index."""
-    first, _, last = str(text).partition("-")
-    try:
-        start, end = int(first), int(last or first)
-    except ValueError:
-        raise AnatomyError(f"{text!r} is not a range of blocks; write `7` or `7-27`") from None
-    if not 0 <= start <= end:
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(text), re.ASCII)
+    if match is None:
+        raise AnatomyError(f"{text!r} is not a range of blocks; write `7` or `7-27`")
+    start, end = int(match[1]), int(match[2] or match[1])
+    if start > end:
         raise AnatomyError(f"{text!r} is not a range of blocks: it must rise from 0 or more")
     return start, end

@@ -65,6 +65,8 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
     Raises:
         AnatomyError: If no blocks or no branches in them are found, or they are called in a way that is not understood.
     """
+    if model.training:
+        raise AnatomyError(f"the {type(model).__name__} is in training mode, where it draws at random; call its eval()")
     inputs = inputs or example_inputs(model)
     containers = _containers(model)
     if not containers:
@@ -402,10 +404,10 @@ def _norms(block: Block, call: _Call, inputs: Inputs) -> dict[str, tuple[str, ..
 def pass_on(*args: Any, **kwargs: Any) -> Any:
     """Stand in for a norm that feeds only reused branches: what it returns is not looked at.
 
-    One token of its input is enough to be scaled and shifted, and spares doing so with all of them.
+    One token of its input, shown as often as there are tokens, takes no memory.
     """
     passed = args[0] if args else next(iter(kwargs.values()))
-    return passed[:, :1]
+    return passed[:, :1].expand(passed.shape)
 
 
 def _give(value: Any, *_args: Any, **_kwargs: Any) -> Any:

@@ -163,7 +163,7 @@ class Cache:
         if generation is not None and not generation.finished:
             generation.begin_step()
             if generation.finished:
-                self.stats.bytes_held = 0
+                self.stats.held(self._requests.bytes_held())
 
     def _begin(self, schedule: Schedule) -> None:
         levels = schedule.target.noise_levels
@@ -177,7 +177,7 @@ class Cache:
         request.generation = generation
         self.stats.generations += 1
         self.stats.planned_macs_fraction = schedule.macs_fraction()
-        self.stats.steps = {}
+        self.stats.steps = generation.letters
 
     # What the model does
 
@@ -223,12 +223,12 @@ class Cache:
             raise
         finally:
             executor.leave()
-        stats.held(sum(lane.bytes_held for lane in generation.lanes.values()))
+        stats.held(self._requests.bytes_held())
         if generation.step == generation.steps - 1:  # nothing comes after it, whatever a policy has kept
             lane.clear()
-            stats.held(sum(lane.bytes_held for lane in generation.lanes.values()))
+            stats.held(self._requests.bytes_held())
         stats.calls += 1
-        stats.steps[name] = stats.steps.get(name, "").ljust(generation.step, "-") + executor.letter
+        generation.letters[name] = generation.letters.get(name, "").ljust(generation.step, "-") + executor.letter
         return out
 
     def _check_latents(self, found: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
+from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
 from threading import Lock, get_ident
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from dicache.runtime.executor import Executor
 
 Signature = tuple[Any, ...]
+_GENERATOR = CO_GENERATOR | CO_ASYNC_GENERATOR
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Generation:
     executor: "Executor | None" = None
     step: int = -1
     lanes: dict[tuple[str, int], Lane] = field(default_factory=dict)
+    letters: dict[str, str] = field(default_factory=dict)
     _calls: Counter[str] = field(default_factory=Counter)
 
     def begin_step(self) -> None:
@@ -197,6 +200,12 @@ class Requests:
             return self._alone  # what this thread and task itself entered is waiting for its turn
         return inherited
 
+    def bytes_held(self) -> int:
+        """Return the memory of what all generations keep."""
+        with self._changing:
+            running = [request.generation for request in self._made]
+        return sum(lane.bytes_held for generation in running if generation for lane in generation.lanes.values())
+
     def free(self) -> None:
         """Forget all generations, also of requests that somebody still holds."""
         with self._changing:
@@ -206,11 +215,17 @@ class Requests:
 
 
 def _entering_frame() -> FrameType:
-    """Return the frame of whoever enters a request, past the exit stack that may do it for them."""
+    """Return the frame of whoever enters a request, past exit stacks and context managers that do it for them."""
     frame = sys._getframe(2)
-    while frame.f_globals.get("__name__") == "contextlib" and frame.f_back is not None:
+    while frame.f_back is not None and (
+        _in_contextlib(frame) or (frame.f_code.co_flags & _GENERATOR and _in_contextlib(frame.f_back))
+    ):
         frame = frame.f_back
     return frame
+
+
+def _in_contextlib(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") == "contextlib"
 
 
 def _current_task() -> Any:

@@ -114,6 +114,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if (self.plan is None) == (self.policy is None):
             raise ScheduleError("a schedule has either a plan or a policy")
+        if self.steps < 1:
+            raise ScheduleError(f"a schedule needs at least one step, found {self.steps}")
         if self.plan is not None:
             if self.plan.steps != self.steps:
                 raise ScheduleError(f"the plan has {self.plan.steps} steps, the schedule {self.steps}")
@@ -221,7 +223,7 @@ class Schedule:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
-        part.write_text(_dump(self.to_json()) + "\n")
+        part.write_text(_dump(self.to_json()) + "\n", encoding="utf-8")
         os.replace(part, path)
 
     @classmethod
@@ -232,7 +234,8 @@ class Schedule:
             ScheduleError: If the file is missing, is not JSON, or is not a schedule.
         """
         try:
-            return cls.from_json(json.loads(Path(path).read_text(), parse_constant=_finite, parse_float=_finite))
+            text = Path(path).read_text(encoding="utf-8")
+            return cls.from_json(json.loads(text, parse_constant=_finite, parse_float=_finite))
         except FileNotFoundError:
             raise ScheduleError(f"{path} does not exist; make a schedule with `dicache calibrate`") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:

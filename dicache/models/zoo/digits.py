@@ -82,7 +82,7 @@ def as_rgb(images: Tensor) -> Tensor:
 def train(folder: Path, work: Path, *, seed: int = 0, device: str = "cpu", steps: int = 6000) -> None:
     """Train the judge, the autoencoder and the transformer, and save them as one DiTPipeline folder.
 
-    About 40 minutes of one CPU core. Checkpoints in `work` let a killed training go on.
+    About 45 minutes of one CPU core. Checkpoints in `work` let a killed training go on.
 
     Args:
         folder: Where the pipeline and `judge.safetensors` are written.
