@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+Then = Callable[[tuple[Any, ...], dict[str, Any]], None]  # told the arguments of a call that has ended
+
 
 class StepClock:
     """Watches one scheduler instance: `set_timesteps` begins a generation, `step` ends a step.
@@ -18,19 +20,22 @@ class StepClock:
         scheduler: A diffusers scheduler.
         on_generation: Called with the scheduler when a generation begins, before its first step.
         on_step: Called when a step has ended.
+
+    Attributes:
+        timestep: What `step` was told in its latest call.
     """
 
     def __init__(self, scheduler: Any, on_generation: Callable[[Any], None], on_step: Callable[[], None]) -> None:
         self.scheduler = scheduler
+        self.timestep: Any = None
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
-        def began(result: Any) -> Any:
+        def began(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             on_generation(scheduler)
-            return result
 
-        def ended(result: Any) -> Any:
+        def ended(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
             on_step()
-            return result
 
         self._watched = (
             _Watched(scheduler, "set_timesteps", set_timesteps, began),
@@ -56,16 +61,18 @@ class StepClock:
 class _Watched:
     """A scheduler's method that tells when it has been called."""
 
-    def __init__(self, scheduler: Any, name: str, method: Callable[..., Any], then: Callable[[Any], Any]) -> None:
+    def __init__(self, scheduler: Any, name: str, method: Callable[..., Any], then: Then) -> None:
         self.scheduler = scheduler
         self.name = name
-        self.then: Callable[[Any], Any] | None = then
+        self.then: Then | None = then
         self.own = name in vars(scheduler)  # whether the instance had a method of its own before
         self.__wrapped__ = method  # pipelines read the signature to see which arguments the method takes
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.__wrapped__(*args, **kwargs)
-        return result if self.then is None else self.then(result)
+        if self.then is not None:
+            self.then(args, kwargs)
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # Some pipelines copy their scheduler: the copy must step itself, unwatched, and not the original.

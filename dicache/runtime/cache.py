@@ -7,13 +7,13 @@ from typing import Any, Literal
 from torch import nn
 
 from dicache.anatomy.clock import StepClock, noise_levels, timesteps
-from dicache.anatomy.inputs import latents_of
 from dicache.anatomy.overrides import Overrides
 from dicache.runtime.adaptive import Adaptive
 from dicache.runtime.executor import Executor, Installer
-from dicache.runtime.generation import Generation, Request, Requests, signature_of
+from dicache.runtime.generation import Call, Generation
 from dicache.runtime.naming import PassNames
 from dicache.runtime.replay import Replay
+from dicache.runtime.requests import Request, Requests
 from dicache.runtime.stats import Stats
 from dicache.schedules import Schedule, ScheduleError
 
@@ -145,7 +145,7 @@ class Cache:
         found = {"num_inference_steps": asked, "timesteps": timesteps(scheduler), "noise_levels": levels}
         found = {name: value for name, value in found.items() if value is not None and name not in self._allow}
         differences = self.schedule.target.differences(**found)
-        if steps != self.schedule.steps and not differences:
+        if steps != self.schedule.steps:
             differences = [f"{self.schedule.steps} steps, found {steps}"]
         if not differences:
             return self._begin(self.schedule)
@@ -161,11 +161,23 @@ class Cache:
     def _on_step(self) -> None:
         generation = self._requests.current().generation
         if generation is not None and not generation.finished:
+            if generation.step == 0 and self._clock is not None:
+                self._check_first_step(float(self._clock.timestep), float(self._clock.scheduler.timesteps[0]))
             generation.begin_step()
             if generation.finished:
                 self.stats.held(self._requests.bytes_held())
 
+    def _check_first_step(self, found: float, first: float) -> None:
+        if abs(found - first) > 1e-3 * max(1.0, abs(first)):
+            self._requests.current().free()
+            raise CacheError(
+                f"the sampling loop began at timestep {found:g}, not at the first one, {first:g}, and its scheduler "
+                "does not say so: it is not known which step of the schedule this is. Pass the model itself to apply(), "
+                "and use begin_generation() and begin_step()"
+            )
+
     def _begin(self, schedule: Schedule) -> None:
+        self._check_model()
         levels = schedule.target.noise_levels
         if levels not in self._executors:
             self._executors[levels] = self._executor_of(schedule)
@@ -211,15 +223,19 @@ class Cache:
     ) -> Any:
         executor, stats = generation.executor, self.stats
         assert executor is not None
-        latents = latents_of(args, kwargs)
-        self._check_latents(tuple(latents.shape[1:]))
-        name, lane = generation.lane(context, len(latents), signature_of(args, kwargs))
+        call = Call(args, kwargs)
+        self._check_latents(tuple(call.latents.shape[1:]))
+        if self._clock is not None and not generation.called and generation.step == 0:
+            # Image-to-image begins in the middle.
+            generation.step = getattr(self._clock.scheduler, "begin_index", None) or 0
+        name, lane = generation.lane(context, call)
         try:
             executor.prepare(lane, name, generation)
             out = self._forward(*args, **kwargs)
             executor.finish(lane)
         except BaseException:
             lane.clear()  # half a step is of no use to the next one
+            self._installer.uninstall()
             raise
         finally:
             executor.leave()
@@ -227,9 +243,21 @@ class Cache:
         if generation.step == generation.steps - 1:  # nothing comes after it, whatever a policy has kept
             lane.clear()
             stats.held(self._requests.bytes_held())
+            self._installer.uninstall()
         stats.calls += 1
         generation.letters[name] = generation.letters.get(name, "").ljust(generation.step, "-") + executor.letter
         return out
+
+    def _check_model(self) -> None:
+        """Refuse a model that was changed since the schedule was applied."""
+        if self._model.training:
+            raise CacheError(f"the {type(self._model).__name__} is in training mode; call its eval() first")
+        dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
+        if differences := self.schedule.target.differences(**({} if "dtype" in self._allow else {"dtype": dtype})):
+            raise ScheduleError(
+                f"this {self.schedule.method} schedule was made for {differences[0]}: the model was changed since it "
+                "was applied. Apply it again, with allow=('dtype',) if that is meant"
+            )
 
     def _check_latents(self, found: tuple[int, ...]) -> None:
         want = self.schedule.target.latents

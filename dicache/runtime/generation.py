@@ -1,24 +1,39 @@
-"""State of the running generations: one for each request, and in it a lane for each guidance pass."""
+"""State of one running generation, and in it a lane for each guidance pass."""
 
-import sys
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from inspect import CO_ASYNC_GENERATOR, CO_GENERATOR
-from threading import Lock, get_ident
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
+import torch
 from torch import Tensor
+
+from dicache.anatomy.inputs import latents_of
 
 if TYPE_CHECKING:
     from dicache.runtime.executor import Executor
 
 Signature = tuple[Any, ...]
-_GENERATOR = CO_GENERATOR | CO_ASYNC_GENERATOR
+
+
+class Call:
+    """What tells one call of a model from another.
+
+    Attributes:
+        tensors: The tensors among its arguments, by name or place.
+        latents: Those that are denoised.
+        signature: Shape, dtype and device of each tensor.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given = (*enumerate(args), *kwargs.items())
+        self.tensors: dict[Hashable, Tensor] = {key: value for key, value in given if isinstance(value, Tensor)}
+        self.latents = latents_of(args, kwargs)
+        self.signature: Signature = tuple((x.shape, x.dtype, x.device) for x in self.tensors.values())
+
+    @property
+    def batch(self) -> int:
+        return len(self.latents)
 
 
 @dataclass
@@ -27,17 +42,23 @@ class Lane:
 
     Attributes:
         signature: Shape, dtype and device of the tensors of its calls.
+        named: Whether the pipeline has a name for the pass.
         step: Its latest step; a lane that missed one starts afresh.
         entries: Kept outputs by site, and kept deltas by range of blocks.
         accumulated: The policy's sum.
         bytes_held: Memory of the entries.
+        marks: Arguments that told this pass from the others of its first step.
+        latest: Arguments of its call in the step that runs.
     """
 
     signature: Signature
+    named: bool
     step: int = -1
     entries: dict[Hashable, Any] = field(default_factory=dict)
     accumulated: float = 0.0
     bytes_held: int = 0
+    marks: dict[Hashable, Tensor] = field(default_factory=dict)
+    latest: dict[Hashable, Tensor] = field(default_factory=dict)
 
     def clear(self) -> None:
         self.entries.clear()
@@ -54,6 +75,7 @@ class Generation:
         executor: Replays the schedule in it.
         step: The one that runs, -1 before the first.
         lanes: By name of the guidance pass and batch size.
+        letters: For each pass, a letter a step: `C` all computed, `.` not all, `-` not called.
     """
 
     steps: int
@@ -66,6 +88,8 @@ class Generation:
     def begin_step(self) -> None:
         self.step += 1
         self._calls.clear()
+        for lane in self.lanes.values():
+            lane.latest = {}
         if self.finished:
             self.lanes.clear()
 
@@ -73,7 +97,12 @@ class Generation:
     def finished(self) -> bool:
         return self.step >= self.steps
 
-    def lane(self, context: str | None, batch: int, signature: Signature) -> tuple[str, Lane]:
+    @property
+    def called(self) -> bool:
+        """Whether the model was called in the step that runs."""
+        return bool(self._calls)
+
+    def lane(self, context: str | None, call: Call) -> tuple[str, Lane]:
         """Return the name and the lane of the next call, empty if nothing in it may be used.
 
         The pass is known by the pipeline's name for it, else by its place among the calls of this step, and by its
@@ -82,155 +111,44 @@ class Generation:
         self._calls[context or ""] += 1
         ordinal = self._calls[context or ""] - 1
         name = f"{context or ''}{ordinal if ordinal or context is None else ''}"
-        lane = self.lanes.get((name, batch))
+        if context is None:
+            name = self._pass(name, call)
+        lane = self.lanes.get((name, call.batch))
         if lane is None:
-            lane = self.lanes[name, batch] = Lane(signature)
-        elif lane.signature != signature or lane.step != self.step - 1:
+            lane = self.lanes[name, call.batch] = Lane(call.signature, named=context is not None)
+            self._mark(lane, call)
+        elif lane.signature != call.signature or lane.step != self.step - 1:
             lane.clear()
-            lane.signature = signature
+            lane.signature = call.signature
         lane.step = self.step
+        if context is None:
+            lane.latest = call.tensors
         return name, lane
 
+    def _pass(self, name: str, call: Call) -> str:
+        """Return the name of an unnamed pass: that of its place, unless its arguments are those of another.
 
-def signature_of(args: Iterable[Any], kwargs: dict[str, Any]) -> Signature:
-    """Return shape, dtype and device of every tensor among the arguments of a call."""
-    return tuple(
-        (value.shape, value.dtype, value.device) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)
-    )
+        A pass that is left out for some steps moves the later ones up a place.
+        """
+        peers = {n: lane for (n, batch), lane in self.lanes.items() if batch == call.batch and not lane.named}
+        mine = peers.get(name)
+        if len(peers) < 2 or (mine is not None and _any_same(mine.marks, call.tensors)):
+            return name
+        return next((n for n, lane in peers.items() if _any_same(lane.marks, call.tensors)), name)
 
-
-class Request:
-    """The state of one generation among several that share a model. Enter it around the calls that belong to it.
-
-    It may be entered again and again, once around each step, or held for the whole generation, in threads, in tasks
-    and in generators that take turns.
-    """
-
-    def __init__(self, requests: "Requests") -> None:
-        self._requests = requests
-        self._tokens: list[Token[Request | None]] = []
-        self.generation: Generation | None = None
-        self.context: str | None = None
-
-    def __enter__(self) -> "Request":
-        self._requests.enter(_entering_frame(), self)
-        self._tokens.append(self._requests.variable.set(self))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._requests.leave(self)
-        try:
-            self._requests.variable.reset(self._tokens.pop())
-        except ValueError:  # entered in another context, such as a generator that another task finishes
-            self._requests.variable.set(None)
-        if kind is not None:
-            self.free()
-
-    def free(self) -> None:
-        """Forget the generation and all that it keeps."""
-        if self.generation is not None:
-            self.generation.lanes.clear()
-        self.generation = None
-
-    @contextmanager
-    def named(self, context: str) -> Iterator[None]:
-        """Name the guidance pass of the calls inside."""
-        before, self.context = self.context, context
-        try:
-            yield
-        finally:
-            self.context = before
+    def _mark(self, lane: Lane, call: Call) -> None:
+        """Remember which arguments tell a new unnamed pass from the others of this step."""
+        for (_, batch), peer in self.lanes.items():
+            if lane.named or peer.named or batch != call.batch or not peer.latest:
+                continue
+            for key in call.tensors.keys() & peer.latest.keys():
+                if not _same(call.tensors[key], peer.latest[key]):
+                    lane.marks[key], peer.marks[key] = call.tensors[key], peer.latest[key]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Where a request was entered."""
-
-    frame: FrameType
-    thread: int
-    task: Any
-    request: Request
+def _any_same(marks: Mapping[Hashable, Tensor], tensors: Mapping[Hashable, Tensor]) -> bool:
+    return any(key in tensors and _same(mark, tensors[key]) for key, mark in marks.items())
 
 
-class Requests:
-    """Finds the request that a call belongs to.
-
-    The frame that entered a request is on the stack while the request runs, and is not while a generator that holds it
-    waits for its turn. Work that was started inside a request, in another thread or task, has it as a context variable.
-    """
-
-    def __init__(self) -> None:
-        self.variable: ContextVar[Request | None] = ContextVar("dicache_request", default=None)
-        self._entries: tuple[_Entry, ...] = ()
-        self._changing = Lock()
-        self._made: WeakSet[Request] = WeakSet()
-        self._alone = self.new()
-
-    def new(self) -> Request:
-        request = Request(self)
-        with self._changing:
-            self._made.add(request)
-        return request
-
-    def enter(self, frame: FrameType, request: Request) -> None:
-        with self._changing:
-            self._entries = (*self._entries, _Entry(frame, get_ident(), _current_task(), request))
-
-    def leave(self, request: Request) -> None:
-        with self._changing:
-            last = max(i for i, entry in enumerate(self._entries) if entry.request is request)
-            self._entries = self._entries[:last] + self._entries[last + 1 :]
-
-    def current(self) -> Request:
-        """Return the request that the caller runs in, or the one for callers that name none."""
-        entries = self._entries
-        if not entries:
-            return self._alone
-        entered = {id(entry.frame): entry.request for entry in entries}
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if id(frame) in entered:
-                return entered[id(frame)]
-            frame = frame.f_back
-        inherited = self.variable.get()
-        here = (get_ident(), _current_task())
-        if inherited is None or any(e.request is inherited and (e.thread, e.task) == here for e in entries):
-            return self._alone  # what this thread and task itself entered is waiting for its turn
-        return inherited
-
-    def bytes_held(self) -> int:
-        """Return the memory of what all generations keep."""
-        with self._changing:
-            running = [request.generation for request in self._made]
-        return sum(lane.bytes_held for generation in running if generation for lane in generation.lanes.values())
-
-    def free(self) -> None:
-        """Forget all generations, also of requests that somebody still holds."""
-        with self._changing:
-            made = list(self._made)
-        for request in made:
-            request.free()
-
-
-def _entering_frame() -> FrameType:
-    """Return the frame of whoever enters a request, past exit stacks and context managers that do it for them."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and (
-        _in_contextlib(frame) or (frame.f_code.co_flags & _GENERATOR and _in_contextlib(frame.f_back))
-    ):
-        frame = frame.f_back
-    return frame
-
-
-def _in_contextlib(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__") == "contextlib"
-
-
-def _current_task() -> Any:
-    asyncio = sys.modules.get("asyncio")
-    try:
-        return asyncio.current_task() if asyncio else None
-    except RuntimeError:  # no loop runs in this thread
-        return None
+def _same(one: Tensor, two: Tensor) -> bool:
+    return one is two or (one.shape == two.shape and one.dtype == two.dtype and torch.equal(one, two))

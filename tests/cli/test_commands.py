@@ -164,7 +164,7 @@ def test_broken_files_are_one_line_with_what_to_do(workplace: Path) -> None:
         "schedules", "validate", "other.json", "--model", "digits"
     )
     words = ("generate", "--model", "digits", "--class", 1, "--schedule", "fora.json", "--steps", 12, "-o", "x")
-    assert "made for num inference steps 10, found 12" in refused(*words)
+    assert "made for 10 steps, found 12" in refused(*words)
     Path("cut.h5").write_bytes(Path("profiles/digits-ddim-10.h5").read_bytes()[:5000])
     assert "cannot be read as a profile" in refused("calibrate", "teacache", "--profile", "cut.h5")
     with h5py.File("empty.h5", "w"):
