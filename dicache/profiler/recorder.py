@@ -13,7 +13,7 @@ from dicache.anatomy.inputs import latents_of
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.signal import l1_change
 from dicache.profiler.storage import DATASETS, SITE_STATISTICS, TEACACHE_SIGNALS
-from dicache.runtime.generation import Generation, signature_of
+from dicache.runtime.generation import Call, Generation
 from dicache.runtime.naming import PassNames
 from dicache.runtime.streams import Streams, Tensors, delta
 
@@ -111,7 +111,7 @@ class Recorder:
             if generation is None or generation.finished:
                 return forward(*args, **kwargs)
             latents = latents_of(args, kwargs)
-            name, _ = generation.lane(self._pass, len(latents), signature_of(args, kwargs))
+            name, _ = generation.lane(self._pass, Call(args, kwargs))
             if name not in self._records:
                 self._records[name] = _Record(self._anatomy, generation.steps, self._lags, latents.device)
             self._record = record = self._records[name]
