@@ -1,5 +1,7 @@
 # One command each. Everything is installed into .venv, with the versions of constraints.txt.
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+# The newest Python that is supported and runs; a shim of a version that is not there does not count.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 # One thread a process: small models gain nothing from more, and the tests run side by side.
 export OMP_NUM_THREADS ?= 1

@@ -171,8 +171,8 @@ class Cache:
         if abs(found - first) > 1e-3 * max(1.0, abs(first)):
             self._requests.current().free()
             raise CacheError(
-                f"the sampling loop began at timestep {found:g}, not at the first one, {first:g}, and its "
-                "scheduler does not say so: it is not known which step of the schedule this is. Pass the model to apply(), "
+                f"the sampling loop began at timestep {found:g}, not at the first one, {first:g}, and its scheduler "
+                "does not say so: which of its steps this is cannot be known. Pass the model itself to apply(), "
                 "and use begin_generation() and begin_step()"
             )
 
