@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-Then = Callable[[tuple[Any, ...], dict[str, Any]], None]  # told the arguments of a call that has ended
+Then = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]  # told the result and the arguments of a call
 
 
 class StepClock:
@@ -23,17 +23,20 @@ class StepClock:
 
     Attributes:
         timestep: What `step` was told in its latest call.
+        latents: What it gave.
     """
 
     def __init__(self, scheduler: Any, on_generation: Callable[[Any], None], on_step: Callable[[], None]) -> None:
         self.scheduler = scheduler
         self.timestep: Any = None
+        self.latents: Any = None
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
-        def began(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def began(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             on_generation(scheduler)
 
-        def ended(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def ended(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.latents = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
             self.timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
             on_step()
 
@@ -71,7 +74,7 @@ class _Watched:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.__wrapped__(*args, **kwargs)
         if self.then is not None:
-            self.then(args, kwargs)
+            self.then(result, args, kwargs)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

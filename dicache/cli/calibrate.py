@@ -130,7 +130,7 @@ def _subject(profile_file: Path | None, model: str | None, steps: int | None) ->
     from dicache.profiler.profiling import survey_pipeline
 
     pipeline = load(model)
-    sampling = Sampling(steps=steps).resolved(pipeline)
+    sampling = Sampling(steps=steps).usual_for(model).resolved(pipeline)
     return model, *survey_pipeline(pipeline, sampling)
 
 

@@ -22,6 +22,11 @@ METRICS = ("psnr", "ssim", "accuracy", "frechet")
 @click.option("--seed", type=int, default=1000, show_default=True, help="Of the first image.")
 @click.option("--metrics", help=f"Separated by commas: {','.join(METRICS)}.  [default: all that the model has]")
 @click.option("--timing-rounds", type=click.IntRange(0), default=5, show_default=True, help="0 times nothing.")
+@click.option(
+    "--references",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where uncached runs are kept.  [default: the user's cache]",
+)
 @click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else bfloat16]")
 @json_option
@@ -33,14 +38,16 @@ def evaluate(
     seed: int,
     metrics: str | None,
     timing_rounds: int,
+    references: Path | None,
     device: str | None,
     dtype: str | None,
     as_json: bool,
 ) -> None:
     """Judge schedules against the uncached run of the same seeds, and against fewer steps at the same cost."""
     from dicache.evaluate.evaluation import evaluate as judge
+    from dicache.evaluate.references import default_folder
     from dicache.models.judges import judges_of
-    from dicache.models.loading import default_device, load
+    from dicache.models.loading import load
     from dicache.models.names import ModelError
     from dicache.models.sampling import Sampling, default_conditions
     from dicache.schedules import Schedule, ScheduleError
@@ -54,7 +61,7 @@ def evaluate(
     counts = {schedule.target.num_inference_steps or schedule.steps for _, schedule in schedules}
     if len(counts) > 1:
         raise ScheduleError(f"the schedules are for {sorted(counts)} steps; evaluate those of one step count together")
-    pipeline = load(model, device=device or default_device(), dtype=dtype)
+    pipeline = load(model, device=device, dtype=dtype)
     conditions = default_conditions(pipeline, runs)
     judges = {name: f for name, f in judges_of(model, pipeline, conditions).items() if name in wanted}
     if metrics and (absent := [m for m in wanted if m not in ("psnr", "ssim", *judges)]):
@@ -63,10 +70,11 @@ def evaluate(
         pipeline,
         schedules,
         conditions,
-        sampling=Sampling(steps=counts.pop(), guidance=guidance),
+        sampling=Sampling(steps=counts.pop(), guidance=guidance).usual_for(model),
         seed=seed,
         judges=judges,
         timing_rounds=timing_rounds,
+        references=references or default_folder(),
     )
     if as_json:
         show_json(

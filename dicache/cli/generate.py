@@ -39,7 +39,7 @@ def generate(
     from contextlib import nullcontext
 
     from dicache.models.images import save_png
-    from dicache.models.loading import default_device, load
+    from dicache.models.loading import load
     from dicache.models.names import ModelError
     from dicache.models.sampling import Sampling, sample, takes_classes
     from dicache.runtime import apply
@@ -48,13 +48,13 @@ def generate(
     if bool(prompts) == bool(classes):
         raise click.UsageError("give either --prompt or --class")
     schedule = Schedule.load(schedule_file) if schedule_file else None
-    pipeline = load(model, device=device or default_device(), dtype=dtype)
+    pipeline = load(model, device=device, dtype=dtype)
     if takes_classes(pipeline) != bool(classes):
         wanted = "--class" if takes_classes(pipeline) else "--prompt"
         raise ModelError(f"{model} is conditioned on a {wanted[2:]}; give {wanted}")
     if steps is None and schedule is not None:
         steps = schedule.target.num_inference_steps
-    sampling = Sampling(steps=steps, guidance=guidance)
+    sampling = Sampling(steps=steps, guidance=guidance).usual_for(model)
     files: list[str] = []
     with apply(pipeline, schedule) if schedule else nullcontext() as cache:
         for condition in prompts or classes:

@@ -15,14 +15,18 @@ def models(as_json: bool) -> None:
     from dicache.models.names import HUB
 
     if as_json:
-        show_json({"bundled": bundled.NAMES, "hub": HUB})
+        show_json({"bundled": bundled.NAMES, "hub": {name: vars(known) for name, known in HUB.items()}})
         return
     click.echo("Bundled:")
     for name, text in bundled.NAMES.items():
         click.echo(f"  {name:14} {text}")
     click.echo("From the hub, by short name:")
-    for name, repository in HUB.items():
-        click.echo(f"  {name:14} {repository}")
+    for name, known in HUB.items():
+        usually = [
+            f"{known.steps} steps" if known.steps else "",
+            "" if known.guidance is None else f"guidance {known.guidance:g}",
+        ]
+        click.echo(f"  {name:14} {known.repository:50} {', '.join(filter(None, usually))}")
     click.echo("Or any hub id, or a folder in diffusers' format.")
 
 

@@ -46,15 +46,15 @@ def profile(
 
     It is written to ./profiles, where the other commands look for the newest one.
     """
-    from dicache.models.loading import default_device, load
+    from dicache.models.loading import load
     from dicache.models.names import find
     from dicache.models.sampling import Sampling, default_conditions, read_conditions
     from dicache.profiler.profiling import profile_pipeline
 
     source = find(model)
     conditions = read_conditions(prompts) if prompts else None
-    pipeline = load(model, device=device or default_device(), dtype=dtype, scheduler=scheduler)
-    sampling = Sampling(steps, guidance, height, width, frames).resolved(pipeline)
+    pipeline = load(model, device=device, dtype=dtype, scheduler=scheduler)
+    sampling = Sampling(steps, guidance, height, width, frames).usual_for(model).resolved(pipeline)
     if output is None:
         sampler = type(pipeline.scheduler).__name__.removesuffix("Scheduler").lower()
         output = Path("profiles") / f"{source.name}-{sampler}-{sampling.steps}.h5"

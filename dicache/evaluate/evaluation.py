@@ -3,12 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
+from dicache.anatomy import StepClock
 from dicache.evaluate.quality import Mean, mean_with_interval, psnr, ssim
+from dicache.evaluate.references import Trajectory, key_of, latent_error, read, write
 from dicache.evaluate.timing import Variant as Timed
 from dicache.evaluate.timing import interleaved, speedup
 from dicache.models.sampling import Sampling, sample
@@ -31,6 +35,8 @@ class Result:
         speedup: Uncached wall time / this one's, the median of interleaved rounds; None if it was not timed.
         psnr: In dB against the uncached images; identical images count as 120.
         ssim: Structural similarity with them.
+        latent_error: |z - z'| / |z'| of the latents after each step against the uncached run, mean over images;
+            empty for another number of steps.
         judged: What the judges say, by name.
         images: What was made, (n, h, w, 3).
     """
@@ -42,6 +48,7 @@ class Result:
     speedup: float | None
     psnr: Mean
     ssim: Mean
+    latent_error: tuple[float, ...] = ()
     judged: Mapping[str, float] = field(default_factory=dict)
     images: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
@@ -55,6 +62,7 @@ class Result:
             "speedup": self.speedup,
             "psnr": self.psnr.to_json(),
             "ssim": self.ssim.to_json(),
+            "latent_error": list(self.latent_error),
             **self.judged,
         }
 
@@ -82,6 +90,7 @@ def evaluate(
     fewer_steps: bool = True,
     judges: Mapping[str, Judge] | None = None,
     timing_rounds: int = 5,
+    references: Path | None = None,
     progress: bool = True,
 ) -> tuple[Result, list[Result], list[Result]]:
     """Run the pipeline uncached, with each schedule, and with fewer steps at each schedule's cost.
@@ -98,6 +107,7 @@ def evaluate(
         fewer_steps: Whether to run the baseline that any cache has to beat.
         judges: Name -> a function of all images.
         timing_rounds: Rounds of single images to time; 0 times nothing.
+        references: Folder in which uncached runs are kept from one evaluation to the next; None keeps none.
         progress: Whether to show a bar on standard error.
 
     Returns:
@@ -111,16 +121,21 @@ def evaluate(
     judges = judges or {}
     seeds = [seed + i for i in range(len(conditions))]
     uncached = _Variant(UNCACHED, sampling)
-    reference, _ = _images(pipeline, uncached, conditions, seeds, progress)
+    key = key_of(pipeline, conditions, seeds, sampling) if references else ""
+    reference = read(references, key) if references else None
+    if reference is None:
+        reference, _ = _images(pipeline, uncached, conditions, seeds, progress)
+        if references:
+            write(references, key, reference)
 
-    cached: list[tuple[_Variant, np.ndarray, list[float], float]] = []
+    cached: list[tuple[_Variant, Trajectory, list[float], float]] = []
     for name, schedule in schedules:
         variant = _Variant(name, sampling, schedule, batch=1 if schedule.adaptive else 8)
-        images, stats = _images(pipeline, variant, conditions, seeds, progress)
+        made, stats = _images(pipeline, variant, conditions, seeds, progress)
         fraction = float(np.mean([share for share, _ in stats]))
-        cached.append((variant, images, [computed for _, computed in stats], fraction))
+        cached.append((variant, made, [computed for _, computed in stats], fraction))
 
-    fewer: list[tuple[_Variant, np.ndarray]] = []
+    fewer: list[tuple[_Variant, Trajectory]] = []
     counts = sorted({max(1, round(fraction * sampling.steps)) for *_, fraction in cached}, reverse=True)
     for count in counts if fewer_steps else ():
         if count < sampling.steps:
@@ -130,7 +145,10 @@ def evaluate(
     variants = [uncached, *(row[0] for row in cached), *(row[0] for row in fewer)]
     seconds = _time(pipeline, variants, conditions[0], seeds[0], timing_rounds, progress) if timing_rounds else {}
 
-    def result(variant: _Variant, images: np.ndarray, computed: float, fraction: float) -> Result:
+    def result(variant: _Variant, made: Trajectory, computed: float, fraction: float) -> Result:
+        assert reference is not None
+        images = made.images
+        same_steps = made.latents.shape == reference.latents.shape
         timed = seconds.get(variant.name)
         return Result(
             name=variant.name,
@@ -138,8 +156,9 @@ def evaluate(
             computed_steps=computed,
             macs_fraction=fraction,
             speedup=speedup(seconds[UNCACHED], timed) if timed else None,
-            psnr=mean_with_interval(psnr(images, reference)),
-            ssim=mean_with_interval(ssim(images, reference)),
+            psnr=mean_with_interval(psnr(images, reference.images)),
+            ssim=mean_with_interval(ssim(images, reference.images)),
+            latent_error=tuple(latent_error(made.latents, reference.latents).tolist()) if same_steps else (),
             judged={name: judge(images) for name, judge in judges.items()},
             images=images,
         )
@@ -147,27 +166,39 @@ def evaluate(
     steps = sampling.steps
     return (
         result(uncached, reference, steps, 1.0),
-        [result(v, images, float(np.mean(computed)), share) for v, images, computed, share in cached],
-        [result(v, images, v.sampling.steps or 0, (v.sampling.steps or 0) / steps) for v, images in fewer],
+        [result(v, made, float(np.mean(computed)), share) for v, made, computed, share in cached],
+        [result(v, made, v.sampling.steps or 0, (v.sampling.steps or 0) / steps) for v, made in fewer],
     )
 
 
 def _images(
     pipeline: Any, variant: _Variant, conditions: Sequence[str], seeds: Sequence[int], progress: bool
-) -> tuple[np.ndarray, list[tuple[float, float]]]:
-    """Return the images, and for each batch the share of multiply-accumulates and the fully computed steps."""
-    images, stats = [], []
+) -> tuple[Trajectory, list[tuple[float, float]]]:
+    """Return what was made, and for each batch the share of multiply-accumulates and the fully computed steps."""
+    images: list[np.ndarray] = []
+    latents: list[np.ndarray] = []
+    steps: list[np.ndarray] = []
+    stats = []
+
+    def keep() -> None:
+        steps.append(clock.latents.detach().to("cpu", torch.float16).numpy())
+
     bar = tqdm(total=len(conditions), desc=variant.name, unit="image", disable=not progress, leave=False)
     with bar, variant.attached(pipeline) as cache:
-        for batch in _batches(len(conditions), variant.batch):
-            before = (cache.stats.macs, cache.stats.calls) if cache else (0.0, 0)
-            images.append(sample(pipeline, conditions[batch], seeds[batch], variant.sampling))
-            if cache:
-                share = (cache.stats.macs - before[0]) / (cache.stats.calls - before[1])
-                rows = cache.stats.steps.values()
-                stats.append((share, float(np.mean([row.count("C") for row in rows]))))
-            bar.update(len(conditions[batch]))
-    return np.concatenate(images), stats
+        clock = StepClock(pipeline.scheduler, lambda _: steps.clear(), keep)
+        try:
+            for batch in _batches(len(conditions), variant.batch):
+                before = (cache.stats.macs, cache.stats.calls) if cache else (0.0, 0)
+                images.append(sample(pipeline, conditions[batch], seeds[batch], variant.sampling))
+                latents.append(np.stack(steps, axis=1))
+                if cache:
+                    share = (cache.stats.macs - before[0]) / (cache.stats.calls - before[1])
+                    rows = cache.stats.steps.values()
+                    stats.append((share, float(np.mean([row.count("C") for row in rows]))))
+                bar.update(len(conditions[batch]))
+        finally:
+            clock.detach()
+    return Trajectory(np.concatenate(images), np.concatenate(latents)), stats
 
 
 def _batches(count: int, size: int) -> Iterator[slice]:

@@ -6,23 +6,48 @@ from pathlib import Path
 
 from dicache.models import zoo
 
-# Short name -> hub id of a repository in diffusers' format.
+
+@dataclass(frozen=True)
+class Usual:
+    """A published model, and how it is usually called; None leaves it to the pipeline.
+
+    Attributes:
+        repository: Hub id, in diffusers' format.
+        steps: Inference steps.
+        guidance: Guidance scale.
+        size: Height and width in pixels.
+        frames: Of a video.
+        dtype: It was trained for, or is stable in.
+    """
+
+    repository: str
+    steps: int | None = None
+    guidance: float | None = None
+    size: int | None = None
+    frames: int | None = None
+    dtype: str = "bfloat16"
+
+
+# From the models' own cards. The sampler is the one that each repository is configured with.
 HUB = {
-    "cogvideox": "zai-org/CogVideoX-5b",
-    "dit": "facebook/DiT-XL-2-256",
-    "dit-512": "facebook/DiT-XL-2-512",
-    "flux": "black-forest-labs/FLUX.1-dev",
-    "hunyuanvideo": "hunyuanvideo-community/HunyuanVideo",
-    "latte": "maxin-cn/Latte-1",
-    "ltx": "Lightricks/LTX-Video",
-    "lumina2": "Alpha-VLLM/Lumina-Image-2.0",
-    "pixart": "PixArt-alpha/PixArt-XL-2-1024-MS",
-    "pixart-sigma": "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
-    "qwen-image": "Qwen/Qwen-Image",
-    "sana": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
-    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "sd3.5": "stabilityai/stable-diffusion-3.5-large",
-    "wan": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "cogvideox": Usual("zai-org/CogVideoX-5b", steps=50, guidance=6.0, frames=49),
+    "dit": Usual("facebook/DiT-XL-2-256", steps=50, guidance=4.0, dtype="float16"),
+    "dit-512": Usual("facebook/DiT-XL-2-512", steps=50, guidance=4.0, dtype="float16"),
+    "flux": Usual("black-forest-labs/FLUX.1-dev", steps=28, guidance=3.5, size=1024),
+    "flux-schnell": Usual("black-forest-labs/FLUX.1-schnell", steps=4, guidance=0.0, size=1024),
+    "hunyuanvideo": Usual("hunyuanvideo-community/HunyuanVideo", steps=50, guidance=6.0),
+    "latte": Usual("maxin-cn/Latte-1", steps=50, guidance=7.5, size=512, dtype="float16"),
+    "ltx": Usual("Lightricks/LTX-Video", steps=50, guidance=3.0),
+    "lumina2": Usual("Alpha-VLLM/Lumina-Image-2.0", steps=50, guidance=4.0, size=1024),
+    "pixart": Usual("PixArt-alpha/PixArt-XL-2-1024-MS", steps=20, guidance=4.5, size=1024, dtype="float16"),
+    "pixart-512": Usual("PixArt-alpha/PixArt-XL-2-512x512", steps=20, guidance=4.5, size=512, dtype="float16"),
+    "pixart-lcm": Usual("PixArt-alpha/PixArt-LCM-XL-2-1024-MS", steps=4, guidance=0.0, size=1024, dtype="float16"),
+    "pixart-sigma": Usual("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", steps=20, guidance=4.5, size=1024, dtype="float16"),
+    "qwen-image": Usual("Qwen/Qwen-Image", steps=50, size=1024),
+    "sana": Usual("Efficient-Large-Model/Sana_1600M_1024px_diffusers", steps=20, guidance=4.5, size=1024),
+    "sd3": Usual("stabilityai/stable-diffusion-3-medium-diffusers", steps=28, guidance=7.0, size=1024, dtype="float16"),
+    "sd3.5": Usual("stabilityai/stable-diffusion-3.5-large", steps=28, guidance=3.5, size=1024),
+    "wan": Usual("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", steps=50, guidance=5.0),
 }
 
 
@@ -38,11 +63,13 @@ class Source:
         name: Short, for file names and titles.
         location: Folder or hub id, as `from_pretrained` takes it.
         bundled: Whether it is in the package.
+        usual: How it is usually called, if it has a short name.
     """
 
     name: str
     location: str
     bundled: bool = False
+    usual: Usual | None = None
 
 
 def find(name: str) -> Source:
@@ -54,7 +81,7 @@ def find(name: str) -> Source:
     if name in zoo.NAMES:
         return Source(name, str(zoo.folder(name)), bundled=True)
     if name in HUB:
-        return Source(name, HUB[name])
+        return Source(name, HUB[name].repository, usual=HUB[name])
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
@@ -68,6 +95,6 @@ def find(name: str) -> Source:
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ModelError(
-        f"unknown model {name!r}; {hint}Known are {', '.join(known)}, a hub id such as {HUB['dit']}, "
+        f"unknown model {name!r}; {hint}Known are {', '.join(known)}, a hub id such as {HUB['dit'].repository}, "
         "or a folder in diffusers' format"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dicache.models.names import ModelError
+from dicache.models.names import ModelError, find
 
 # What pictures are asked for when nobody says: plain things, many kinds of texture, layout and light.
 PROMPTS = (
@@ -55,6 +55,14 @@ class Sampling:
         for name, value in asdict(self).items():
             if value is not None and (not np.isfinite(value) or value < (0 if name == "guidance" else 1)):
                 raise ModelError(f"{name} cannot be {value}")
+
+    def usual_for(self, model: str) -> "Sampling":
+        """Return the same with what is usual for a model of this name filled in."""
+        usual = find(model).usual
+        if usual is None:
+            return self
+        known = Sampling(usual.steps, usual.guidance, usual.size, usual.size, usual.frames)
+        return Sampling(**{k: v if v is not None else getattr(known, k) for k, v in vars(self).items()})
 
     def resolved(self, pipeline: Any) -> "Sampling":
         """Return the same with the pipeline's own defaults filled in."""

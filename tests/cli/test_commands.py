@@ -129,7 +129,7 @@ def test_pictures_are_drawn(workplace: Path, words: tuple[str, ...]) -> None:
 def test_the_models_are_listed(workplace: Path) -> None:
     known = json.loads(dicache("models", "--json").stdout)
     assert "digits" in known["bundled"]
-    assert known["hub"]["pixart"] == "PixArt-alpha/PixArt-XL-2-1024-MS"
+    assert known["hub"]["pixart"]["repository"] == "PixArt-alpha/PixArt-XL-2-1024-MS"
 
 
 def test_a_profile_of_prompts_from_a_file(workplace: Path) -> None:

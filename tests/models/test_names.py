@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from dicache.models.loading import load
@@ -75,3 +76,18 @@ def test_an_option_that_the_pipeline_does_not_take_is_refused() -> None:
         sample(load("digits"), ["1"], [0], Sampling(steps=2, height=64))
     with pytest.raises(ModelError, match="steps cannot be 0"):
         Sampling(steps=0)
+
+
+def test_a_short_name_brings_how_the_model_is_usually_called() -> None:
+    assert Sampling().usual_for("pixart") == Sampling(steps=20, guidance=4.5, height=1024, width=1024)
+    assert Sampling(steps=8).usual_for("flux-schnell") == Sampling(steps=8, guidance=0.0, height=1024, width=1024)
+    assert Sampling(steps=8).usual_for("digits") == Sampling(steps=8)
+
+
+def test_a_model_that_cannot_be_fetched_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ModelError, match=r"cannot get nobody/nothing from the hub .*`hf download nobody/nothing`"
+    ) as error:
+        load("nobody/nothing")
+    assert "\n" not in str(error.value)
