@@ -1,15 +1,16 @@
 """TeaCache: fit how much the model's output will change from how much its modulated input has."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 
 from dicache.calibrate.methods import CalibrationError, method
 from dicache.profiler import Profile
-from dicache.schedules import Schedule, TeaCachePolicy
+from dicache.schedules import Plan, Rule, Schedule, TeaCachePolicy
 
 FitTo = Literal["residual", "body", "output"]
+Foretell = Literal["input", "steps"]
 FOLDS = 4
 
 
@@ -23,6 +24,9 @@ class Rescale:
         pairs: How many pairs of x and y.
         held_out_r2: Share of the variance of y explained on runs that the fit did not see.
         held_out_rmse: Root mean square error of y on them.
+        per_step_r2: What the median y of each step, over the other runs, explains of the same variance.
+        negative_share: Share of the fitted range in which the polynomial is negative, and is taken for zero.
+        falling_share: Share of it in which a larger change of the input foretells a smaller one of the output.
     """
 
     coefficients: tuple[float, ...]
@@ -30,6 +34,9 @@ class Rescale:
     pairs: int
     held_out_r2: float
     held_out_rmse: float
+    per_step_r2: float
+    negative_share: float
+    falling_share: float
 
 
 @method("teacache")
@@ -42,6 +49,9 @@ class TeaCache:
         target_speedup: How many times fewer multiply-accumulates, on the average of the profile's own runs.
         degree: Of the polynomial.
         fit_to: What is foretold: the model's `output`, as the paper has it, the `body`'s output or its `residual`.
+        foretell: From the modulated `input`, at run time, as the paper has it; or from the `steps` alone, by the median
+            change that the profile's runs had at each step. That needs no polynomial and no decision at run time: it
+            gives a plan.
 
     References:
         TeaCache, arXiv 2411.19108, section 3.3.
@@ -51,6 +61,7 @@ class TeaCache:
     target_speedup: float | None = None
     degree: int = 4
     fit_to: FitTo = "output"
+    foretell: Foretell = "input"
 
     def __post_init__(self) -> None:
         given = [value for value in (self.threshold, self.target_speedup) if value is not None]
@@ -67,6 +78,9 @@ class TeaCache:
                 f"teacache: the fit is to one of {', '.join(get_args(FitTo))}, found {self.fit_to!r}"
             )
 
+        if self.foretell not in get_args(Foretell):
+            raise CalibrationError(f"teacache: it is foretold from input or steps, found {self.foretell!r}")
+
     def calibrate(self, profile: Profile) -> Schedule:
         """Return the schedule that this profile gives.
 
@@ -75,12 +89,14 @@ class TeaCache:
         """
         x, y = profile.relative_l1("input"), profile.relative_l1(self.fit_to)  # (runs, contexts, steps - 1)
         rescale = fit_rescale(x, y, degree=self.degree)
-        threshold = self.threshold
-        if threshold is None:
-            assert self.target_speedup is not None
-            threshold = find_threshold(rescale, x, profile, self.target_speedup)
-        policy = TeaCachePolicy(float(threshold), rescale.coefficients, rescale.input_range)
-        computed = simulate(policy, x)  # (runs, contexts, steps)
+        coefficients, input_range, signal = rescale.coefficients, rescale.input_range, x
+        if self.foretell == "steps":  # the change itself is known, so it is taken as it is
+            signal = np.nanmedian(y, axis=(0, 1), keepdims=True)
+            coefficients, input_range = (1.0, 0.0), (0.0, float(signal.max()))
+        policy = TeaCachePolicy(self.threshold or 0.0, coefficients, input_range)
+        if self.target_speedup is not None:
+            policy = replace(policy, threshold=find_threshold(policy, signal, profile, self.target_speedup))
+        computed = simulate(policy, signal)  # (runs, contexts, steps)
         often = computed.mean(axis=(0, 1))
         return Schedule(
             method="teacache",
@@ -88,7 +104,8 @@ class TeaCache:
             anatomy=profile.anatomy,
             target=profile.provenance.target,
             steps=profile.steps,
-            policy=policy,
+            plan=_body_plan(computed[0, 0]) if self.foretell == "steps" else None,
+            policy=None if self.foretell == "steps" else policy,
             measured={
                 "model": profile.provenance.model,
                 "runs": sum(run.ok for run in profile.runs),
@@ -97,7 +114,12 @@ class TeaCache:
                     "pairs": rescale.pairs,
                     "held_out_r2": round(rescale.held_out_r2, 4),
                     "held_out_rmse": round(rescale.held_out_rmse, 5),
+                    "per_step_r2": round(rescale.per_step_r2, 4),
+                    "input_range": list(rescale.input_range),
+                    "negative_share": round(rescale.negative_share, 3),
+                    "falling_share": round(rescale.falling_share, 3),
                 },
+                "threshold": policy.threshold,
                 "computed_steps": round(float(often.sum()), 2),
                 "expected_steps": "".join("C" if share >= 0.5 else "." for share in often),
                 "macs_fraction": round(_macs_fraction(profile, float(often.mean())), 4),
@@ -136,19 +158,26 @@ def fit_rescale(x: np.ndarray, y: np.ndarray, *, degree: int = 4) -> Rescale:
     if np.ptp(x[known]) < 1e-9:
         raise CalibrationError("teacache: the modulated input changes by the same amount at every step; nothing to fit")
     folds = min(FOLDS, runs)
-    foretold = np.full_like(y, np.nan)
+    foretold, by_step = np.full_like(y, np.nan), np.full_like(y, np.nan)
     for fold in range(folds):
         left_out = np.arange(runs) % folds == fold
         seen = known & ~left_out[:, None, None]
         part = _polynomial(x[seen], y[seen], degree)
         foretold[left_out] = np.maximum(np.polyval(part, np.clip(x[left_out], x[seen].min(), x[seen].max())), 0)
+        by_step[left_out] = np.nanmedian(np.where(known, y, np.nan)[~left_out], axis=0)
     error = foretold[known] - y[known]
+    variation = ((y[known] - y[known].mean()) ** 2).sum()
+    coefficients = _polynomial(x[known], y[known], degree)
+    grid = np.polyval(coefficients, np.linspace(x[known].min(), x[known].max(), 1000))
     return Rescale(
-        coefficients=tuple(float(c) for c in _polynomial(x[known], y[known], degree)),
+        coefficients=tuple(float(c) for c in coefficients),
         input_range=(float(x[known].min()), float(x[known].max())),
         pairs=pairs,
-        held_out_r2=float(1 - (error**2).sum() / ((y[known] - y[known].mean()) ** 2).sum()),
+        held_out_r2=float(1 - (error**2).sum() / variation),
         held_out_rmse=float(np.sqrt((error**2).mean())),
+        per_step_r2=float(1 - np.nansum((by_step[known] - y[known]) ** 2) / variation),
+        negative_share=float((grid < 0).mean()),
+        falling_share=float((np.diff(grid) < 0).mean()),
     )
 
 
@@ -156,6 +185,12 @@ def _polynomial(x: np.ndarray, y: np.ndarray, degree: int) -> np.ndarray:
     """Return the least-squares polynomial, highest power first; fitted on x scaled to [-1, 1], where it is stable."""
     coefficients: np.ndarray = np.polynomial.Polynomial.fit(x, y, degree).convert().coef[::-1]
     return np.pad(coefficients, (degree + 1 - len(coefficients), 0))
+
+
+def _body_plan(computed: np.ndarray) -> Plan:
+    """Return the plan that skips the body where it is not computed, boolean, shape (steps,)."""
+    letters = "".join("C" if c else "." for c in computed)
+    return Plan(len(letters), (Rule("skip", letters),) if "." in letters else ())
 
 
 def simulate(policy: TeaCachePolicy, x: np.ndarray) -> np.ndarray:
@@ -177,19 +212,17 @@ def simulate(policy: TeaCachePolicy, x: np.ndarray) -> np.ndarray:
     return computed
 
 
-def find_threshold(rescale: Rescale, x: np.ndarray, profile: Profile, target_speedup: float) -> float:
+def find_threshold(policy: TeaCachePolicy, x: np.ndarray, profile: Profile, target_speedup: float) -> float:
     """Return the smallest threshold with which the simulated rule reaches a speed-up in multiply-accumulates.
 
     Raises:
         CalibrationError: If no threshold does: the first and last steps, and what is outside the blocks, always run.
     """
-    least = TeaCachePolicy(0.0, rescale.coefficients, rescale.input_range)
-    foretold = np.vectorize(least.rescale)(np.nan_to_num(x, nan=0.0))
+    foretold = np.vectorize(policy.rescale)(np.nan_to_num(x, nan=0.0))
     highest = float(foretold.sum(axis=-1).max()) * 1.001 + 1e-9  # no sum of changes reaches it
 
     def speedup(threshold: float) -> float:
-        policy = TeaCachePolicy(threshold, rescale.coefficients, rescale.input_range)
-        return 1 / _macs_fraction(profile, float(simulate(policy, x).mean()))
+        return 1 / _macs_fraction(profile, float(simulate(replace(policy, threshold=threshold), x).mean()))
 
     if speedup(highest) < target_speedup:
         raise CalibrationError(

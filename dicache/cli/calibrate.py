@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dicache.anatomy import Anatomy
     from dicache.schedules import Schedule, Target
 
+POOR_FIT = 0.7  # held-out R2 below which a TeaCache polynomial is warned of
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -87,6 +88,13 @@ def fora(
     show_default=True,
     help="What is foretold.",
 )
+@click.option(
+    "--foretell",
+    type=click.Choice(["input", "steps"]),
+    default="input",
+    show_default=True,
+    help="From the modulated input at run time, or by the median of each step, which gives a fixed plan.",
+)
 @profile_option
 @output_option
 @json_option
@@ -95,6 +103,7 @@ def teacache(
     target_speedup: float | None,
     degree: int,
     fit_to: Any,
+    foretell: Any,
     profile_file: Path | None,
     output: Path | None,
     as_json: bool,
@@ -108,7 +117,7 @@ def teacache(
 
     if threshold is None and target_speedup is None:
         target_speedup = 1.8
-    settings = TeaCache(threshold, target_speedup, degree, fit_to)
+    settings = TeaCache(threshold, target_speedup, degree, fit_to, foretell)
     file = profile_file or newest()
     profile = load(file)
     _write(settings.calibrate(profile), profile.provenance.model, output, as_json)
@@ -143,10 +152,16 @@ def _write(schedule: "Schedule", model: str, output: Path | None, as_json: bool)
         return
     click.echo(f"Wrote {output}: {schedule.method}, {schedule.steps} steps of {model}, {fraction:.3f} of the MACs")
     if "fit" in schedule.measured:
-        fit, policy = schedule.measured["fit"], schedule.policy
-        assert policy is not None
+        fit, threshold = schedule.measured["fit"], schedule.measured["threshold"]
+        click.echo(f"  threshold {threshold:.4g}, {schedule.measured['computed_steps']:g} steps computed on average")
         click.echo(
-            f"  threshold {policy.threshold:.4g}, {schedule.measured['computed_steps']:g} steps computed on average; "
-            f"fit of {fit['pairs']} pairs, R2 {fit['held_out_r2']:.3f} on held-out runs"
+            f"  fit of {fit['pairs']} pairs: R2 {fit['held_out_r2']:.3f} on held-out runs, "
+            f"{fit['per_step_r2']:.3f} for the median of each step"
         )
+        if fit["held_out_r2"] < POOR_FIT:
+            click.echo(
+                f"  Warning: the polynomial foretells little (R2 below {POOR_FIT:g}); profile more runs, try another "
+                "--fit-to or --degree, or decide by the steps alone with --foretell steps",
+                err=True,
+            )
     click.echo(f"Next: dicache evaluate --model {model} --schedule {output}")

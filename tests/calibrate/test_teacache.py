@@ -81,7 +81,8 @@ def test_the_threshold_reaches_the_target_and_a_smaller_one_does_not() -> None:
     x = changes()
     profile = profile_of(x, 2 * x)
     rescale = fit_rescale(x, 2 * x)
-    threshold = find_threshold(rescale, x, profile, 1.4)
+    policy = TeaCachePolicy(0.0, rescale.coefficients, rescale.input_range)
+    threshold = find_threshold(policy, x, profile, 1.4)
 
     def speedup(value: float) -> float:
         computed = simulate(TeaCachePolicy(value, rescale.coefficients, rescale.input_range), x).mean()
@@ -118,6 +119,7 @@ def test_wrong_settings_are_refused() -> None:
         {"target_speedup": 0.5},
         {"threshold": 0.1, "degree": 0},
         {"threshold": 0.1, "fit_to": "nothing"},
+        {"threshold": 0.1, "foretell": "stars"},
     ):
         with pytest.raises(CalibrationError, match="teacache"):
             TeaCache(**wrong)
@@ -128,3 +130,31 @@ def test_failed_runs_are_not_counted() -> None:
     runs = (*profile.runs, Run("9", 9, "failed at step 1 in 0.mlp"))
     schedule = TeaCache(threshold=0.1).calibrate(replace(profile, runs=runs))
     assert schedule.measured["runs"] == 8
+
+
+def test_the_median_of_each_step_foretells_what_depends_on_the_step_alone() -> None:
+    x = changes()
+    y = np.broadcast_to(np.linspace(0.1, 0.4, STEPS - 1), x.shape)
+    fit = fit_rescale(x, y)
+    assert fit.per_step_r2 == pytest.approx(1.0)
+    assert fit.held_out_r2 < 0.2
+
+
+def test_foretold_from_the_steps_it_is_a_plan() -> None:
+    x = changes()
+    y = np.full(x.shape, 0.1)
+    y[:, :, 5:] = 0.3
+    schedule = TeaCache(threshold=0.25, foretell="steps").calibrate(profile_of(x, y))
+    assert not schedule.adaptive
+    # Sums: steps 1 and 2 reach 0.2, step 3 passes 0.25; the same again; from step 6 on every step passes it alone.
+    assert schedule.table()["0.attn"] == "CSSCSSCCCCC"
+    target = TeaCache(target_speedup=1.3, foretell="steps").calibrate(profile_of(x, y))
+    assert 1 / target.macs_fraction() >= 1.3
+
+
+def test_where_the_polynomial_falls_or_is_negative_is_told() -> None:
+    x = changes(runs=16)
+    fit = fit_rescale(x, (x - 0.16) ** 2 - 0.005, degree=2)
+    assert fit.falling_share == pytest.approx(0.5, abs=0.05)
+    assert fit.negative_share == pytest.approx(2 * 0.005**0.5 / 0.28, abs=0.05)
+    assert fit_rescale(x, x, degree=1).falling_share == 0
