@@ -1,11 +1,18 @@
 """`dicache schedules`: look at schedule files."""
 
-from itertools import groupby
+import math
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dicache.cli.command import Group, json_option, model_option, show_json
+
+if TYPE_CHECKING:
+    from dicache.schedules import Schedule
+
+LEGEND = "C computed, R reused, S skipped with its block; step 0 is the noisiest"
 
 
 @click.group(cls=Group)
@@ -19,28 +26,16 @@ def schedules() -> None:
 def show(file: Path, as_json: bool) -> None:
     """Show which step computes what, and what the schedule is bound to."""
     from dicache.schedules import Schedule
+    from dicache.schedules.drawing import alike, draw
 
     schedule = Schedule.load(file)
-    target, letters = schedule.target, schedule.table()
     if as_json:
-        show_json(
-            {
-                "method": schedule.method,
-                "settings": dict(schedule.settings),
-                "num_inference_steps": target.num_inference_steps or schedule.steps,
-                "steps": schedule.steps,
-                "adaptive": schedule.adaptive,
-                "macs_fraction": schedule.macs_fraction(),
-                "made_for": target.to_json(),
-                "unbound": list(target.unbound()),
-                "measured": dict(schedule.measured),
-                "sites": letters,
-            }
-        )
+        show_json(_as_json(schedule))
         return
-    settings = ", ".join(f"{k} {v}" for k, v in schedule.settings.items() if v is not None and v != ())
-    click.echo(f"{schedule.method}: {settings}")
-    click.echo(f"{schedule.steps} steps of {schedule.anatomy.model}, {schedule.macs_fraction():.3f} of the MACs")
+    target = schedule.target
+    settings = ", ".join(f"{k} {v}" for k, v in schedule.settings.items() if v not in (None, (), []))
+    click.echo(f"{schedule.method}: {settings}" if settings else schedule.method)
+    click.echo(f"{schedule.steps} steps of {schedule.anatomy.model}, {_share(schedule)}")
     bound = {k: v for k, v in target.to_json().items() if k not in ("timesteps", "noise_levels")}
     click.echo("made for " + (", ".join(f"{k} {v}" for k, v in bound.items()) or "nothing in particular"))
     if target.unbound():
@@ -50,10 +45,77 @@ def show(file: Path, as_json: bool) -> None:
         click.echo(
             f"decides at run time: threshold {policy.threshold:.4g} on the sum of p(x), p = {_polynomial(policy)}"
         )
-        click.echo(f"x in [{policy.input_range[0]:.4g}, {policy.input_range[1]:.4g}]; expected from its profile:")
-    for names, row in _alike(letters):
-        click.echo(f"  {names:24} {row}")
-    click.echo("  C computed, R reused, S skipped with its block")
+        click.echo(f"x in [{policy.input_range[0]:.4g}, {policy.input_range[1]:.4g}]")
+        if not schedule.foreseen:
+            return
+    for context in (*schedule.contexts, None):
+        click.echo()
+        if schedule.contexts:
+            click.echo(f"{_pass(context)}, {_macs(schedule.macs_fraction(context))}")
+        elif schedule.adaptive:
+            click.echo("expected from its profile")
+        click.echo(draw(alike(schedule.table(context)), _page_width()))
+    click.echo(f"\n{LEGEND}")
+
+
+@schedules.command()
+@click.argument("one", metavar="A", type=click.Path(path_type=Path))
+@click.argument("other", metavar="B", type=click.Path(path_type=Path))
+@json_option
+def diff(one: Path, other: Path, as_json: bool) -> None:
+    """Show what differs between two schedule files: settings, target, steps, and what is computed when."""
+    from dicache.schedules import Schedule
+    from dicache.schedules.comparing import compare, in_words
+    from dicache.schedules.drawing import against, alike, draw
+
+    a, b = Schedule.load(one), Schedule.load(other)
+    found = compare(a, b)
+    if as_json:
+        show_json(found.to_json())
+        return
+    if found.equal:
+        click.echo(f"{one} and {other} say the same: {a.method}, {a.steps} steps of {a.anatomy.model}")
+        return
+    for letter, file, schedule in (("A", one, a), ("B", other, b)):
+        click.echo(
+            f"{letter}  {file}: {schedule.method}, {schedule.steps} steps of {schedule.anatomy.model}, "
+            f"{_share(schedule)}"
+        )
+    for section in ("settings", "made_for", "policy", "measured", "anatomy"):
+        if pairs := found.sections[section]:
+            click.echo(f"\n{section.replace('_', ' ')}")
+            width = max(map(len, pairs))
+            for name, pair in pairs.items():
+                click.echo(f"  {name.ljust(width)}  {in_words(pair)}")
+    click.echo()
+    if found.not_compared:
+        click.echo(f"What is computed at which step is not compared: {found.not_compared}.")
+    elif a.steps != b.steps:
+        click.echo("What is computed is not compared step by step, as the numbers of steps differ.")
+    elif not found.sites and not any(found.sites_by_context.values()):
+        foreseen = "it is expected that every" if a.adaptive or b.adaptive else "every"
+        rules = ", by rules that are written differently" if found.sections["plan"] else ""
+        click.echo(f"{foreseen} site is computed, reused and skipped at the same steps{rules}.".capitalize())
+    else:
+        for context, sites in (*found.sites_by_context.items(), (None, found.sites)):
+            if not sites:
+                continue
+            where = f"{_pass(context)}: " if found.sites_by_context else ""
+            steps = sum(any(x[i] != y[i] for x, y in sites.values()) for i in range(a.steps))
+            click.echo(f"{where}{len(sites)} of {len(a.anatomy.sites)} sites differ, at {steps} of {a.steps} steps")
+            theirs = b.table(context)
+            rows = alike({key: (letters, theirs[key]) for key, letters in a.table(context).items()})
+            click.echo(draw(against([row for row in rows if row[1][0] != row[1][1]]), _page_width()) + "\n")
+        click.echo(LEGEND)
+
+
+@schedules.command()
+@json_option
+def schema(as_json: bool) -> None:
+    """Print the JSON Schema of schedule files, with or without --json."""
+    from dicache.schedules.schema import schema_text
+
+    click.echo(schema_text(), nl=False)
 
 
 @schedules.command()
@@ -81,18 +143,47 @@ def validate(files: tuple[Path, ...], model: str | None, as_json: bool) -> None:
         click.echo(f"{file}: valid, {schedule.method}, {schedule.steps} steps{fits}")
 
 
-def _alike(letters: dict[str, str]) -> list[tuple[str, str]]:
-    """Return the sites that have the same letters in one line: `attn 0-11`."""
-    from dicache.anatomy.parts import span
+def _as_json(schedule: "Schedule") -> dict[str, Any]:
+    content = {
+        "method": schedule.method,
+        "settings": dict(schedule.settings),
+        "num_inference_steps": schedule.target.num_inference_steps or schedule.steps,
+        "steps": schedule.steps,
+        "adaptive": schedule.adaptive,
+        "macs_fraction": _known(schedule.macs_fraction()),
+        "made_for": schedule.target.to_json(),
+        "unbound": list(schedule.target.unbound()),
+        "measured": dict(schedule.measured),
+        "sites": schedule.table(),
+    }
+    if schedule.contexts:  # what stands above is for the passes without rules of their own
+        content["macs_fraction_by_context"] = {c: _known(schedule.macs_fraction(c)) for c in schedule.contexts}
+        content["sites_by_context"] = {c: schedule.table(c) for c in schedule.contexts}
+    return content
 
-    lines = []
-    branches = dict.fromkeys(key.partition(".")[2] for key in letters)
-    for branch in branches:
-        mine = [(int(key.partition(".")[0]), row) for key, row in letters.items() if key.partition(".")[2] == branch]
-        for row, group in groupby(mine, key=lambda item: item[1]):
-            blocks = [block for block, _ in group]
-            lines.append((f"{branch} {span(blocks[0], blocks[-1])}", row))
-    return lines
+
+def _known(fraction: float) -> float | None:
+    return None if math.isnan(fraction) else fraction
+
+
+def _page_width() -> int:
+    return shutil.get_terminal_size().columns
+
+
+def _pass(context: str | None) -> str:
+    return "any other pass" if context is None else f"pass {context}"
+
+
+def _share(schedule: "Schedule") -> str:
+    if schedule.contexts:
+        return "passes treated differently"
+    if schedule.adaptive and "macs_fraction" not in schedule.measured:
+        return "how much of the MACs is decided at run time"
+    return _macs(schedule.macs_fraction()) + (" expected" if schedule.adaptive else "")
+
+
+def _macs(fraction: float) -> str:
+    return "MACs not known" if math.isnan(fraction) else f"{fraction:.3f} of the MACs"
 
 
 def _polynomial(policy: object) -> str:

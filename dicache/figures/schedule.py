@@ -79,17 +79,16 @@ def schedule_strip(schedules: Sequence[tuple[str, Schedule]]) -> Figure:
 
 
 def _strips(name: str, schedule: Schedule) -> list[_Strip]:
-    named = sorted({rule.context for rule in schedule.plan.rules} - {"*"}) if schedule.plan is not None else []
     share = _share(schedule)
     method = "" if schedule.method in name else f" ({schedule.method})"
-    if not named:
+    if not schedule.contexts:
         return [_strip(f"{name}{method}: {share}", schedule, None)]
-    strips = [_strip(f"{name}{method}, pass {context}", schedule, context) for context in named]
+    strips = [_strip(f"{name}{method}, pass {context}", schedule, context) for context in schedule.contexts]
     return [*strips, _strip(f"{name}{method}, any other pass: {share}", schedule, None)]
 
 
 def _share(schedule: Schedule) -> str:
-    if schedule.adaptive and "expected_steps" not in schedule.measured:
+    if not schedule.foreseen:
         return "decides at run time; what to expect is not known"
     fraction = schedule.macs_fraction()
     share = "MACs not known" if math.isnan(fraction) else f"{100 * fraction:.0f} % of the MACs"

@@ -144,6 +144,11 @@ class Plan:
         return {key: "".join(letters) for key, letters in table.items()}
 
     @property
+    def contexts(self) -> tuple[str, ...]:
+        """Guidance passes that have rules of their own."""
+        return tuple(sorted({rule.context for rule in self.rules} - {ALL}))
+
+    @property
     def computed_steps(self) -> tuple[int, ...]:
         """Steps at which no rule acts."""
         return tuple(i for i in range(self.steps) if all(rule.steps[i] == COMPUTE for rule in self.rules))

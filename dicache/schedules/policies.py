@@ -37,7 +37,7 @@ class TeaCachePolicy:
 
     def __post_init__(self) -> None:
         numbers = (self.threshold, *self.coefficients, *self.input_range)
-        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+        if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
             raise PlanError(
                 f"teacache: threshold, coefficients and input_range must be finite numbers, found {numbers}"
             )
@@ -47,6 +47,11 @@ class TeaCachePolicy:
             raise PlanError("teacache: the polynomial has no coefficients")
         if len(self.input_range) != 2 or self.input_range[0] > self.input_range[1]:
             raise PlanError(f"teacache: input_range must be a smallest and a largest value, found {self.input_range}")
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in (self.first_steps, self.last_steps)):
+            raise PlanError(
+                f"teacache: first_steps and last_steps must be whole numbers, "
+                f"found {self.first_steps!r} and {self.last_steps!r}"
+            )
         if self.first_steps < 1 or self.last_steps < 0:
             raise PlanError(
                 f"teacache: first_steps must be 1 or more and last_steps 0 or more, "

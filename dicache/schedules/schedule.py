@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dicache.anatomy.parts import Anatomy, AnatomyError
-from dicache.schedules.plan import ACT, ALL, COMPUTE, Plan, PlanError, Rule
+from dicache.schedules.plan import ACT, COMPUTE, Plan, PlanError, Rule
 from dicache.schedules.policies import TeaCachePolicy, read_policy
 
 FORMAT = "dicache.schedule/1"
@@ -78,13 +78,22 @@ class Target:
             raise ScheduleError(f"made_for must be an object, found {content!r}")
         if unknown := sorted(set(content) - known):
             raise ScheduleError(f"made_for: unknown key {unknown[0]!r}; the keys are {', '.join(sorted(known))}")
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
-        for name, value in values.items():
-            numbers = value if isinstance(value, tuple) else (0,)
-            kind: type = {"weights": str, "dtype": str, "scheduler": str, "num_inference_steps": int}.get(name, tuple)
-            if not isinstance(value, kind) or not all(isinstance(n, (int, float)) for n in numbers):
+        for name, value in content.items():
+            if not _can_be(name, value):
                 raise ScheduleError(f"made_for: {name} cannot be {value!r}")
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
         return cls(**values)
+
+
+def _can_be(name: str, value: Any) -> bool:
+    """Whether a field of a target may have a value; `type` and not `isinstance`, as true and false are no numbers."""
+    if name in ("weights", "dtype", "scheduler"):
+        return isinstance(value, str)
+    if name == "num_inference_steps":
+        return type(value) is int and value >= 1
+    if name == "latents":
+        return isinstance(value, list) and all(type(n) is int and n >= 1 for n in value)
+    return isinstance(value, list) and all(type(n) in (int, float) for n in value)
 
 
 @dataclass(frozen=True)
@@ -119,8 +128,14 @@ class Schedule:
         if self.plan is not None:
             if self.plan.steps != self.steps:
                 raise ScheduleError(f"the plan has {self.plan.steps} steps, the schedule {self.steps}")
-            for context in {None, *(rule.context for rule in self.plan.rules if rule.context != ALL)}:
+            for context in (None, *self.plan.contexts):
                 self.plan.table(self.anatomy, context)  # raises if it does not fit the model
+        expected = self.measured.get("expected_steps", COMPUTE * self.steps)
+        if not isinstance(expected, str) or len(expected) != self.steps or set(expected) - {COMPUTE, ACT}:
+            raise ScheduleError(f"measured: expected_steps must be {self.steps} letters C or ., found {expected!r}")
+        fraction = self.measured.get("macs_fraction", 1.0)
+        if not isinstance(fraction, (int, float)) or isinstance(fraction, bool) or fraction < 0:
+            raise ScheduleError(f"measured: macs_fraction must be a number of 0 or more, found {fraction!r}")
 
     @property
     def adaptive(self) -> bool:
@@ -136,14 +151,29 @@ class Schedule:
         expected = self.measured.get("expected_steps", COMPUTE * self.steps)
         return {key: expected.replace(ACT, "S") for key in self.anatomy.sites}
 
-    def macs_fraction(self) -> float:
-        """Return the share of the model's multiply-accumulates that is computed.
+    @property
+    def foreseen(self) -> bool:
+        """Whether it is known beforehand what is computed: from the plan, or from what a calibration expected."""
+        return self.plan is not None or "expected_steps" in self.measured
 
-        Of a policy it is what the calibration expected, else 1.
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """Guidance passes that the plan treats differently from the others."""
+        return () if self.plan is None else self.plan.contexts
+
+    def macs_fraction(self, context: str | None = None) -> float:
+        """Return the share of the model's multiply-accumulates that is computed in a guidance pass.
+
+        Passes are told apart only while they run, and how many there are is up to the pipeline, so a plan that treats
+        some of them differently has no share of a whole generation: it has one for each of its `contexts`, and one for
+        all others. Of a policy it is what the calibration expected, else 1.
+
+        Args:
+            context: The guidance pass; None is for those that the plan has no rules of their own for.
         """
         if self.plan is None:
             return float(self.measured.get("macs_fraction", 1.0))
-        return macs_fraction(self.anatomy, self.plan.table(self.anatomy))
+        return macs_fraction(self.anatomy, self.plan.table(self.anatomy, context))
 
     def resampled(self, noise_levels: tuple[float, ...], num_inference_steps: int | None) -> "Schedule":
         """Return the schedule for another number of steps.

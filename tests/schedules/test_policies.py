@@ -99,7 +99,10 @@ def test_a_policy_survives_being_written_and_read() -> None:
         ({"coefficients": None}, "cannot be read"),
         ({"input_range": [0.5]}, "teacache"),
         ({"input_range": [0.5, 1.0, 2.0]}, "input_range must be a smallest and a largest value"),
-        ({"first_steps": "two"}, "cannot be read"),
+        ({"first_steps": "two"}, "must be whole numbers, found 'two' and 1"),
+        ({"last_steps": 1.5}, "must be whole numbers"),
+        ({"first_steps": True}, "must be whole numbers"),
+        ({"threshold": True}, "must be finite numbers"),
         ({"threshold": None}, "must be finite numbers"),
     ],
 )

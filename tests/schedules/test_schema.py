@@ -1,0 +1,75 @@
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+
+from dicache.anatomy import Anatomy, Block, Site
+from dicache.calibrate.fora import Fora
+from dicache.calibrate.methods import planned_schedule
+from dicache.schedules import Plan, Rule, Schedule, ScheduleError, Target, TeaCachePolicy
+from dicache.schedules.schema import schema_text
+from tests.tiny import anatomy_of, dit, pixart
+
+SCHEMA = json.loads(schema_text())
+TARGET = Target("fa7a", "float32", (4, 8, 8), "DDIMScheduler", 4, (3.0, 2.0, 1.0, 0.0), (3.0, 2.0, 1.0, 0.0))
+TEACACHE = TeaCachePolicy(0.1, (1.0, 0.0), (0.0, 0.3))
+SCHEDULES = [
+    planned_schedule(Fora(2), anatomy_of(dit), TARGET, 4),
+    planned_schedule(Fora(2, branches=("mlp",)), anatomy_of(pixart), Target(), 4),
+    planned_schedule(Fora(2), anatomy_of(dit), TARGET, 4).resampled((3.0, 1.5, 0.0), 3),
+    Schedule("x", {}, anatomy_of(dit), Target(), 4, Plan(4, (Rule("skip", "CC..", "1-2", context="cond"),))),
+    Schedule("teacache", {"threshold": 0.1}, anatomy_of(dit), TARGET, 4, policy=TEACACHE),
+    Schedule(
+        "x",
+        {},
+        Anatomy("M", (Block(0, "b", 0, "B", (None, "x"), (Site("attn", "a"),)),), ((0, 1),)),
+        Target(),
+        1,
+        Plan(1),
+    ),
+]
+
+
+def written(schedule: Schedule) -> Any:
+    return json.loads(json.dumps(schedule.to_json()))
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert SCHEMA["$schema"].endswith("2020-12/schema")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_that_is_made_is_valid(schedule: Schedule) -> None:
+    jsonschema.validate(written(schedule), SCHEMA, cls=jsonschema.Draft202012Validator)
+    assert written(Schedule.from_json(written(schedule))) == written(schedule)
+
+
+def broken() -> list[Any]:
+    fora, teacache = written(SCHEDULES[0]), written(SCHEDULES[4])
+    rule = fora["plan"]["rules"][0]
+    return [
+        {**fora, "colour": "red"},
+        {key: value for key, value in fora.items() if key != "anatomy"},
+        {key: value for key, value in fora.items() if key != "plan"},
+        {**fora, "policy": teacache["policy"]},
+        {**fora, "format": "dicache.schedule/2"},
+        {**fora, "steps": "4"},
+        {**fora, "steps": True},
+        {**fora, "plan": {**fora["plan"], "rules": [{**rule, "action": "guess"}]}},
+        {**fora, "plan": {**fora["plan"], "rules": [{**rule, "steps": "CXC."}]}},
+        {**fora, "plan": {**fora["plan"], "rules": [{**rule, "blocks": "a-b"}]}},
+        {**fora, "made_for": {**fora["made_for"], "mood": 1}},
+        {**fora, "made_for": {**fora["made_for"], "latents": "4x8x8"}},
+        {**fora, "anatomy": {**fora["anatomy"], "extra": 1}},
+        {**teacache, "policy": {**teacache["policy"], "threshold": -1}},
+        {**teacache, "policy": {**teacache["policy"], "input_range": [1, 2, 3]}},
+    ]
+
+
+@pytest.mark.parametrize("content", broken())
+def test_schema_and_reader_refuse_the_same(content: Any) -> None:
+    with pytest.raises(ScheduleError):
+        Schedule.from_json(content)
+    assert not jsonschema.Draft202012Validator(SCHEMA).is_valid(content)
