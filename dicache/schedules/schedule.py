@@ -125,14 +125,19 @@ class Schedule:
             raise ScheduleError("a schedule has either a plan or a policy")
         if self.steps < 1:
             raise ScheduleError(f"a schedule needs at least one step, found {self.steps}")
+        if not self.anatomy.sites:
+            raise ScheduleError(f"a schedule needs a model with at least one site, found none in {self.anatomy.model}")
         if self.plan is not None:
             if self.plan.steps != self.steps:
                 raise ScheduleError(f"the plan has {self.plan.steps} steps, the schedule {self.steps}")
             for context in (None, *self.plan.contexts):
                 self.plan.table(self.anatomy, context)  # raises if it does not fit the model
         expected = self.measured.get("expected_steps", COMPUTE * self.steps)
-        if not isinstance(expected, str) or len(expected) != self.steps or set(expected) - {COMPUTE, ACT}:
-            raise ScheduleError(f"measured: expected_steps must be {self.steps} letters C or ., found {expected!r}")
+        letters = isinstance(expected, str) and len(expected) == self.steps and not set(expected) - {COMPUTE, ACT}
+        if not letters or expected.startswith(ACT):
+            raise ScheduleError(
+                f"measured: expected_steps must be {self.steps} letters C or ., the first of them C, found {expected!r}"
+            )
         fraction = self.measured.get("macs_fraction", 1.0)
         if not isinstance(fraction, (int, float)) or isinstance(fraction, bool) or fraction < 0:
             raise ScheduleError(f"measured: macs_fraction must be a number of 0 or more, found {fraction!r}")

@@ -126,3 +126,23 @@ def test_what_is_not_bound_or_not_given_or_differs_by_rounding_is_no_difference(
 
 def test_another_number_of_steps_is_said_as_such() -> None:
     assert Target(timesteps=(2.0, 1.0)).differences(timesteps=(2.0, 1.0, 0.0)) == ["2 steps, found 3"]
+
+
+def test_a_pass_with_rules_of_its_own_has_a_share_of_its_own() -> None:
+    made = schedule(Rule("skip", "C.", context="uncond"), Rule("reuse", "C.", blocks="0", branch="attn"))
+    assert made.contexts == ("uncond",)
+    assert made.macs_fraction("uncond") == pytest.approx(1 - 200 / 800)
+    assert made.macs_fraction() == made.macs_fraction("cond") == pytest.approx(1 - 30 / 800)
+    assert schedule().contexts == schedule(Rule("reuse", "C.")).contexts == ()
+
+
+@pytest.mark.parametrize("expected", ["CC", "CSSC", ".CCC", 4, None])
+def test_expected_steps_that_are_no_letters_for_the_steps_are_refused(expected: Any) -> None:
+    with pytest.raises(ScheduleError, match="expected_steps must be 4 letters C or"):
+        schedule(measured={"expected_steps": expected})
+
+
+@pytest.mark.parametrize("fraction", ["half", -1, True, None])
+def test_an_expected_share_that_is_none_is_refused(fraction: Any) -> None:
+    with pytest.raises(ScheduleError, match="macs_fraction must be a number of 0 or more"):
+        schedule(measured={"macs_fraction": fraction})
