@@ -16,9 +16,13 @@ from dicache.cli.command import Command, json_option, model_option, show_json
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first image; the next ones count up.")
 @click.option("--num-images", type=click.IntRange(1), default=1, show_default=True, help="Of each prompt or class.")
 @click.option("--steps", type=click.IntRange(1), help="Inference steps.  [default: the schedule's or the pipeline's]")
+@click.option("--scheduler", help="Another scheduler, by class or short name, such as dpm or ddim.")
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance scale.  [default: the pipeline's]")
+@click.option("--height", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
+@click.option("--width", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
+@click.option("--frames", type=click.IntRange(1), help="Of a video.  [default: the pipeline's]")
 @click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
-@click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else bfloat16]")
+@click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else the model's]")
 @click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder.")
 @json_option
 def generate(
@@ -29,7 +33,11 @@ def generate(
     seed: int,
     num_images: int,
     steps: int | None,
+    scheduler: str | None,
     guidance: float | None,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
     device: str | None,
     dtype: str | None,
     output: Path,
@@ -48,13 +56,13 @@ def generate(
     if bool(prompts) == bool(classes):
         raise click.UsageError("give either --prompt or --class")
     schedule = Schedule.load(schedule_file) if schedule_file else None
-    pipeline = load(model, device=device, dtype=dtype)
+    pipeline = load(model, device=device, dtype=dtype, scheduler=scheduler)
     if takes_classes(pipeline) != bool(classes):
         wanted = "--class" if takes_classes(pipeline) else "--prompt"
         raise ModelError(f"{model} is conditioned on a {wanted[2:]}; give {wanted}")
     if steps is None and schedule is not None:
         steps = schedule.target.num_inference_steps
-    sampling = Sampling(steps=steps, guidance=guidance).usual_for(model)
+    sampling = Sampling(steps, guidance, height, width, frames).usual_for(model)
     files: list[str] = []
     with apply(pipeline, schedule) if schedule else nullcontext() as cache:
         for condition in prompts or classes:

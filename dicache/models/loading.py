@@ -1,15 +1,17 @@
 """Load a pipeline by name."""
 
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dicache.models.names import ModelError, Source, find
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SHARE_OF_MEMORY = 0.8  # that weights may take of a GPU; the rest is for activations
+from dicache.models.devices import check_memory, device_of, dtype_of, placed
+from dicache.models.folders import check_folder, parameters
+from dicache.models.hub import fetch, first_line
+from dicache.models.names import ModelError, find
+from dicache.models.schedulers import with_scheduler
 
 
 def load(name: str, *, device: str | None = None, dtype: str | None = None, scheduler: str | None = None) -> Any:
@@ -22,73 +24,84 @@ def load(name: str, *, device: str | None = None, dtype: str | None = None, sche
         name: As `--model` takes it.
         device: Where to put it; a GPU if there is one when left out.
         dtype: `float32`, `float16` or `bfloat16`; float32 on a CPU and what the model is usual in elsewhere.
-        scheduler: Class name of another scheduler, with or without its ending: `DPMSolverMultistep`.
+        scheduler: Another scheduler than the model's own, as `with_scheduler` takes it: `DPMSolverMultistep`, `dpm`.
 
     Raises:
-        ModelError: If the model is unknown, is not where it should be, or the scheduler does not exist.
+        ModelError: If the model is unknown, is not where it should be, is not safe to load or too large; or if the
+            device or the scheduler is not there for it.
     """
     import diffusers
 
     source = find(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    usual = source.usual.dtype if source.usual else "bfloat16"
-    dtype = dtype or ("float32" if torch.device(device).type == "cpu" else usual)
-    if dtype not in DTYPES:
-        raise ModelError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    # A bundled folder holds the class names in its index, of which diffusers says that it did not expect them.
-    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
-    level, shows_progress = logger.level, diffusers.utils.logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
-    if source.bundled:
-        diffusers.utils.logging.disable_progress_bar()
+    to = device_of(device)
+    precision = dtype_of(dtype, to, source.usual.dtype if source.usual else "bfloat16")
     version = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
-    precision = {"dtype" if version >= (0, 42) else "torch_dtype": DTYPES[dtype]}  # renamed there
-    try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(
-            source.location, local_files_only=source.bundled, use_safetensors=True, **precision
+    argument = "dtype" if version >= (0, 42) else "torch_dtype"  # renamed there
+    with _quiet() as said:
+        folder = Path(source.location)
+        if not folder.is_dir():
+            folder = fetch(source.location, name)
+        if not source.bundled:
+            check_folder(folder, name)
+        if to.type == "cpu":
+            check_memory(name, parameters(folder), precision)
+        try:
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **{argument: precision},
+            )
+        except Exception as error:
+            raise ModelError(f"{name}: cannot load {folder}: {first_line(error)}") from error
+    if missing := _made_up("\n".join(said)):
+        raise ModelError(
+            f"{name}: the weights in {folder} are not complete, {', '.join(missing[:3])} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; get the folder again"
         )
-    except Exception as error:
-        raise ModelError(_cannot_load(name, source, error)) from error
-    finally:
-        logger.setLevel(level)
-        if shows_progress:
-            diffusers.utils.logging.enable_progress_bar()
     if scheduler is not None:
-        pipeline.scheduler = _scheduler(scheduler).from_config(pipeline.scheduler.config)
+        with_scheduler(pipeline, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    return _placed(pipeline, device)
+    return placed(pipeline, to)
 
 
-def _cannot_load(name: str, source: Source, error: Exception) -> str:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if Path(source.location).is_dir():
-        return f"{name}: cannot load {source.location}: {said}"
-    return (
-        f"{name}: cannot get {source.location} from the hub ({type(error).__name__}). Check the id, and the login "
-        f"if it is gated (`hf auth login`); without a network, bring what `hf download {source.location}` fetches "
-        "elsewhere and pass that folder as --model"
-    )
+# Tied to another parameter, or computed: these are not missing where a checkpoint leaves them out.
+DERIVED = ("embed_tokens.weight", "shared.weight", "lm_head.weight", "position_ids")
 
 
-def _placed(pipeline: Any, device: str) -> Any:
-    if torch.device(device).type == "cuda":
-        modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        needed = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-        free, _ = torch.cuda.mem_get_info(device)
-        if needed > SHARE_OF_MEMORY * free:
-            pipeline.enable_model_cpu_offload(device=device)
-            return pipeline
-    return pipeline.to(device)
+def _made_up(said: str) -> list[str]:
+    """Return the parameters that, by what was logged, were not in the files and were given random values."""
+    lists = re.findall(r"newly initialized: \[(.*?)\]", said, re.DOTALL)
+    keys = [key for each in lists for key in re.findall(r"'([^']+)'", each)]
+    keys += re.findall(r"^(\S+)\s*\|\s*MISSING", said, re.MULTILINE)  # as transformers lists them since its version 5
+    return [key for key in keys if not key.endswith(DERIVED)]
 
 
-def _scheduler(name: str) -> Any:
-    import diffusers
+@contextmanager
+def _quiet() -> Iterator[list[str]]:
+    """Collect what diffusers and transformers log, and keep from the terminal what is handled here."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    kinds = [kind for kind in dir(diffusers) if kind.endswith("Scheduler") and kind != "DiffusersScheduler"]
-    for kind in kinds:
-        if kind.lower() in (name.lower(), f"{name.lower()}scheduler"):
-            return getattr(diffusers, kind)
-    raise ModelError(
-        f"unknown scheduler {name!r}; needed one of diffusers' classes, such as DDIMScheduler or "
-        "DPMSolverMultistepScheduler"
-    )
+    # A bundled folder holds the class names in its index, of which this logger says that it did not expect them.
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    said: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    libraries = [logging.getLogger(library) for library in ("diffusers", "transformers")]
+    for library in libraries:
+        library.addHandler(listener)
+    bars = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
+    for each in bars:
+        each.disable_progress_bar()
+    try:
+        yield said
+    finally:
+        for library in libraries:
+            library.removeHandler(listener)
+        logger.setLevel(level)
+        for each in bars:
+            each.enable_progress_bar()

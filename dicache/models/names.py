@@ -18,6 +18,8 @@ class Usual:
         size: Height and width in pixels.
         frames: Of a video.
         dtype: It was trained for, or is stable in.
+        sampler: Class of the scheduler that the repository is configured with, for those to read who choose one.
+        text_tokens: Longest prompt, where the pipeline's own default is longer than the model was made for.
     """
 
     repository: str
@@ -26,27 +28,54 @@ class Usual:
     size: int | None = None
     frames: int | None = None
     dtype: str = "bfloat16"
+    sampler: str | None = None
+    text_tokens: int | None = None
 
 
-# From the models' own cards. The sampler is the one that each repository is configured with.
+DPM = "DPMSolverMultistepScheduler"
+FLOW = "FlowMatchEulerDiscreteScheduler"
+
+# From the models' own cards, and where they say nothing from the defaults of their pipelines.
 HUB = {
     "cogvideox": Usual("zai-org/CogVideoX-5b", steps=50, guidance=6.0, frames=49),
-    "dit": Usual("facebook/DiT-XL-2-256", steps=50, guidance=4.0, dtype="float16"),
-    "dit-512": Usual("facebook/DiT-XL-2-512", steps=50, guidance=4.0, dtype="float16"),
-    "flux": Usual("black-forest-labs/FLUX.1-dev", steps=28, guidance=3.5, size=1024),
-    "flux-schnell": Usual("black-forest-labs/FLUX.1-schnell", steps=4, guidance=0.0, size=1024),
+    "dit": Usual("facebook/DiT-XL-2-256", steps=50, guidance=4.0, dtype="float16", sampler="DDIMScheduler"),
+    "dit-512": Usual("facebook/DiT-XL-2-512", steps=50, guidance=4.0, dtype="float16", sampler="DDIMScheduler"),
+    "flux": Usual("black-forest-labs/FLUX.1-dev", steps=50, guidance=3.5, size=1024, sampler=FLOW),
+    "flux-schnell": Usual(
+        "black-forest-labs/FLUX.1-schnell", steps=4, guidance=0.0, size=1024, sampler=FLOW, text_tokens=256
+    ),
     "hunyuanvideo": Usual("hunyuanvideo-community/HunyuanVideo", steps=50, guidance=6.0),
     "latte": Usual("maxin-cn/Latte-1", steps=50, guidance=7.5, size=512, dtype="float16"),
     "ltx": Usual("Lightricks/LTX-Video", steps=50, guidance=3.0),
     "lumina2": Usual("Alpha-VLLM/Lumina-Image-2.0", steps=50, guidance=4.0, size=1024),
-    "pixart": Usual("PixArt-alpha/PixArt-XL-2-1024-MS", steps=20, guidance=4.5, size=1024, dtype="float16"),
-    "pixart-512": Usual("PixArt-alpha/PixArt-XL-2-512x512", steps=20, guidance=4.5, size=512, dtype="float16"),
-    "pixart-lcm": Usual("PixArt-alpha/PixArt-LCM-XL-2-1024-MS", steps=4, guidance=0.0, size=1024, dtype="float16"),
-    "pixart-sigma": Usual("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", steps=20, guidance=4.5, size=1024, dtype="float16"),
+    "pixart": Usual(
+        "PixArt-alpha/PixArt-XL-2-1024-MS", steps=20, guidance=4.5, size=1024, dtype="float16", sampler=DPM
+    ),
+    "pixart-512": Usual(
+        "PixArt-alpha/PixArt-XL-2-512x512", steps=20, guidance=4.5, size=512, dtype="float16", sampler=DPM
+    ),
+    "pixart-lcm": Usual(
+        "PixArt-alpha/PixArt-LCM-XL-2-1024-MS",
+        steps=4,
+        guidance=0.0,
+        size=1024,
+        dtype="float16",
+        sampler="LCMScheduler",
+    ),
+    "pixart-sigma": Usual(
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", steps=20, guidance=4.5, size=1024, dtype="float16", sampler=DPM
+    ),
     "qwen-image": Usual("Qwen/Qwen-Image", steps=50, size=1024),
     "sana": Usual("Efficient-Large-Model/Sana_1600M_1024px_diffusers", steps=20, guidance=4.5, size=1024),
-    "sd3": Usual("stabilityai/stable-diffusion-3-medium-diffusers", steps=28, guidance=7.0, size=1024, dtype="float16"),
-    "sd3.5": Usual("stabilityai/stable-diffusion-3.5-large", steps=28, guidance=3.5, size=1024),
+    "sd3": Usual(
+        "stabilityai/stable-diffusion-3-medium-diffusers",
+        steps=28,
+        guidance=7.0,
+        size=1024,
+        dtype="float16",
+        sampler=FLOW,
+    ),
+    "sd3.5": Usual("stabilityai/stable-diffusion-3.5-large", steps=28, guidance=3.5, size=1024, sampler=FLOW),
     "wan": Usual("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", steps=50, guidance=5.0),
 }
 
@@ -82,14 +111,18 @@ def find(name: str) -> Source:
         return Source(name, str(zoo.folder(name)), bundled=True)
     if name in HUB:
         return Source(name, HUB[name].repository, usual=HUB[name])
-    folder = Path(name)
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise ModelError(f"{name} is a file; needed the folder that `pipeline.save_pretrained` wrote")
     if folder.is_dir():
         if not (folder / "model_index.json").is_file():
             raise ModelError(
                 f"{name} is a folder without model_index.json; needed one that `pipeline.save_pretrained` wrote"
             )
         return Source(folder.resolve().name, str(folder))
-    if name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "~")):
+    if name.startswith((".", "~", "/")) or name.count("/") > 1:
+        raise ModelError(f"there is no folder {name}; needed one that `pipeline.save_pretrained` wrote")
+    if name.count("/") == 1 and all(name.split("/")):
         return Source(name.rpartition("/")[2], name)
     known = sorted([*zoo.NAMES, *HUB])
     close = get_close_matches(name, known, n=1)

@@ -2,8 +2,10 @@
 
 import inspect
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ class Sampling:
         height: In pixels; None likewise.
         width: In pixels; None likewise.
         frames: Of a video; None likewise.
+        text_tokens: Longest prompt, in tokens; None likewise.
     """
 
     steps: int | None = None
@@ -50,6 +53,7 @@ class Sampling:
     height: int | None = None
     width: int | None = None
     frames: int | None = None
+    text_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -61,7 +65,7 @@ class Sampling:
         usual = find(model).usual
         if usual is None:
             return self
-        known = Sampling(usual.steps, usual.guidance, usual.size, usual.size, usual.frames)
+        known = Sampling(usual.steps, usual.guidance, usual.size, usual.size, usual.frames, usual.text_tokens)
         return Sampling(**{k: v if v is not None else getattr(known, k) for k, v in vars(self).items()})
 
     def resolved(self, pipeline: Any) -> "Sampling":
@@ -72,12 +76,10 @@ class Sampling:
             value = parameters[name].default if name in parameters else None
             return None if value is inspect.Parameter.empty else value
 
-        return Sampling(
+        return replace(
+            self,
             steps=self.steps or default("num_inference_steps"),
             guidance=default("guidance_scale") if self.guidance is None else self.guidance,
-            height=self.height,
-            width=self.width,
-            frames=self.frames,
         )
 
 
@@ -138,6 +140,7 @@ def sample(
         "height": sampling.height,
         "width": sampling.width,
         "num_frames": sampling.frames,
+        "max_sequence_length": sampling.text_tokens,
     }
     for name, value in list(arguments.items()):
         if name in parameters and value is not None:
@@ -145,14 +148,45 @@ def sample(
         if name not in parameters and value is not None:
             raise ModelError(f"{type(pipeline).__name__} does not take {name}; found {value}")
         del arguments[name]
+    arguments |= _switched_off(pipeline, parameters)
     if takes_classes(pipeline):
         arguments["class_labels"] = [class_id(pipeline, condition) for condition in conditions]
     else:
         arguments["prompt"] = list(conditions)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with torch.no_grad():
+    with torch.no_grad(), _noise_of(pipeline, seeds):
         out = pipeline(**arguments, generator=generators, output_type=output_type)
     return np.asarray(out[0])
+
+
+# Sizes of the latents, in pixels, for which these pipelines have a list of aspect ratios; for others they break off.
+BINNED = {
+    "PixArtAlphaPipeline": (32, 64, 128),
+    "PixArtSigmaPipeline": (32, 64, 128, 256),
+    "SanaPipeline": (16, 32, 64, 128),
+}
+
+
+def _switched_off(pipeline: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a pipeline does unless it is told not to, and cannot do with this model or on this machine."""
+    off = {}
+    if "use_resolution_binning" in parameters:
+        size = pipeline.transformer.config.sample_size
+        if size not in BINNED.get(type(pipeline).__name__, (size,)):
+            off["use_resolution_binning"] = False
+    if "clean_caption" in parameters and not all(find_spec(module) for module in ("bs4", "ftfy")):
+        off["clean_caption"] = False  # as it does itself, with a warning for each prompt
+    return off
+
+
+@contextmanager
+def _noise_of(pipeline: Any, seeds: Sequence[int]) -> Iterator[None]:
+    """Make the noise that a pipeline draws without a generator, in a stochastic sampler's steps, follow the seeds."""
+    device = pipeline._execution_device
+    cuda = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.manual_seed(seeds[0])
+        yield
 
 
 def class_id(pipeline: Any, condition: str) -> int:
