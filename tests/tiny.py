@@ -12,13 +12,19 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
 from torch import Tensor, nn
 
 from dicache import Cache, Schedule
 from dicache.anatomy import Anatomy, survey
+from dicache.anatomy.inputs import Inputs
 from dicache.schedules import Plan, Rule, Target, TeaCachePolicy
 
 BATCH = 2
@@ -28,6 +34,7 @@ TOKENS = 16  # patches of two by two
 WIDTH = 24
 TEXT_TOKENS = 8
 CAPTION = 16  # channels of the text
+POOLED = 20  # channels of the whole text's embedding
 STEPS = 4
 
 Build = Callable[[], nn.Module]
@@ -64,7 +71,48 @@ def pixart() -> nn.Module:
     )
 
 
+def sd3(**config: Any) -> nn.Module:
+    """Three blocks of image and text that meet in one attention; the last makes no text."""
+    return randomised(
+        SD3Transformer2DModel(
+            sample_size=SIZE,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
+            num_layers=3,
+            num_attention_heads=2,
+            attention_head_dim=WIDTH // 2,
+            joint_attention_dim=CAPTION,
+            caption_projection_dim=WIDTH,
+            pooled_projection_dim=POOLED,
+            pos_embed_max_size=SIZE,
+            **config,
+        )
+    )
+
+
+def sd35() -> nn.Module:
+    """The same, with an attention of the image alone beside the joint one in the first two blocks."""
+    return sd3(dual_attention_layers=(0, 1), qk_norm="rms_norm")
+
+
+def flux(single_layers: int = 2, **config: Any) -> nn.Module:
+    """Three blocks of image and text, then two of both in a row whose attention and MLP leave by one projection."""
+    return randomised(
+        FluxTransformer2DModel(
+            in_channels=4 * CHANNELS,
+            num_single_layers=single_layers,
+            num_attention_heads=2,
+            attention_head_dim=WIDTH // 2,
+            joint_attention_dim=CAPTION,
+            pooled_projection_dim=POOLED,
+            axes_dims_rope=(4, 4, 4),
+            **{"num_layers": 3, "guidance_embeds": True, **config},
+        )
+    )
+
+
 both_models = pytest.mark.parametrize("build", [dit, pixart])
+every_model = pytest.mark.parametrize("build", [dit, pixart, sd3, sd35, flux])
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -78,7 +126,8 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 @cache
 def anatomy_of(build: Build) -> Anatomy:
-    return survey(build())
+    model = build()
+    return survey(model, Inputs((), arguments(model)))
 
 
 def scheduled(build: Build, *rules: Rule, **made_for: Any) -> Schedule:
@@ -101,17 +150,44 @@ def arguments(model: nn.Module, *, batch: int = BATCH, seed: int = 0, timestep: 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
+    packed = isinstance(model, FluxTransformer2DModel)
     given = {
-        "hidden_states": noise(batch, CHANNELS, SIZE, SIZE),
-        "timestep": torch.full((batch,), timestep),
+        "hidden_states": noise(batch, TOKENS, 4 * CHANNELS) if packed else noise(batch, CHANNELS, SIZE, SIZE),
+        "timestep": time_of(model, timestep, batch),
     }
     if isinstance(model, DiTTransformer2DModel):
         return {**given, "class_labels": torch.arange(batch)}
+    given["encoder_hidden_states"] = noise(batch, TEXT_TOKENS, CAPTION)
+    if isinstance(model, PixArtTransformer2DModel):
+        return {**given, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    given["pooled_projections"] = noise(batch, POOLED)
+    if not packed:
+        return given
+    places = torch.cartesian_prod(torch.arange(1), torch.arange(SIZE // 2), torch.arange(SIZE // 2))
     return {
         **given,
-        "encoder_hidden_states": noise(batch, TEXT_TOKENS, CAPTION),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        "img_ids": places.to(dtype),
+        "txt_ids": torch.zeros(TEXT_TOKENS, 3, dtype=dtype),
+        "guidance": torch.full((batch,), 3.5, dtype=dtype),
     }
+
+
+def time_of(model: nn.Module, timestep: int, batch: int = BATCH) -> Tensor:
+    """Return a timestep as a model takes it: from 0 to 1000, or from 0 to 1."""
+    if isinstance(model, FluxTransformer2DModel):
+        return torch.full((batch,), timestep / 1000, dtype=model.dtype)
+    return torch.full((batch,), timestep)
+
+
+def entrance(model: nn.Module, build: Build) -> nn.Module:
+    """Return the module that runs first in the first branch: its input is the modulated one."""
+    first = anatomy_of(build).blocks[0]
+    return model.get_submodule(f"{first.module}.{first.sites[0].entrance}")
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the first tensor among the arguments of a module's call."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def predict(model: nn.Module, given: dict[str, Any]) -> Tensor:
@@ -131,9 +207,10 @@ def denoise(
     for step in range(steps):
         if cache is not None:
             cache.begin_step()
-        given["timestep"] = torch.full((batch,), 900 - 800 * step // steps)
+        given["timestep"] = time_of(model, 900 - 800 * step // steps, batch)
         out = predict(model, given)
-        given["hidden_states"] = given["hidden_states"] - out[:, :CHANNELS] / steps
+        latents = given["hidden_states"]
+        given["hidden_states"] = latents - out[:, : latents.shape[1]] / steps  # the rest is a variance
         yield out
 
 
@@ -160,6 +237,11 @@ def pipeline_of(build: Build) -> Any:
     pipe: Any
     if isinstance(transformer, DiTTransformer2DModel):
         pipe = DiTPipeline(transformer, vae, DDIMScheduler())
+    elif isinstance(transformer, SD3Transformer2DModel):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, None, None, None, None, None, None)
+    elif isinstance(transformer, FluxTransformer2DModel):
+        pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, transformer)
     else:
         pipe = PixArtAlphaPipeline(None, None, vae, transformer, DPMSolverMultistepScheduler())
     pipe.set_progress_bar_config(disable=True)
@@ -167,29 +249,32 @@ def pipeline_of(build: Build) -> Any:
 
 
 def generate(pipe: Any, *, steps: int = STEPS, batch: int = 1, seed: int = 0, **options: Any) -> Tensor:
-    """Sample from a pipeline with guidance, which doubles the batch; return its images, or its latents."""
-    generator = torch.Generator().manual_seed(seed)
+    """Sample from a pipeline, with guidance that doubles the batch where it is not an argument of the model.
+
+    Returns its images, or its latents.
+    """
+    options = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed), **options}
     if isinstance(pipe, DiTPipeline):
-        labels = list(range(batch))
-        images: Tensor = pipe(
-            labels, num_inference_steps=steps, generator=generator, output_type="pt", **options
-        ).images
+        images: Tensor = pipe(list(range(batch)), output_type="pt", **options).images
         return images
+    options |= {"height": SIZE, "width": SIZE, "output_type": "latent"}
+    made = torch.Generator().manual_seed(1)
     dtype = pipe.transformer.dtype
-    text = torch.randn(2, batch, TEXT_TOKENS, CAPTION, generator=torch.Generator().manual_seed(1)).to(dtype)
-    mask = torch.ones(batch, TEXT_TOKENS, dtype=torch.long)
-    latents: Tensor = pipe(
-        prompt_embeds=text[0],
-        prompt_attention_mask=mask,
-        negative_prompt=None,
-        negative_prompt_embeds=text[1],
-        negative_prompt_attention_mask=mask,
-        height=SIZE,
-        width=SIZE,
-        use_resolution_binning=False,
-        num_inference_steps=steps,
-        generator=generator,
-        output_type="latent",
-        **options,
-    ).images
+    text = torch.randn(2, batch, TEXT_TOKENS, CAPTION, generator=made).to(dtype)
+    pooled = torch.randn(2, batch, POOLED, generator=made).to(dtype)
+    options["prompt_embeds"] = text[0]
+    if isinstance(pipe, PixArtAlphaPipeline):
+        mask = torch.ones(batch, TEXT_TOKENS, dtype=torch.long)
+        options |= {
+            "prompt_attention_mask": mask,
+            "negative_prompt": None,
+            "negative_prompt_embeds": text[1],
+            "negative_prompt_attention_mask": mask,
+            "use_resolution_binning": False,
+        }
+    else:
+        options["pooled_prompt_embeds"] = pooled[0]
+    if isinstance(pipe, StableDiffusion3Pipeline):
+        options |= {"negative_prompt_embeds": text[1], "negative_pooled_prompt_embeds": pooled[1]}
+    latents: Tensor = pipe(**options).images
     return latents

@@ -92,6 +92,63 @@ class DualBlock(nn.Module):
         return c + self.ff_context(c), x + self.ff(x)
 
 
+class FusedBlock(nn.Module):
+    """Attention and MLP side by side that leave through one matrix; image and text in a row, and apart again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.attn, self.up, self.act = Attention(), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU()
+        self.out = nn.Linear(3 * WIDTH, WIDTH)
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        x = self.norm(both)
+        both = both + self.out(torch.cat([self.attn(x), self.act(self.up(x))], dim=2))
+        text = encoder_hidden_states.shape[1]
+        return both[:, :text], both[:, text:]
+
+
+class InlineBlock(nn.Module):
+    """An attention whose output projection, and an MLP whose matrices, the block applies itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attn, self.attn_out = Attention(), nn.Linear(WIDTH, WIDTH)
+        self.gate, self.up, self.down = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = hidden_states + self.attn_out(self.attn(self.norm1(hidden_states)))
+        y = self.norm2(x)
+        out: Tensor = x + self.down(torch.tanh(self.gate(y)) * self.up(y))
+        return out
+
+
+class ClosedBlock(PlainBlock):
+    """A matrix at its very end, through which the stream itself leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden_states: Tensor, skip: Tensor | None = None) -> Tensor:
+        out: Tensor = self.out(super().forward(hidden_states, skip))
+        return out
+
+
+class LonelyBlock(nn.Module):
+    """An attention and nothing beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(WIDTH), Attention()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        out: Tensor = hidden_states + self.attn(self.norm(hidden_states))
+        return out
+
+
 class Chain(nn.Module):
     """Blocks one after another.
 
@@ -99,7 +156,7 @@ class Chain(nn.Module):
         block: Class of the three blocks.
         between: Number of blocks after which a matrix acts on the stream; 0 for none.
         long_skip: Whether the last block is given what the first one made.
-        refines: Whether a block of its own refines the text, which is then added to the stream.
+        refines: How often a block of its own refines the text, which is then added to the stream.
         repeats: How often each block is called.
     """
 
@@ -109,7 +166,7 @@ class Chain(nn.Module):
         *,
         between: int = 0,
         long_skip: bool = False,
-        refines: bool = False,
+        refines: int = 0,
         repeats: int = 1,
     ) -> None:
         super().__init__()
@@ -117,20 +174,21 @@ class Chain(nn.Module):
         self.blocks = nn.ModuleList(block() for _ in range(3))
         self.text_blocks = nn.ModuleList([PlainBlock()] if refines else [])
         self.adapter = nn.Linear(WIDTH, WIDTH)
-        self.between, self.long_skip, self.repeats = between, long_skip, repeats
+        self.between, self.long_skip, self.repeats, self.refines = between, long_skip, repeats, refines
         self.eval()
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         x = hidden_states + timestep[:, None, None] / 1000
         for refiner in self.text_blocks:
-            x = x + refiner(encoder_hidden_states).mean(1, keepdim=True)
+            for turn in range(self.refines):
+                x = x + refiner(encoder_hidden_states + turn).mean(1, keepdim=True)
         first: Tensor | None = None
         context = encoder_hidden_states
         for index, block in enumerate(self.blocks):
             if self.between and index == self.between:
                 x = self.adapter(x)
             for _ in range(self.repeats):
-                if isinstance(block, DualBlock):
+                if isinstance(block, (DualBlock, FusedBlock)):
                     context, x = block(x, encoder_hidden_states=context)
                 elif self.long_skip and index == 2:
                     x = block(x, skip=first)
@@ -147,7 +205,12 @@ CHAINS: dict[str, dict[str, Any]] = {
     "grid": {"block": GridBlock},
     "two segments": {"between": 1},
     "long skip": {"long_skip": True},
-    "refined": {"refines": True},
+    "refined": {"refines": 1},
+    "refined twice": {"refines": 2},
+    "fused": {"block": FusedBlock},
+    "inline": {"block": InlineBlock},
+    "closed": {"block": ClosedBlock},
+    "lonely": {"block": LonelyBlock},
 }
 every_chain = pytest.mark.parametrize("chain", CHAINS)
 

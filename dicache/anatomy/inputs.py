@@ -62,23 +62,42 @@ def example_inputs(model: nn.Module) -> Inputs:
 
     size = config.get("sample_size") or 16
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    rows, columns = height // 2, width // 2  # where patches of two by two pixels are packed before the model
+    names = inspect.signature(model.forward).parameters
+    packed = "img_ids" in names
+
+    def image_ids() -> Tensor:
+        """Return the place of each patch, row and column last, shape (patches, axes)."""
+        axes = len(config["axes_dims_rope"])
+        grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        return nn.functional.pad(grid, (axes - 2, 0)).to(reference)
+
     text = config.get("caption_channels") or config.get("joint_attention_dim") or config.get("cross_attention_dim")
     known: dict[str, Callable[[], Any]] = {
-        "hidden_states": lambda: noise(2, config["in_channels"], height, width),
-        "timestep": lambda: torch.full((2,), 500, device=reference.device),
+        "hidden_states": lambda: (
+            noise(2, rows * columns, config["in_channels"])
+            if packed
+            else noise(2, config["in_channels"], height, width)
+        ),
+        "timestep": lambda: (
+            torch.full((2,), 0.5).to(reference) if packed else torch.full((2,), 500, device=reference.device)
+        ),
         "class_labels": lambda: torch.zeros(2, dtype=torch.long, device=reference.device),
         "encoder_hidden_states": lambda: noise(2, TEXT_TOKENS, int(text or 0)),
         "pooled_projections": lambda: noise(2, config["pooled_projection_dim"]),
         "added_cond_kwargs": lambda: {"resolution": None, "aspect_ratio": None},
+        "img_ids": image_ids,
+        "txt_ids": lambda: reference.new_zeros(TEXT_TOKENS, len(config["axes_dims_rope"])),
+        "guidance": lambda: torch.full((2,), 3.5).to(reference),
     }
     needed = {
         "class_labels": config.get("norm_type") == "ada_norm_zero",
         "encoder_hidden_states": text is not None,
         "pooled_projections": config.get("pooled_projection_dim") is not None,
-        "added_cond_kwargs": True,
+        "guidance": bool(config.get("guidance_embeds")),
     }
     kwargs = {}
-    for name, parameter in inspect.signature(model.forward).parameters.items():
+    for name, parameter in names.items():
         required = parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.VAR_KEYWORD
         if name in known and (required or needed.get(name, True)):
             try:

@@ -21,7 +21,18 @@ class Site:
 
     branch: str  # kind, and the name where a block has several of the kind: "mlp", "mlp.context"
     module: str  # path inside the block of the module whose return value is kept
-    macs: int = 0  # multiply-accumulates of one call
+    macs: int = 0  # multiply-accumulates of one call, those of the inner modules included
+    inner: tuple[str, ...] = ()  # paths of the modules that run before it and feed nothing else, in their order
+
+    @property
+    def entrance(self) -> str:
+        """Path inside the block of the module that runs first for this site."""
+        return self.modules[0]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths inside the block of all modules that run for this site only, in their order."""
+        return (*self.inner, self.module)
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ class Anatomy:
                     "module": f"{first.path}.{span(first.position, alike[-1].position)}",
                     "class": first.kind,
                     "returns": first.returns if isinstance(first.returns, str) else list(first.returns),
-                    "sites": {site.branch: {"module": site.module, "macs": site.macs} for site in first.sites},
+                    "sites": {site.branch: _written(site) for site in first.sites},
                     "norms": {path: list(feeds) for path, feeds in first.norms.items()},
                     "macs": first.macs,
                 }
@@ -151,6 +162,11 @@ class Anatomy:
         return anatomy
 
 
+def _written(site: Site) -> dict[str, Any]:
+    entry = {"module": site.module, "macs": site.macs}
+    return {**entry, "inner": list(site.inner)} if site.inner else entry
+
+
 def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
     check_keys("anatomy block", entry, {"blocks", "module", "class", "returns", "sites", "norms", "macs"})
     first, last = parse_span(entry["blocks"])
@@ -162,8 +178,11 @@ def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
     for branch, site in entry["sites"].items():
         if branch.split(".")[0] not in BRANCHES:
             raise AnatomyError(f"unknown branch {branch!r}; a branch is one of {', '.join(BRANCHES)}")
-        check_keys(f"site {branch}", site, {"module", "macs"})
-        sites.append(Site(branch=branch, module=site["module"], macs=int(site["macs"])))
+        check_keys(f"site {branch}", site, {"module", "macs"}, optional={"inner"})
+        inner = site.get("inner", [])
+        if not isinstance(inner, list) or not all(isinstance(path, str) for path in inner):
+            raise AnatomyError(f"site {branch}: inner must be a list of the paths of modules, found {inner!r}")
+        sites.append(Site(branch=branch, module=site["module"], macs=int(site["macs"]), inner=tuple(inner)))
     returns = entry["returns"]
     return [
         Block(
@@ -180,15 +199,17 @@ def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-def check_keys(what: str, content: Mapping[str, Any], keys: set[str]) -> None:
-    """Raise AnatomyError unless `content` has exactly these keys."""
+def check_keys(
+    what: str, content: Mapping[str, Any], keys: set[str], *, optional: set[str] | frozenset[str] = frozenset()
+) -> None:
+    """Raise AnatomyError unless `content` has exactly these keys, and besides them only optional ones."""
     if not isinstance(content, Mapping):
         raise AnatomyError(f"{what}: found {type(content).__name__}, needed an object with {', '.join(sorted(keys))}")
-    unknown, missing = sorted(content.keys() - keys), sorted(keys - content.keys())
+    unknown, missing = sorted(content.keys() - keys - optional), sorted(keys - content.keys())
     if unknown or missing:
         found = [f"unknown key {', '.join(unknown)}"] if unknown else []
         found += [f"missing key {', '.join(missing)}"] if missing else []
-        raise AnatomyError(f"{what}: {'; '.join(found)}; it has the keys {', '.join(sorted(keys))}")
+        raise AnatomyError(f"{what}: {'; '.join(found)}; it has the keys {', '.join(sorted(keys | optional))}")
 
 
 def span(first: int, last: int) -> str:

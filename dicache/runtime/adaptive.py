@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dicache.anatomy import Anatomy
 from dicache.anatomy.signal import l1_change
+from dicache.anatomy.standins import view_of_zero
 from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane
 from dicache.runtime.stats import Stats, bytes_of
@@ -47,9 +48,9 @@ class Adaptive:
             streams = Streams(block, module, installer.original(module))
             self._program[module] = self._block(block.index, streams)
         first = anatomy.blocks[0]
-        for place, site in enumerate(first.sites):
-            module = model.get_submodule(f"{first.module}.{site.module}")
-            self._program[module] = self._site(first.key(site), module, decides=place == 0)
+        for path in (path for site in first.sites for path in site.modules):
+            module = model.get_submodule(f"{first.module}.{path}")
+            self._program[module] = self._site(path, module, decides=path == first.sites[0].entrance)
 
     def prepare(self, lane: Lane, context: str, generation: Generation) -> None:
         """Make ready for a call of `lane`."""
@@ -94,9 +95,9 @@ class Adaptive:
         compute, lane.accumulated = self._policy.decide(self._step, self._steps, x, lane.accumulated)
         return compute
 
-    def _site(self, key: str, module: nn.Module, *, decides: bool) -> Forward:
+    def _site(self, path: str, module: nn.Module, *, decides: bool) -> Forward:
         forward = self._installer.original(module)
-        nothing = ("nothing", key)
+        nothing = ("nothing", path)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             lane = self._running_lane()
@@ -107,7 +108,7 @@ class Adaptive:
                 return lane.entries[nothing]
             out = forward(*args, **kwargs)
             if nothing not in lane.entries:
-                lane.entries[nothing] = _view_of_zero(out)
+                lane.entries[nothing] = view_of_zero(out)
             return out
 
         return run
@@ -132,12 +133,3 @@ class Adaptive:
 
         # Only the ends of a segment do anything when the body is computed; the others must still be able to pass.
         return run
-
-
-def _view_of_zero(out: Any) -> Any:
-    """Return zeros of the shape of a branch's output that take no memory."""
-    if isinstance(out, Tensor):
-        return out.new_zeros(()).expand(out.shape)
-    if isinstance(out, (tuple, list)):
-        return type(out)(_view_of_zero(part) for part in out)
-    return out

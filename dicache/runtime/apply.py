@@ -103,7 +103,7 @@ def _missing_modules(model: nn.Module, schedule: Schedule) -> list[str]:
     paths = [
         f"{block.module}.{path}"
         for block in schedule.anatomy.blocks
-        for path in (*(site.module for site in block.sites), *block.norms)
+        for path in (*(path for site in block.sites for path in site.modules), *block.norms)
     ]
     absent = [path for path in paths if path not in modules]
     said = [f"a model with {absent[0]}, found none"] if absent else []

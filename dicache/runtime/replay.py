@@ -1,11 +1,12 @@
 """Static plans: every distinct row is a set of specialised forwards that are put on the modules for its steps."""
 
+from collections.abc import Hashable
 from typing import Any
 
 from torch import nn
 
 from dicache.anatomy import Anatomy
-from dicache.anatomy.surveying import pass_on
+from dicache.anatomy.standins import pass_on, view_of_zero
 from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane, Signature
 from dicache.runtime.stats import Stats, bytes_of
@@ -95,11 +96,16 @@ class Replay:
                 continue
             reused = {site.branch for site in block.sites if block.key(site) in row.reuse}
             for site in block.sites:
+                key = block.key(site)
                 module = self._model.get_submodule(f"{block.module}.{site.module}")
+                inner = {path: self._model.get_submodule(f"{block.module}.{path}") for path in site.inner}
                 if site.branch in reused:
-                    program[module] = self._give(block.key(site))
-                elif block.key(site) in row.keep:
-                    program[module] = self._keep(block.key(site), self._installer.original(module))
+                    program[module] = self._give(key)
+                    program |= {piece: self._give((key, path)) for path, piece in inner.items()}
+                elif key in row.keep:
+                    program[module] = self._keep(key, self._installer.original(module))
+                    for path, piece in inner.items():
+                        program[piece] = self._keep_shape((key, path), self._installer.original(piece))
             for path, feeds in block.norms.items():
                 if reused.issuperset(feeds):
                     program[self._model.get_submodule(f"{block.module}.{path}")] = pass_on
@@ -113,7 +119,7 @@ class Replay:
             program[last.module] = self._exit(part, last, program.get(last.module, last.forward))
         return program
 
-    def _give(self, key: str) -> Forward:
+    def _give(self, key: Hashable) -> Forward:
         def give(*_args: Any, **_kwargs: Any) -> Any:
             return self._entries[key]
 
@@ -125,6 +131,14 @@ class Replay:
             return out
 
         return keep
+
+    def _keep_shape(self, key: Hashable, forward: Forward) -> Forward:
+        def keep_shape(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            self._entries[key] = view_of_zero(out)
+            return out
+
+        return keep_shape
 
     def _add(self, part: Range, streams: Streams) -> Forward:
         def add_delta(*args: Any, **kwargs: Any) -> Any:
@@ -154,7 +168,8 @@ class _Step:
     def __init__(self, row: Row, program: Program, anatomy: Anatomy) -> None:
         self.row = row
         self.program = program
-        self.released = (*row.release, *row.release_delta)
+        inner = [(block.key(site), path) for block in anatomy.blocks for site in block.sites for path in site.inner]
+        self.released = (*row.release, *row.release_delta, *(entry for entry in inner if entry[0] in row.release))
         self.changes = bool(self.released or row.keep or row.keep_delta)
         self.bytes_held: dict[Signature, int] = {}
         self.computed = self.reused = self.skipped = saved = 0

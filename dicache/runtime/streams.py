@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dicache.anatomy import Block
-from dicache.anatomy.surveying import signature
+from dicache.anatomy.watching import signature
 
 Tensors = dict[str, Tensor]
 

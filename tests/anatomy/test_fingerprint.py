@@ -8,17 +8,17 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from torch import nn
 
 from dicache.anatomy.fingerprint import fingerprint
-from tests.tiny import Build, both_models, dit, pixart, randomised
+from tests.tiny import Build, dit, every_model, pixart, randomised
 
 
-@both_models
+@every_model
 def test_equal_weights_have_equal_fingerprints_of_sixteen_digits(build: Build) -> None:
     assert fingerprint(build()) == fingerprint(build())
     assert len(fingerprint(build())) == 16
     assert int(fingerprint(build()), 16) >= 0
 
 
-@both_models
+@every_model
 def test_any_changed_weight_of_a_block_changes_the_fingerprint(build: Build) -> None:
     model = build()
     before = fingerprint(model)

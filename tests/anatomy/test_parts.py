@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from dicache.anatomy import Anatomy, AnatomyError
+from dicache.anatomy import Anatomy, AnatomyError, Site
 from dicache.anatomy.parts import parse_span, span
-from tests.tiny import Build, anatomy_of, both_models
+from tests.tiny import Build, anatomy_of, every_model
 from tests.toys import written
 
 
@@ -34,7 +34,7 @@ def test_every_block_lies_in_the_segment_that_holds_it() -> None:
     assert [anatomy.segment(block) for block in range(5)] == [(0, 2), (0, 2), (2, 5), (2, 5), (2, 5)]
 
 
-@both_models
+@every_model
 def test_an_anatomy_survives_being_written_as_json_and_read(build: Build) -> None:
     anatomy = anatomy_of(build)
     assert Anatomy.from_json(json.loads(json.dumps(anatomy.to_json()))) == anatomy
@@ -58,6 +58,20 @@ def test_two_streams_and_a_missing_output_survive_the_round_trip() -> None:
     assert read.blocks[0].streams == ("hidden_states", "audio")
 
 
+def test_modules_inside_a_fused_branch_survive_the_round_trip_and_are_left_out_where_there_are_none() -> None:
+    one = written(1)
+    fused = replace(one, blocks=(replace(one.blocks[0], sites=(Site("fused", "out", 9, ("up", "attn")),)),))
+    assert Anatomy.from_json(json.loads(json.dumps(fused.to_json()))) == fused
+    assert fused.to_json()["blocks"][0]["sites"]["fused"] == {"module": "out", "macs": 9, "inner": ["up", "attn"]}
+    assert "inner" not in one.to_json()["blocks"][0]["sites"]["attn"]
+
+
+def test_a_site_begins_with_the_first_of_its_modules() -> None:
+    assert Site("fused", "out", inner=("up", "attn")).modules == ("up", "attn", "out")
+    assert Site("fused", "out", inner=("up", "attn")).entrance == "up"
+    assert Site("attn", "attn1").entrance == "attn1"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -65,6 +79,10 @@ def test_two_streams_and_a_missing_output_survive_the_round_trip() -> None:
         (without(changed(), "segments"), "missing key segments"),
         (changed_block(colour="red"), "unknown key colour"),
         (changed_block(sites={"attn": {"module": "attn1"}}), "missing key macs"),
+        (
+            changed_block(sites={"attn": {"module": "a", "macs": 1, "inner": "up"}}),
+            "inner must be a list .* found 'up'",
+        ),
         (changed_block(sites={"router": {"module": "r", "macs": 1}}), "unknown branch 'router'"),
         (changed_block(module="blocks.0-2"), "the counts differ"),
         (changed_block(blocks="1-4"), "must both count 0 to 3"),

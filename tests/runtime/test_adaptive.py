@@ -1,5 +1,9 @@
 """Adaptive policies (law 10): decided inside the model's first branch, so that nothing runs twice."""
 
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,18 +11,23 @@ from torch import Tensor, nn
 from dicache import Schedule, apply
 from dicache.anatomy import survey
 from dicache.schedules import Target, TeaCachePolicy
+from dicache.schedules.policies import Negative
 from tests.counting import alike, macs, operators
 from tests.tiny import (
     BATCH,
     STEPS,
+    TEXT_TOKENS,
     TOKENS,
     WIDTH,
     Build,
     adaptive,
     anatomy_of,
     arguments,
-    both_models,
     denoise,
+    entrance,
+    every_model,
+    first_tensor,
+    flux,
     generate,
     pipeline_of,
     predict,
@@ -36,7 +45,7 @@ def head_macs(model: nn.Module, build: Build) -> int:
     return around + first.macs - sum(site.macs for site in first.sites)  # the first block's modulation still runs
 
 
-@both_models
+@every_model
 def test_a_skipped_step_runs_the_head_once_and_no_branch(build: Build) -> None:
     model = build()
     given = arguments(model)
@@ -49,12 +58,12 @@ def test_a_skipped_step_runs_the_head_once_and_no_branch(build: Build) -> None:
         cache.begin_step()
         assert macs(lambda: predict(model, given)) == head_macs(model, build)
         assert cache.stats.steps == {"0": "C.."}
-    assert plain["convolution"] == skipped["convolution"] == 1  # the patches are embedded once
-    assert skipped["native_layer_norm"] == 2 + 1  # the two of the first block and the last one
+    assert plain["convolution"] == skipped["convolution"] == (build is not flux)  # the patches are embedded once
+    assert skipped["native_layer_norm"] == len(anatomy_of(build).blocks[0].norms) + 1  # and the last one
     assert not any("scaled_dot_product" in name for name in skipped)
 
 
-@both_models
+@every_model
 def test_a_computed_step_runs_everything_once(build: Build) -> None:
     model = build()
     given = arguments(model)
@@ -64,7 +73,7 @@ def test_a_computed_step_runs_everything_once(build: Build) -> None:
         assert macs(lambda: predict(model, given)) == anatomy_of(build).macs
 
 
-@both_models
+@every_model
 def test_the_work_that_the_stats_tell_is_the_work_that_was_done(build: Build) -> None:
     model = build()
     anatomy = anatomy_of(build)
@@ -75,7 +84,7 @@ def test_the_work_that_the_stats_tell_is_the_work_that_was_done(build: Build) ->
         assert (cache.stats.computed_sites, cache.stats.skipped_sites) == (2 * len(anatomy.sites),) * 2
 
 
-@both_models
+@every_model
 def test_equal_inputs_are_skipped_and_give_the_same_but_for_rounding(build: Build) -> None:
     model = build()
     given = arguments(model)
@@ -107,34 +116,63 @@ def test_equal_inputs_of_a_toy_are_skipped_and_give_the_same_but_for_rounding(ch
         assert alike(out, want)
 
 
-@both_models
+def single_blocks() -> nn.Module:
+    return flux(num_layers=0)
+
+
+def test_a_decision_in_a_fused_branch_is_taken_before_any_of_its_modules_runs() -> None:
+    model = single_blocks()
+    given = arguments(model)
+    with apply(model, adaptive(single_blocks, threshold=9)) as cache:
+        replay(model, cache, [given])
+        cache.begin_step()
+        assert macs(lambda: predict(model, given)) == head_macs(model, single_blocks)
+        assert cache.stats.steps == {"0": "C."}
+
+
+@every_model
 def test_a_skip_adds_the_last_delta_of_the_whole_body(build: Build) -> None:
     model = build()
-    entered: list[Tensor] = []
-    left: list[Tensor] = []
-    blocks = model.get_submodule("transformer_blocks")
-    blocks.get_submodule("0").register_forward_pre_hook(lambda _, args: entered.append(args[0]))
-    last = str(len(anatomy_of(build).blocks) - 1)
-    blocks.get_submodule(last).register_forward_hook(lambda *call: left.append(call[2]))
+    anatomy = anatomy_of(build)
+    ends = []
+    for start, stop in anatomy.segments:
+        entered: list[Tensor] = []
+        left: list[Tensor] = []
+        first, last = (model.get_submodule(anatomy.blocks[index].module) for index in (start, stop - 1))
+        first.register_forward_pre_hook(partial(follow_input, entered), with_kwargs=True)
+        last.register_forward_hook(partial(follow_output, left))
+        ends.append((entered, left))
     with apply(model, adaptive(build, threshold=9)) as cache:
         sample(model, cache)
-    assert torch.equal(left[1], entered[1] + (left[0] - entered[0]))
-    assert torch.equal(left[2], entered[2] + (left[0] - entered[0]))
+    for entered, left in ends:
+        assert torch.equal(left[1], entered[1] + (left[0] - entered[0]))
+        assert torch.equal(left[2], entered[2] + (left[0] - entered[0]))
 
 
-def signals(model: nn.Module) -> list[Tensor]:
+def follow_input(seen: list[Tensor], _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Note the image tokens that enter a block."""
+    seen.append(first_tensor(args, kwargs))
+
+
+def follow_output(seen: list[Tensor], *call: Any) -> None:
+    """Note the image tokens that leave a block, last where there are others."""
+    seen.append(call[2][-1] if isinstance(call[2], tuple) else call[2])
+
+
+def signals(model: nn.Module, build: Build) -> list[Tensor]:
     """Follow the modulated input of the first block."""
     seen: list[Tensor] = []
-    attention = model.get_submodule("transformer_blocks.0.attn1")
-    attention.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    entrance(model, build).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(first_tensor(args, kwargs).clone()), with_kwargs=True
+    )
     return seen
 
 
-@both_models
+@every_model
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.2, 0.3, 0.5, 1.0])
 def test_the_decisions_are_those_of_the_policy_on_the_modulated_input(build: Build, threshold: float) -> None:
     model = build()
-    seen = signals(model)
+    seen = signals(model, build)
     schedule = adaptive(build, threshold, steps=8)
     policy = schedule.policy
     assert isinstance(policy, TeaCachePolicy)
@@ -150,7 +188,7 @@ def test_the_decisions_are_those_of_the_policy_on_the_modulated_input(build: Bui
     assert cache.stats.steps == {"0": letters}
 
 
-@both_models
+@every_model
 def test_the_thresholds_of_these_tests_skip_some_steps_and_not_others(build: Build) -> None:
     model = build()
     with apply(model, adaptive(build, threshold=0.2, steps=8)) as cache:
@@ -158,7 +196,7 @@ def test_the_thresholds_of_these_tests_skip_some_steps_and_not_others(build: Bui
         assert 2 <= cache.stats.steps["0"].count(".") <= 4
 
 
-@both_models
+@every_model
 def test_first_and_last_steps_are_computed_whatever_the_threshold(build: Build) -> None:
     model = build()
     with apply(model, adaptive(build, threshold=99, steps=8, first_steps=3, last_steps=2)) as cache:
@@ -166,7 +204,7 @@ def test_first_and_last_steps_are_computed_whatever_the_threshold(build: Build) 
         assert cache.stats.steps == {"0": "CCC...CC"}
 
 
-@both_models
+@every_model
 def test_a_signal_that_is_not_a_number_computes(build: Build) -> None:
     model = build()
     broken = arguments(model)
@@ -176,33 +214,53 @@ def test_a_signal_that_is_not_a_number_computes(build: Build) -> None:
         assert cache.stats.steps == {"0": "CCCC"}
 
 
-@both_models
+@every_model
 def test_what_is_kept_is_one_input_one_delta_and_next_to_nothing(build: Build) -> None:
     model = build()
-    tokens = BATCH * TOKENS * WIDTH * 4  # bytes of the stream
-    sites = len(anatomy_of(build).blocks[0].sites)
+    anatomy = anatomy_of(build)
+    token = BATCH * WIDTH * 4  # bytes
+    text = 2 * TEXT_TOKENS if build is flux else 0  # in both segments; SD3's last block makes none
+    delta = len(anatomy.segments) * TOKENS + text
+    # A zero for each branch of the first block, and one more for the text of a joint attention.
+    zeros = sum(1 + (site.branch == "joint_attn") for site in anatomy.blocks[0].sites)
     held = []
     with apply(model, adaptive(build, threshold=0.2, steps=8)) as cache:
         for _ in denoise(model, cache, steps=8):
             held.append(cache.stats.bytes_held)
-    assert held[:-1] == [2 * tokens + 4 * sites] * 7  # a zero for each branch of the first block
+    assert held[:-1] == [token * (TOKENS + delta) + 4 * zeros] * 7
     assert cache.stats.peak_bytes_held == held[0]
 
 
-@both_models
+@every_model
 def test_a_pipeline_decides_like_a_bare_model_and_keeps_nothing_afterwards(build: Build) -> None:
     pipe = pipeline_of(build)
     with apply(pipe, adaptive(build, threshold=99)) as cache:
         first = generate(pipe)
-        assert cache.stats.steps == {"0": "C..C"}
+        assert list(cache.stats.steps.values()) == ["C..C"]
         assert cache.stats.bytes_held == 0
         assert cache.stats.peak_bytes_held > 0
         assert torch.equal(generate(pipe), first)
 
 
-@both_models
+@every_model
 def test_a_bare_model_keeps_nothing_after_its_last_step(build: Build) -> None:
     model = build()
     with apply(model, adaptive(build, threshold=99)) as cache:
         sample(model, cache)
         assert cache.stats.bytes_held == 0
+
+
+@every_model
+def test_what_a_negative_prediction_adds_is_up_to_the_policy(build: Build) -> None:
+    letters = {}
+    cases: list[tuple[float, Negative]] = [(1.0, "clamp"), (-1.0, "clamp"), (-1.0, "abs"), (-1.0, "reference")]
+    for coefficient, negative in cases:
+        schedule = adaptive(build, threshold=0.2, steps=8)
+        assert isinstance(schedule.policy, TeaCachePolicy)
+        policy = replace(schedule.policy, coefficients=(coefficient, 0.0), negative=negative)
+        model = build()
+        with apply(model, replace(schedule, policy=policy)) as cache:
+            sample(model, cache, steps=8)
+            letters[coefficient, negative] = cache.stats.steps["0"]
+    assert letters[-1.0, "clamp"] == letters[-1.0, "reference"] == "C......C"  # the sum never rises
+    assert letters[-1.0, "abs"] == letters[1.0, "clamp"] != "C......C"

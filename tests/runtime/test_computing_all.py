@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler
+from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler
 
 from dicache import Schedule, apply
 from dicache.schedules import Rule
@@ -12,12 +12,16 @@ from tests.tiny import (
     adaptive,
     anatomy_of,
     arguments,
-    both_models,
+    dit,
+    every_model,
     generate,
     pipeline_of,
+    pixart,
     predict,
     sample,
     scheduled,
+    sd3,
+    sd35,
 )
 
 ALL = ["no rules", "rules that never act", "threshold zero"]
@@ -29,7 +33,7 @@ def computing_all(build: Build, how: str, steps: int = 4) -> Schedule:
     return scheduled(build, Rule("reuse", "C" * steps), *([Rule("skip", "C" * steps)] if how != "no rules" else []))
 
 
-@both_models
+@every_model
 @pytest.mark.parametrize("how", ALL)
 def test_a_bare_model_gives_the_same_outputs_at_all_steps(build: Build, how: str) -> None:
     model = build()
@@ -40,7 +44,7 @@ def test_a_bare_model_gives_the_same_outputs_at_all_steps(build: Build, how: str
         assert cache.stats.macs_fraction == cache.stats.planned_macs_fraction == 1
 
 
-@both_models
+@every_model
 @pytest.mark.parametrize("how", ALL)
 def test_a_pipeline_gives_the_same_picture(build: Build, how: str) -> None:
     pipe = pipeline_of(build)
@@ -51,17 +55,17 @@ def test_a_pipeline_gives_the_same_picture(build: Build, how: str) -> None:
     assert (cache.stats.generations, cache.stats.calls) == (2, 8)
 
 
-@both_models
+@pytest.mark.parametrize("build", [dit, pixart, sd3, sd35])
 def test_a_solver_that_calls_the_model_more_often_than_it_has_steps_gives_the_same_picture(build: Build) -> None:
     pipe = pipeline_of(build)
-    pipe.scheduler = HeunDiscreteScheduler()
+    pipe.scheduler = HeunDiscreteScheduler() if build in (dit, pixart) else FlowMatchHeunDiscreteScheduler()
     want = generate(pipe, steps=3)
     with apply(pipe, computing_all(build, "rules that never act", steps=5)) as cache:
         assert torch.equal(generate(pipe, steps=3), want)
         assert cache.stats.steps == {"0": "CCCCC"}
 
 
-@both_models
+@every_model
 def test_the_laws_would_show_a_difference_if_something_were_reused(build: Build) -> None:
     pipe = pipeline_of(build)
     want = generate(pipe)
@@ -70,7 +74,7 @@ def test_the_laws_would_show_a_difference_if_something_were_reused(build: Build)
             assert not torch.equal(generate(pipe), want)
 
 
-@both_models
+@every_model
 def test_no_work_is_added(build: Build) -> None:
     model = build()
     given = arguments(model)
@@ -84,7 +88,7 @@ def test_no_work_is_added(build: Build) -> None:
     assert cache.stats.peak_bytes_held == 0
 
 
-@both_models
+@every_model
 def test_outside_its_sampling_loop_a_pipeline_calls_the_model_plainly(build: Build) -> None:
     pipe = pipeline_of(build)
     given = arguments(pipe.transformer)

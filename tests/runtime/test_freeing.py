@@ -17,8 +17,10 @@ from tests.tiny import (
     Build,
     adaptive,
     arguments,
-    both_models,
     denoise,
+    entrance,
+    every_model,
+    first_tensor,
     generate,
     pipeline_of,
     predict,
@@ -35,13 +37,17 @@ class Followed:
     @classmethod
     def inputs(cls, module: nn.Module) -> "Followed":
         made = cls()
-        module.register_forward_pre_hook(lambda _, args: made._refs.append(weakref.ref(args[0])))
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: made._refs.append(weakref.ref(first_tensor(args, kwargs))), with_kwargs=True
+        )
         return made
 
     @classmethod
     def outputs(cls, module: nn.Module) -> "Followed":
         made = cls()
-        module.register_forward_hook(lambda *call: made._refs.append(weakref.ref(call[2])))
+        module.register_forward_hook(
+            lambda *call: made._refs.append(weakref.ref(call[2][0] if isinstance(call[2], tuple) else call[2]))
+        )
         return made
 
     @property
@@ -49,12 +55,12 @@ class Followed:
         return sum(ref() is not None for ref in self._refs)
 
 
-def signals(model: nn.Module) -> Followed:
+def signals(model: nn.Module, build: Build) -> Followed:
     """Follow the modulated input of the first block, which an adaptive policy keeps."""
-    return Followed.inputs(model.get_submodule("transformer_blocks.0.attn1"))
+    return Followed.inputs(entrance(model, build))
 
 
-@both_models
+@every_model
 def test_a_kept_output_lives_until_detach_and_no_longer(build: Build) -> None:
     model = build()
     kept = Followed.outputs(model.get_submodule("transformer_blocks.1.ff"))
@@ -70,7 +76,7 @@ def test_a_kept_output_lives_until_detach_and_no_longer(build: Build) -> None:
     assert cache.stats.bytes_held == 0
 
 
-@both_models
+@every_model
 def test_an_output_that_nothing_reads_any_more_is_freed_during_the_generation(build: Build) -> None:
     model = build()
     kept = Followed.outputs(model.get_submodule("transformer_blocks.1.ff"))
@@ -79,10 +85,10 @@ def test_an_output_that_nothing_reads_any_more_is_freed_during_the_generation(bu
     assert alive == [1, 0, 0, 0]
 
 
-@both_models
+@every_model
 def test_an_adaptive_policy_keeps_one_input_and_detach_frees_it(build: Build) -> None:
     model = build()
-    followed = signals(model)
+    followed = signals(model, build)
     cache = apply(model, adaptive(build, threshold=0.5))
     turns = denoise(model, cache)
     assert [followed.alive for _, _ in zip(range(STEPS - 1), turns, strict=False)] == [1] * (STEPS - 1)
@@ -90,10 +96,10 @@ def test_an_adaptive_policy_keeps_one_input_and_detach_frees_it(build: Build) ->
     assert followed.alive == 0
 
 
-@both_models
+@every_model
 def test_detach_frees_what_a_request_keeps_that_somebody_still_holds(build: Build) -> None:
     model = build()
-    followed = signals(model)
+    followed = signals(model, build)
     cache = apply(model, adaptive(build, threshold=0.5))
     request = cache.request()
     turns = denoise(model, cache)
@@ -106,10 +112,10 @@ def test_detach_frees_what_a_request_keeps_that_somebody_still_holds(build: Buil
         pass
 
 
-@both_models
+@every_model
 def test_requests_that_took_turns_leave_nothing_behind_after_detach(build: Build) -> None:
     model = build()
-    followed = signals(model)
+    followed = signals(model, build)
     cache = apply(model, adaptive(build, threshold=0.5))
 
     def hold(seed: int) -> Generator[Tensor]:
@@ -122,16 +128,16 @@ def test_requests_that_took_turns_leave_nothing_behind_after_detach(build: Build
     assert followed.alive == 0
 
 
-@both_models
+@every_model
 def test_a_pipeline_frees_what_an_adaptive_policy_kept_when_its_generation_ends(build: Build) -> None:
     pipe = pipeline_of(build)
-    followed = signals(pipe.transformer)
+    followed = signals(pipe.transformer, build)
     with apply(pipe, adaptive(build, threshold=0.5)):
         generate(pipe)
         assert followed.alive == 0
 
 
-@both_models
+@every_model
 def test_what_a_pass_kept_that_stopped_coming_is_freed_when_the_generation_ends(build: Build) -> None:
     model, scheduler = build(), DDIMScheduler()
     followed = Followed.outputs(model.get_submodule("transformer_blocks.1.ff"))
@@ -146,7 +152,7 @@ def test_what_a_pass_kept_that_stopped_coming_is_freed_when_the_generation_ends(
         assert followed.alive == 0
 
 
-@both_models
+@every_model
 @pytest.mark.parametrize("method", ["reuse", "skip", "adaptive"])
 def test_a_call_that_failed_keeps_nothing_and_the_next_step_computes(build: Build, method: str) -> None:
     model = build()
@@ -156,7 +162,7 @@ def test_a_call_that_failed_keeps_nothing_and_the_next_step_computes(build: Buil
         adaptive(build, threshold=99, first_steps=2) if method == "adaptive" else scheduled(build, Rule(method, "C..."))  # type: ignore[arg-type]
     )
     inputs = Followed.inputs(model.get_submodule("transformer_blocks.0"))
-    outputs = Followed.outputs(model.get_submodule("transformer_blocks.0.attn1"))
+    outputs = Followed.outputs(entrance(model, build))
     with apply(model, schedule) as cache:
         cache.begin_generation()
         cache.begin_step()
@@ -174,10 +180,10 @@ def started(model: nn.Module, cache: Cache) -> None:
     next(denoise(model, cache))
 
 
-@both_models
+@every_model
 def test_a_request_that_ended_in_an_exception_keeps_nothing_and_must_begin_anew(build: Build) -> None:
     model = build()
-    followed = signals(model)
+    followed = signals(model, build)
     with apply(model, adaptive(build, threshold=0.5)) as cache:
         request = cache.request()
         with pytest.raises(KeyboardInterrupt), request:  # noqa: PT012

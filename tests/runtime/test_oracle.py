@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from dicache import Schedule, apply
+from dicache.anatomy import Block
+from dicache.anatomy.parts import BRANCHES
+from dicache.anatomy.watching import signature
 from dicache.schedules import Plan, PlanError, Rule
-from tests.tiny import Build, anatomy_of, both_models, sample, scheduled
+from tests.tiny import Build, anatomy_of, every_model, sample, scheduled
 
 LENGTH = 7
 
@@ -28,12 +31,12 @@ def random_schedule(build: Build, seed: int) -> Schedule:
                     action,  # type: ignore[arg-type]
                     "C" + "".join(draw.choice("C.") for _ in range(LENGTH - 1)),
                     blocks=draw.choice(["*", f"{first}-{draw.randrange(first, count)}"]),
-                    branch=draw.choice(["*", "attn", "mlp"]) if action == "reuse" else "*",
+                    branch=draw.choice(["*", *BRANCHES]) if action == "reuse" else "*",
                 )
             )
         try:
             schedule = scheduled(build, *rules)
-        except PlanError:  # two skips overlap
+        except PlanError:  # two skips overlap, or there is no such branch
             continue
         if schedule.macs_fraction() < 1:
             return schedule
@@ -45,24 +48,22 @@ class Interpreter:
     def __init__(self, build: Build, plan: Plan) -> None:
         self.model, self.anatomy = build(), anatomy_of(build)
         self.letters = plan.table(self.anatomy)
-        self.ranges = {
-            rule.block_range(self.anatomy): [letter == "." for letter in rule.steps]
-            for rule in plan.rules
-            if rule.action == "skip"
-        }
-        for rule in plan.rules:  # two rules may name one range
-            if rule.action == "skip":
-                merged = self.ranges[rule.block_range(self.anatomy)]
-                self.ranges[rule.block_range(self.anatomy)] = [
-                    acts or letter == "." for acts, letter in zip(merged, rule.steps, strict=True)
-                ]
+        self.ranges: dict[tuple[int, int], list[bool]] = {}  # within one segment -> whether it is skipped, by step
+        for rule in plan.rules:
+            start, stop = rule.block_range(self.anatomy)
+            for first, last in self.anatomy.segments if rule.action == "skip" else ():
+                part = (max(start, first), min(stop, last))
+                if part[0] < part[1]:
+                    acts = self.ranges.get(part, [False] * LENGTH)  # two rules may name one range
+                    self.ranges[part] = [a or letter == "." for a, letter in zip(acts, rule.steps, strict=True)]
         self.step = 0
-        self.kept: dict[str, Tensor] = {}
-        self.deltas: dict[tuple[int, int], Tensor] = {}
-        self.entered: dict[int, Tensor] = {}
-        self.left: dict[int, Tensor] = {}
+        self.kept: dict[str, Any] = {}
+        self.deltas: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self.entered: dict[int, dict[str, Tensor]] = {}
+        self.left: dict[int, dict[str, Tensor]] = {}
         for block in self.anatomy.blocks:
-            self.model.get_submodule(block.module).register_forward_hook(self.at_block(block.index))
+            module = self.model.get_submodule(block.module)
+            module.register_forward_hook(self.at_block(block, list(signature(module).parameters)), with_kwargs=True)
             for site in block.sites:
                 self.model.get_submodule(f"{block.module}.{site.module}").register_forward_hook(
                     self.at_site(block.key(site))
@@ -70,21 +71,30 @@ class Interpreter:
         self.model.register_forward_hook(lambda *_: self.end_step())
 
     def at_site(self, key: str) -> Any:
-        def overwrite(_module: Any, _args: Any, out: Tensor) -> Tensor:
+        def overwrite(_module: Any, _args: Any, out: Any) -> Any:
             if self.letters[key][self.step] == "C":
                 self.kept[key] = out
             return self.kept.get(key, out) if self.letters[key][self.step] == "R" else out
 
         return overwrite
 
-    def at_block(self, index: int) -> Any:
-        def overwrite(_module: Any, args: Any, out: Tensor) -> Tensor:
-            self.entered[index] = args[0]
+    def at_block(self, block: Block, parameters: list[str]) -> Any:
+        index = block.index
+        names = (block.returns,) if isinstance(block.returns, str) else block.returns
+
+        def overwrite(_module: Any, args: Any, kwargs: Any, out: Any) -> Any:
+            given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+            into = {name: given[name] for name in names if name}
+            outputs = out if isinstance(out, tuple) else (out,)
+            made = {name: value for name, value in zip(names, outputs, strict=True) if name}
             for (start, stop), acts in self.ranges.items():
                 if acts[self.step] and start <= index < stop:
-                    out = args[0] + self.deltas[start, stop] if index == start else args[0]
-            self.left[index] = out
-            return out
+                    made = dict(into)
+                    if index == start:
+                        made |= {n: into[n] + d for n, d in self.deltas[start, stop].items() if n in into}
+            self.entered[index], self.left[index] = into, made
+            packed = tuple(made[name] if name else None for name in names)
+            return packed if isinstance(out, tuple) else packed[0]
 
         return overwrite
 
@@ -92,11 +102,12 @@ class Interpreter:
         skipped = {i for (start, stop), acts in self.ranges.items() if acts[self.step] for i in range(start, stop)}
         for start, stop in self.ranges:
             if not skipped & set(range(start, stop)):
-                self.deltas[start, stop] = self.left[stop - 1] - self.entered[start]
+                left, entered = self.left[stop - 1], self.entered[start]
+                self.deltas[start, stop] = {name: value - entered[name] for name, value in left.items()}
         self.step += 1
 
 
-@both_models
+@every_model
 @pytest.mark.parametrize("seed", range(12))
 def test_a_random_plan_gives_what_the_interpreter_gives(build: Build, seed: int) -> None:
     schedule = random_schedule(build, seed)
@@ -109,7 +120,7 @@ def test_a_random_plan_gives_what_the_interpreter_gives(build: Build, seed: int)
     assert torch.equal(got, want)
 
 
-@both_models
+@every_model
 def test_the_random_plans_do_something(build: Build) -> None:
     schedules = [random_schedule(build, seed) for seed in range(12)]
     letters = "".join("".join(schedule.table().values()) for schedule in schedules)

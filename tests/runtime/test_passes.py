@@ -14,10 +14,11 @@ from tests.tiny import (
     CHANNELS,
     SIZE,
     STEPS,
+    TOKENS,
     Build,
     adaptive,
     arguments,
-    both_models,
+    every_model,
     predict,
     randomised,
     replay,
@@ -62,7 +63,7 @@ def plain(build: Build, name: int, step: int, batch: int = 2) -> Tensor:
     return predict(model, given(model, name, step, batch))
 
 
-@both_models
+@every_model
 @every_method
 @pytest.mark.parametrize("batches", [(2, 2), (2, 1), (1, 3)])
 def test_two_passes_a_step_give_what_each_gives_alone(build: Build, method: str, batches: tuple[int, int]) -> None:
@@ -72,7 +73,7 @@ def test_two_passes_a_step_give_what_each_gives_alone(build: Build, method: str,
     assert torch.equal(torch.stack([step[1] for step in both]), torch.stack(alone(build, method, 1, second)))
 
 
-@both_models
+@every_model
 @every_method
 def test_what_a_pass_gives_alone_is_not_what_computing_gives(build: Build, method: str) -> None:
     got = alone(build, method, 0)
@@ -80,7 +81,7 @@ def test_what_a_pass_gives_alone_is_not_what_computing_gives(build: Build, metho
     assert not torch.equal(got[1], plain(build, 0, 1))
 
 
-@both_models
+@every_model
 @every_method
 def test_a_pass_that_was_missing_computes_when_it_comes_back(build: Build, method: str) -> None:
     turns = [[(0, 2), (1, 2)], [(0, 2)], [(0, 2), (1, 2)], [(0, 2), (1, 2)]]
@@ -89,7 +90,7 @@ def test_a_pass_that_was_missing_computes_when_it_comes_back(build: Build, metho
     assert torch.equal(torch.stack([step[0] for step in both]), torch.stack(alone(build, method, 0)))
 
 
-@both_models
+@every_model
 @every_method
 def test_a_pass_that_appears_in_the_middle_computes_and_disturbs_nobody(build: Build, method: str) -> None:
     both = together(build, method, turns=[[(0, 4)], [(0, 4)], [(0, 4), (1, 2)], [(0, 4)]])
@@ -97,7 +98,7 @@ def test_a_pass_that_appears_in_the_middle_computes_and_disturbs_nobody(build: B
     assert torch.equal(torch.stack([step[0] for step in both]), torch.stack(alone(build, method, 0, 4)))
 
 
-@both_models
+@every_model
 @every_method
 def test_a_pass_of_another_batch_size_that_takes_the_first_place_finds_nothing(build: Build, method: str) -> None:
     both = together(build, method, turns=[[(0, 2), (1, 1)], [(1, 1)], [(0, 2), (1, 1)], [(0, 2), (1, 1)]])
@@ -106,7 +107,7 @@ def test_a_pass_of_another_batch_size_that_takes_the_first_place_finds_nothing(b
     assert torch.equal(both[2][1], plain(build, 1, 2, 1))
 
 
-@both_models
+@every_model
 @every_method
 def test_a_batch_size_that_changes_on_the_way_computes(build: Build, method: str) -> None:
     got = together(build, method, turns=[[(0, 4)], [(0, 2)], [(0, 2)], [(0, 4)]])
@@ -115,18 +116,24 @@ def test_a_batch_size_that_changes_on_the_way_computes(build: Build, method: str
     assert torch.equal(got[3][0], plain(build, 0, 3, 4))  # what was kept for four is three steps old
 
 
-@both_models
+@every_model
 def test_a_size_that_changes_on_the_way_computes(build: Build) -> None:
     model = build()
     small = given(model, 0, 1)
-    small["hidden_states"] = small["hidden_states"][..., : SIZE // 2, : SIZE // 2]
+    if "img_ids" in small:
+        small["hidden_states"], small["img_ids"] = (
+            small["hidden_states"][:, : TOKENS // 2],
+            small["img_ids"][: TOKENS // 2],
+        )
+    else:
+        small["hidden_states"] = small["hidden_states"][..., : SIZE // 2, : SIZE // 2]
     want = predict(model, small)
     with apply(model, schedule_of(build, "reuse")) as cache:
         got = replay(model, cache, [given(model, 0, 0), small])
     assert torch.equal(got[1], want)
 
 
-@both_models
+@every_model
 def test_a_rule_for_one_pass_acts_in_it_alone(build: Build) -> None:
     model = build()
     with apply(model, scheduled(build, Rule("reuse", "C.C.", context="1"))) as cache:

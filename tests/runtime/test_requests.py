@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dicache import Cache, Schedule, apply
 from dicache.schedules import Rule
-from tests.tiny import STEPS, Build, adaptive, both_models, denoise, sample, scheduled
+from tests.tiny import STEPS, Build, adaptive, denoise, every_model, sample, scheduled
 
 every_method = pytest.mark.parametrize("method", ["reuse", "skip", "adaptive"])
 
@@ -69,7 +69,7 @@ def in_threads(*works: Callable[[], None]) -> None:
         raise errors[0]
 
 
-@both_models
+@every_model
 @every_method
 def test_requests_held_by_generators_that_take_turns(build: Build, method: str) -> None:
     model, want = build(), alone(build, method, 0, 1)
@@ -79,7 +79,7 @@ def test_requests_held_by_generators_that_take_turns(build: Build, method: str) 
     assert torch.equal(got[1], want[1])
 
 
-@both_models
+@every_model
 @every_method
 def test_requests_held_by_generators_in_a_zip(build: Build, method: str) -> None:
     model, want = build(), alone(build, method, 0, 1, 2)
@@ -91,7 +91,7 @@ def test_requests_held_by_generators_in_a_zip(build: Build, method: str) -> None
         assert torch.equal(sample(model, cache, seed=0, batch=1), want[0])  # and afterwards without a request
 
 
-@both_models
+@every_model
 @every_method
 def test_requests_entered_again_around_each_step(build: Build, method: str) -> None:
     model, want = build(), alone(build, method, 0, 1)
@@ -110,7 +110,7 @@ def test_requests_entered_again_around_each_step(build: Build, method: str) -> N
     assert torch.equal(got[1], want[1])
 
 
-@both_models
+@every_model
 @every_method
 def test_requests_in_two_threads_on_one_model(build: Build, method: str) -> None:
     model, want = build(), alone(build, method, 0, 1)
@@ -131,7 +131,7 @@ def test_requests_in_two_threads_on_one_model(build: Build, method: str) -> None
     assert torch.equal(got[1], want[1])
 
 
-@both_models
+@every_model
 @every_method
 def test_a_call_that_arrives_during_another_waits_for_its_end(build: Build, method: str) -> None:
     model, want = build(), alone(build, method, 0, 1)
@@ -158,7 +158,7 @@ def test_a_call_that_arrives_during_another_waits_for_its_end(build: Build, meth
     assert torch.equal(got[1], want[1])
 
 
-@both_models
+@every_model
 @every_method
 def test_requests_in_tasks_that_await(build: Build, method: str) -> None:
     model, want = build(), alone(build, method, 0, 1)
@@ -180,7 +180,7 @@ def test_requests_in_tasks_that_await(build: Build, method: str) -> None:
     assert torch.equal(got[1], want[1])
 
 
-@both_models
+@every_model
 @every_method
 def test_requests_entered_through_an_exit_stack(build: Build, method: str) -> None:
     model, want = build(), alone(build, method, 0, 1)
@@ -196,7 +196,7 @@ def test_requests_entered_through_an_exit_stack(build: Build, method: str) -> No
     assert torch.equal(got[1], want[1])
 
 
-@both_models
+@every_model
 @every_method
 def test_requests_entered_by_a_function_that_was_made_a_context_manager(build: Build, method: str) -> None:
     model, want = build(), alone(build, method, 0, 1)
@@ -216,7 +216,7 @@ def test_requests_entered_by_a_function_that_was_made_a_context_manager(build: B
     assert torch.equal(got[1], want[1])
 
 
-@both_models
+@every_model
 @every_method
 def test_requests_inherited_by_the_threads_that_their_tasks_start(build: Build, method: str) -> None:
     model, want = build(), alone(build, method, 0, 1)
@@ -235,7 +235,7 @@ def test_requests_inherited_by_the_threads_that_their_tasks_start(build: Build, 
     assert torch.equal(got[1], want[1])
 
 
-@both_models
+@every_model
 @every_method
 def test_a_caller_that_names_no_request_beside_one_that_holds_its_own(build: Build, method: str) -> None:
     model, want = build(), alone(build, method, 0, 1)
@@ -245,7 +245,7 @@ def test_a_caller_that_names_no_request_beside_one_that_holds_its_own(build: Bui
     assert torch.equal(got[1], want[1])
 
 
-@both_models
+@every_model
 @every_method
 def test_two_models_in_two_threads(build: Build, method: str) -> None:
     want = alone(build, method, 0, 1)
@@ -265,7 +265,7 @@ def test_two_models_in_two_threads(build: Build, method: str) -> None:
     assert torch.equal(got[1], want[1])
 
 
-@both_models
+@every_model
 @every_method
 def test_two_models_that_take_turns_in_one_thread_one_of_them_without_a_schedule(build: Build, method: str) -> None:
     want, plain = alone(build, method, 1), sample(build(), seed=0)
@@ -276,7 +276,7 @@ def test_two_models_that_take_turns_in_one_thread_one_of_them_without_a_schedule
     assert torch.equal(got[1], want[0])
 
 
-@both_models
+@every_model
 @every_method
 def test_a_request_that_fails_disturbs_neither_the_other_nor_its_own_next_generation(build: Build, method: str) -> None:
     model, want = build(), alone(build, method, 0, 1)

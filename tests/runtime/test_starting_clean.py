@@ -13,8 +13,8 @@ from tests.tiny import (
     Build,
     adaptive,
     arguments,
-    both_models,
     denoise,
+    every_model,
     generate,
     pipeline_of,
     predict,
@@ -48,7 +48,9 @@ def failed_inside_a_block(model: torch.nn.Module, cache: Cache) -> None:
 
 
 def failed_inside_the_first_branch(model: torch.nn.Module, cache: Cache) -> None:
-    with broken(model.get_submodule("transformer_blocks.0.attn1"), call=1):
+    with broken(
+        model.get_submodule(f"transformer_blocks.0.{cache.schedule.anatomy.blocks[0].sites[0].entrance}"), call=1
+    ):
         sample(model, cache, seed=7)
 
 
@@ -87,7 +89,7 @@ def fresh(build: Build, method: str) -> Tensor:
         return sample(model, cache)
 
 
-@both_models
+@every_model
 @every_method
 @every_event
 def test_a_generation_after_one_that_is(build: Build, method: str, event: Before) -> None:
@@ -98,7 +100,7 @@ def test_a_generation_after_one_that_is(build: Build, method: str, event: Before
         assert cache.stats.generations == 2
 
 
-@both_models
+@every_model
 @every_method
 def test_a_second_cache_on_the_model_starts_clean_as_well(build: Build, method: str) -> None:
     model = build()
@@ -130,7 +132,7 @@ def failed_picture(pipe: object) -> None:
         generate(pipe, seed=7)
 
 
-@both_models
+@every_model
 @every_method
 @pytest.mark.parametrize("event", [picture, larger_picture, unguided_picture, aborted_picture, failed_picture])
 def test_a_picture_after_another_one(build: Build, method: str, event: Before) -> None:
@@ -140,7 +142,7 @@ def test_a_picture_after_another_one(build: Build, method: str, event: Before) -
         assert torch.equal(generate(pipe), generate(untouched))
 
 
-@both_models
+@every_model
 def test_a_step_that_failed_may_be_called_again_and_computes(build: Build) -> None:
     model = build()
     first, second = arguments(model, seed=1), arguments(model, seed=2)

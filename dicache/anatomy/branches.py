@@ -1,0 +1,108 @@
+"""Branches: which pieces of a block are its sites, of what kind, and what runs only for one of them."""
+
+import re
+from dataclasses import replace
+
+from torch import Tensor
+
+from dicache.anatomy.parts import AnatomyError, Site
+from dicache.anatomy.probing import Probe, carries, feeding_only
+from dicache.anatomy.recognising import MATRICES, count_matrices, is_attention, is_branch
+from dicache.anatomy.watching import BlockCall, PieceCall, Returns
+
+KIND_WORDS = re.compile(r"self_?attn|cross_?attn|attention|attn|feed_?forward|ffn|mlp|ff|\d+$", re.IGNORECASE)
+
+
+def sites_of(call: BlockCall, returns: Returns) -> tuple[Site, ...]:
+    """Return the sites of a block in the order in which they begin.
+
+    Attentions and feed-forwards are sites by themselves. A matrix that the block applies itself, and that makes
+    tokens of a stream's width from what other pieces make for it alone, is the output of one: of a feed-forward that
+    is written out in the block, or of a fused branch where an attention leaves through it as well.
+
+    Raises:
+        AnatomyError: If there are none, or one is called in a way that is not supported.
+    """
+    streams = call.streams(returns)
+    widths = {tensor.shape[-1] for tensor in streams.values()}
+    inner = _inner(call, streams, widths)
+    absorbed = {path for paths in inner.values() for path in paths}
+    order = [piece.path for piece in call.pieces]
+    sites: list[Site] = []
+    for piece in call.pieces:
+        whole = is_branch(piece.module) and piece.path not in absorbed and _makes_tokens(piece, widths)
+        if not (whole or piece.path in inner):
+            continue
+        paths = inner.get(piece.path, ())
+        for path in (piece.path, *paths):
+            if order.count(path) > 1:
+                raise AnatomyError(f"{call.path} calls its {path} more than once a step, which is not supported")
+        sites.append(Site(branch=_kind(piece, paths, call, widths), module=piece.path, inner=paths))
+    if not sites:
+        raise AnatomyError(f"{call.path}: no attention or feed-forward was called in this block")
+    if len(sites) == 1 and sites[0].branch == "attn" and not sites[0].inner:
+        # An attention and nothing beside it: the MLP is inside.
+        sites = [replace(sites[0], branch="fused")]
+    return _named(sorted(sites, key=lambda site: order.index(site.entrance)))
+
+
+def _makes_tokens(piece: PieceCall, widths: set[int]) -> bool:
+    """Whether a piece returned tokens of the width of a stream, in a row or as a picture with its channels first."""
+    shape = piece.outputs[0].shape if piece.outputs else ()
+    return (len(shape) >= 3 and shape[-1] in widths) or (len(shape) >= 4 and shape[1] in widths)
+
+
+def _inner(call: BlockCall, streams: dict[str, Tensor], widths: set[int]) -> dict[str, tuple[str, ...]]:
+    """Return the bare matrices that are the output of a branch, each with the pieces that feed nothing else."""
+    order = [piece.path for piece in call.pieces]
+    bare = [
+        piece
+        for piece in call.pieces
+        if isinstance(piece.module, MATRICES) and _makes_tokens(piece, widths) and order.count(piece.path) == 1
+    ]
+    if not bare:
+        return {}
+    probe = Probe(call)
+    found: dict[str, tuple[str, ...]] = {}
+    absorbed: set[str] = set()
+    for piece in reversed(bare):
+        if piece.path in absorbed or carries(probe, piece.path, streams):
+            continue
+        earlier = [path for path in order[: order.index(piece.path)] if path not in absorbed]
+        paths = feeding_only(probe, piece.path, list(dict.fromkeys(earlier)))
+        if any(count_matrices(call.module.get_submodule(path)) for path in paths):
+            found[piece.path] = paths
+            absorbed.update(paths)
+    return found
+
+
+def _kind(piece: PieceCall, inner: tuple[str, ...], call: BlockCall, widths: set[int]) -> str:
+    feeding = [other for other in call.pieces if other.path in inner and count_matrices(other.module)]
+    attentions = [other for other in feeding if is_attention(other.module)]
+    if len(attentions) == 1 and len(feeding) == 1:  # its output projection stands outside of it
+        piece = attentions[0]
+    elif attentions:
+        return "fused"
+    if not is_attention(piece.module):
+        return "mlp"
+    if sum(out.shape[-1] in widths for out in piece.outputs) > 1:
+        return "joint_attn"
+    context = piece.arguments.get("encoder_hidden_states", piece.arguments.get("context"))
+    itself = context is next((value for value in piece.arguments.values() if isinstance(value, Tensor)), None)
+    return "cross_attn" if isinstance(context, Tensor) and not itself else "attn"
+
+
+def _named(sites: list[Site]) -> tuple[Site, ...]:
+    """Tell sites of one kind in one block apart by what their modules' names add: `mlp` and `mlp.context`."""
+    named: list[Site] = []
+    for site in sites:
+        alike = [other for other in sites if other.branch == site.branch]
+        branch = site.branch
+        if len(alike) > 1:
+            rest = KIND_WORDS.sub("", site.module.rpartition(".")[2]).strip("_")
+            taken = {other.branch for other in named}
+            branch = f"{branch}.{rest}" if rest else branch
+            if branch in taken:
+                branch = f"{site.branch}.{site.module.rpartition('.')[2]}"
+        named.append(replace(site, branch=branch))
+    return tuple(named)

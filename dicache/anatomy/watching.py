@@ -1,0 +1,163 @@
+"""Watch one call of a model: what each block, and each piece inside it, takes and returns."""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dicache.anatomy.inputs import Inputs, latents_of
+from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.parts import AnatomyError
+from dicache.anatomy.recognising import pieces
+
+Returns = str | tuple[str | None, ...]
+
+
+@dataclass
+class PieceCall:
+    """One call of a piece of a block."""
+
+    path: str  # inside the block
+    module: nn.Module
+    arguments: dict[str, Any]
+    returned: Any
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The tensors among what it returned."""
+        returned = self.returned if isinstance(self.returned, (tuple, list)) else (self.returned,)
+        return [out for out in returned if isinstance(out, Tensor)]
+
+
+@dataclass
+class BlockCall:
+    """One call of a block, as it was seen."""
+
+    container: str
+    position: int
+    module: nn.Module
+    arguments: dict[str, Any]
+    returned: Any
+    pieces: list[PieceCall]  # in the order in which they ended
+
+    @property
+    def path(self) -> str:
+        return f"{self.container}.{self.position}"
+
+    @property
+    def outputs(self) -> tuple[Any, ...]:
+        return tuple(self.returned) if isinstance(self.returned, (tuple, list)) else (self.returned,)
+
+    def streams(self, returns: Returns) -> dict[str, Tensor]:
+        """Return the arguments that leave the block again, by name."""
+        names = (returns,) if isinstance(returns, str) else returns
+        return {name: self.arguments[name] for name in names if name}
+
+    def again(self, changed: Mapping[str, Any]) -> Any:
+        """Call the block again, with some of its arguments changed, and return what it returns."""
+        bound = inspect.BoundArguments(signature(self.module), OrderedDict({**self.arguments, **changed}))
+        return self.module(*bound.args, **bound.kwargs)
+
+
+def signature(module: nn.Module) -> inspect.Signature:
+    """Return the signature of a module's forward as its class has it, whatever is wrapped round the instance's."""
+    whole = inspect.signature(type(module).forward)
+    return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+
+def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(signature(module).bind(*args, **kwargs).arguments)
+
+
+def watch(model: nn.Module, containers: Mapping[str, nn.ModuleList], inputs: Inputs) -> list[BlockCall]:
+    """Call the model once and return the calls of its blocks, in order, with those of the pieces inside them."""
+    calls: list[BlockCall] = []
+    open_block: list[BlockCall] = []
+
+    def watch_block(path: str, position: int, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call = BlockCall(path, position, module, _bind(module, args, kwargs), None, [])
+            open_block.append(call)
+            call.returned = forward(*args, **kwargs)
+            open_block.pop()
+            calls.append(call)
+            return call.returned
+
+        return run
+
+    def watch_piece(path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            returned = forward(*args, **kwargs)
+            if open_block:
+                open_block[-1].pieces.append(PieceCall(path, module, _bind(module, args, kwargs), returned))
+            return returned
+
+        return run
+
+    with Overrides() as overrides, torch.no_grad():
+        for path, container in containers.items():
+            for position, block in enumerate(container):
+                overrides.set(block, watch_block(path, position, block, block.forward))
+                for name, piece in pieces(block):
+                    overrides.set(piece, watch_piece(name, piece, piece.forward))
+        model(*inputs.args, **inputs.kwargs)
+    return calls
+
+
+def refiners(
+    model: nn.Module,
+    containers: Mapping[str, nn.ModuleList],
+    inputs: Inputs,
+    calls: list[BlockCall],
+    returns: list[Returns],
+) -> set[str]:
+    """Return the containers that refine text: no stream enters any of their calls that latents and timestep change.
+
+    The model is called once more, with others, and each call of a block compared with the one seen before.
+    """
+    changed: set[str] = set()
+    following = iter(zip(calls, returns, strict=True))
+    differs = f"{type(model).__name__} calls other blocks with other latents or at another timestep; not supported"
+
+    def compare(path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before, names = next(following, (None, ""))
+            if before is None or before.module is not module:
+                raise AnatomyError(differs)
+            now = _bind(module, args, kwargs)
+            streams = before.streams(names)
+            if not streams or not all(torch.equal(value, now[name]) for name, value in streams.items()):
+                changed.add(path)
+            return forward(*args, **kwargs)
+
+        return run
+
+    with Overrides() as overrides, torch.no_grad():
+        for path, container in containers.items():
+            for block in container:
+                overrides.set(block, compare(path, block, block.forward))
+        other = _moved(model, inputs)
+        model(*other.args, **other.kwargs)
+    if next(following, None) is not None:
+        raise AnatomyError(differs)
+    return set(containers) - changed
+
+
+def _moved(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Return the same arguments with other latents and another timestep."""
+    latents = latents_of(inputs.args, inputs.kwargs)
+    bound = _bind(model, inputs.args, inputs.kwargs)
+    time: Any = bound.get("timestep")
+
+    def moved(value: Any) -> Any:
+        if value is latents:
+            return latents * 0.5 + 0.25
+        if value is time and isinstance(value, Tensor):
+            return value * 0.5 if value.is_floating_point() else value // 2
+        return value
+
+    return Inputs(tuple(map(moved, inputs.args)), {name: moved(value) for name, value in inputs.kwargs.items()})
