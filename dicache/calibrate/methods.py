@@ -1,7 +1,7 @@
 """The table of methods, and what a method that makes a plan from its settings alone has to offer."""
 
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
 from dicache.anatomy import Anatomy
@@ -20,6 +20,46 @@ class PlanMethod(Protocol):
 
         Raises:
             CalibrationError: If the settings do not fit the model or the number of steps.
+        """
+
+
+@dataclass(frozen=True)
+class Between:
+    """All real numbers from low to high."""
+
+    low: float
+    high: float
+
+
+Axis = Between | range | tuple[str | int, ...]  # what a parameter may be; a range holds whole numbers
+
+
+class Space(Protocol):
+    """What a search may vary of a method, in the method's own file."""
+
+    @property
+    def axes(self) -> Mapping[str, Axis]:
+        """What is varied, by name."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the schedules besides the parameters; a search is only gone on with where it is the same."""
+
+    def plain(self, max_macs: float | None) -> Mapping[str, Any]:
+        """Return the parameters that calibrating without a search takes for a share of the multiply-accumulates.
+
+        Args:
+            max_macs: None takes those that are usual.
+
+        Raises:
+            CalibrationError: If the share cannot be reached.
+        """
+
+    def schedule(self, parameters: Mapping[str, Any]) -> Schedule:
+        """Return the schedule that some parameters give.
+
+        Raises:
+            CalibrationError: If they do not go together.
         """
 
 

@@ -1,42 +1,23 @@
 """TeaCache: fit how much the model's output will change from how much its modulated input has."""
 
+import hashlib
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, get_args
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from dicache.calibrate.methods import CalibrationError, method
+from dicache.calibrate.methods import Axis, Between, CalibrationError, method
+from dicache.calibrate.rescale import fit_rescale
 from dicache.profiler import Profile
 from dicache.schedules import Plan, Rule, Schedule, TeaCachePolicy
+from dicache.schedules.policies import Negative
 
 FitTo = Literal["residual", "body", "output"]
 Foretell = Literal["input", "steps"]
-FOLDS = 4
-
-
-@dataclass(frozen=True)
-class Rescale:
-    """The polynomial that foretells the change of the output, and how well it does.
-
-    Attributes:
-        coefficients: Highest power first.
-        input_range: Smallest and largest x it was fitted on.
-        pairs: How many pairs of x and y.
-        held_out_r2: Share of the variance of y explained on runs that the fit did not see.
-        held_out_rmse: Root mean square error of y on them.
-        per_step_r2: What the median y of each step, over the other runs, explains of the same variance.
-        negative_share: Share of the fitted range in which the polynomial is negative, and is taken for zero.
-        falling_share: Share of it in which a larger change of the input foretells a smaller one of the output.
-    """
-
-    coefficients: tuple[float, ...]
-    input_range: tuple[float, float]
-    pairs: int
-    held_out_r2: float
-    held_out_rmse: float
-    per_step_r2: float
-    negative_share: float
-    falling_share: float
+USUAL_SPEEDUP = 1.8
+DEGREES = range(1, 7)  # that a search tries; a published attempt with six gave absurd coefficients, so no higher
 
 
 @method("teacache")
@@ -52,6 +33,7 @@ class TeaCache:
         foretell: From the modulated `input`, at run time, as the paper has it; or from the `steps` alone, by the median
             change that the profile's runs had at each step. That needs no polynomial and no decision at run time: it
             gives a plan.
+        negative: What a negative value of the polynomial adds to the sum; see the policy.
 
     References:
         TeaCache, arXiv 2411.19108, section 3.3.
@@ -62,6 +44,7 @@ class TeaCache:
     degree: int = 4
     fit_to: FitTo = "output"
     foretell: Foretell = "input"
+    negative: Negative = "clamp"
 
     def __post_init__(self) -> None:
         given = [value for value in (self.threshold, self.target_speedup) if value is not None]
@@ -77,9 +60,12 @@ class TeaCache:
             raise CalibrationError(
                 f"teacache: the fit is to one of {', '.join(get_args(FitTo))}, found {self.fit_to!r}"
             )
-
         if self.foretell not in get_args(Foretell):
             raise CalibrationError(f"teacache: it is foretold from input or steps, found {self.foretell!r}")
+        if self.negative not in get_args(Negative):
+            raise CalibrationError(
+                f"teacache: negative is one of {', '.join(get_args(Negative))}, found {self.negative!r}"
+            )
 
     def calibrate(self, profile: Profile) -> Schedule:
         """Return the schedule that this profile gives.
@@ -88,12 +74,12 @@ class TeaCache:
             CalibrationError: If the profile has too few runs, or the target speed-up cannot be reached.
         """
         x, y = profile.relative_l1("input"), profile.relative_l1(self.fit_to)  # (runs, contexts, steps - 1)
-        rescale = fit_rescale(x, y, degree=self.degree)
+        rescale = fit_rescale(x, y, degree=self.degree, negative=self.negative)
         coefficients, input_range, signal = rescale.coefficients, rescale.input_range, x
         if self.foretell == "steps":  # the change itself is known, so it is taken as it is
             signal = np.nanmedian(y, axis=(0, 1), keepdims=True)
             coefficients, input_range = (1.0, 0.0), (0.0, float(signal.max()))
-        policy = TeaCachePolicy(self.threshold or 0.0, coefficients, input_range)
+        policy = TeaCachePolicy(self.threshold or 0.0, coefficients, input_range, negative=self.negative)
         if self.target_speedup is not None:
             policy = replace(policy, threshold=find_threshold(policy, signal, profile, self.target_speedup))
         computed = simulate(policy, signal)  # (runs, contexts, steps)
@@ -110,81 +96,13 @@ class TeaCache:
                 "model": profile.provenance.model,
                 "runs": sum(run.ok for run in profile.runs),
                 "guidance": profile.provenance.settings.get("guidance"),
-                "fit": {
-                    "pairs": rescale.pairs,
-                    "held_out_r2": round(rescale.held_out_r2, 4),
-                    "held_out_rmse": round(rescale.held_out_rmse, 5),
-                    "per_step_r2": round(rescale.per_step_r2, 4),
-                    "input_range": list(rescale.input_range),
-                    "negative_share": round(rescale.negative_share, 3),
-                    "falling_share": round(rescale.falling_share, 3),
-                },
+                "fit": rescale.to_json(),
                 "threshold": policy.threshold,
                 "computed_steps": round(float(often.sum()), 2),
                 "expected_steps": "".join("C" if share >= 0.5 else "." for share in often),
                 "macs_fraction": round(_macs_fraction(profile, float(often.mean())), 4),
             },
         )
-
-
-def fit_rescale(x: np.ndarray, y: np.ndarray, *, degree: int = 4) -> Rescale:
-    """Fit the polynomial that foretells how much the output changes from how much the input did.
-
-    All pairs of all runs are fitted at once. Its quality is measured on runs that were left out: the runs are dealt
-    into four parts, and each part is foretold by a fit to the others.
-
-    Args:
-        x: Relative L1 change of the modulated input since the step before, unitless, shape (runs, contexts, steps - 1).
-        y: The same of the output.
-        degree: Degree of the polynomial.
-
-    Raises:
-        CalibrationError: If there are fewer than two runs or fewer pairs than coefficients, or x hardly varies.
-
-    References:
-        TeaCache, arXiv 2411.19108, section 3.3.
-    """
-    runs = len(x)
-    if runs < 2:
-        raise CalibrationError(
-            f"teacache: found {runs} run in the profile, needed two or more to judge the fit on others"
-        )
-    known = np.isfinite(x) & np.isfinite(y)
-    pairs = int(known.sum())
-    if pairs <= degree + 1:
-        raise CalibrationError(
-            f"teacache: found {pairs} pairs, needed more than the {degree + 1} coefficients; profile more runs or steps"
-        )
-    if np.ptp(x[known]) < 1e-9:
-        raise CalibrationError("teacache: the modulated input changes by the same amount at every step; nothing to fit")
-    folds = min(FOLDS, runs)
-    foretold, by_step = np.full_like(y, np.nan), np.full_like(y, np.nan)
-    for fold in range(folds):
-        left_out = np.arange(runs) % folds == fold
-        seen = known & ~left_out[:, None, None]
-        part = _polynomial(x[seen], y[seen], degree)
-        foretold[left_out] = np.maximum(np.polyval(part, np.clip(x[left_out], x[seen].min(), x[seen].max())), 0)
-        by_step[left_out] = np.nanmedian(np.where(known, y, np.nan)[~left_out], axis=0)
-    error = foretold[known] - y[known]
-    variation = ((y[known] - y[known].mean()) ** 2).sum()
-    coefficients = _polynomial(x[known], y[known], degree)
-    grid = np.polyval(coefficients, np.linspace(x[known].min(), x[known].max(), 1000))
-    return Rescale(
-        coefficients=tuple(float(c) for c in coefficients),
-        input_range=(float(x[known].min()), float(x[known].max())),
-        pairs=pairs,
-        held_out_r2=float(1 - (error**2).sum() / variation),
-        held_out_rmse=float(np.sqrt((error**2).mean())),
-        per_step_r2=float(1 - np.nansum((by_step[known] - y[known]) ** 2) / variation),
-        negative_share=float((grid < 0).mean()),
-        falling_share=float((np.diff(grid) < 0).mean()),
-    )
-
-
-def _polynomial(x: np.ndarray, y: np.ndarray, degree: int) -> np.ndarray:
-    """Return the least-squares polynomial, highest power first; fitted on x scaled to [-1, 1], where it is stable."""
-    coefficients: np.ndarray = np.polynomial.Polynomial.fit(x, y, degree).convert().coef[::-1]
-    return np.pad(coefficients, (degree + 1 - len(coefficients), 0))
 
 
 def _body_plan(computed: np.ndarray) -> Plan:
@@ -219,7 +137,7 @@ def find_threshold(policy: TeaCachePolicy, x: np.ndarray, profile: Profile, targ
         CalibrationError: If no threshold does: the first and last steps, and what is outside the blocks, always run.
     """
     foretold = np.vectorize(policy.rescale)(np.nan_to_num(x, nan=0.0))
-    highest = float(foretold.sum(axis=-1).max()) * 1.001 + 1e-9  # no sum of changes reaches it
+    highest = float(np.maximum(foretold, 0).sum(axis=-1).max()) * 1.001 + 1e-9  # no sum of changes reaches it
 
     def speedup(threshold: float) -> float:
         return 1 / _macs_fraction(profile, float(simulate(replace(policy, threshold=threshold), x).mean()))
@@ -240,3 +158,59 @@ def _macs_fraction(profile: Profile, computed: float) -> float:
     """Return the share of all multiply-accumulates when this share of the steps computes the body."""
     anatomy = profile.anatomy
     return 1 - (1 - computed) * anatomy.macs_after_decision / anatomy.macs
+
+
+@dataclass(frozen=True)
+class TeaCacheSpace:
+    """What a search varies: how much to skip, and what foretells when.
+
+    A threshold means something else for every fit, so it is not drawn itself: the share of the multiply-accumulates is
+    that it is to take on the profile's runs, and the threshold is found for that.
+
+    Attributes:
+        profile: What is fitted.
+        settings: Where what is not varied comes from.
+        fixed: Names of settings that are not varied.
+        max_macs: The share that is aimed at; others are drawn from around it. None draws from all that can be reached.
+    """
+
+    profile: Profile
+    settings: TeaCache
+    fixed: Collection[str] = ()
+    max_macs: float | None = None
+
+    @cached_property
+    def axes(self) -> Mapping[str, Axis]:
+        least = _macs_fraction(self.profile, 2 / self.profile.steps)  # all but the first and last step skipped
+        low, high = least, 1.0
+        if self.max_macs is not None:  # the profile's runs foresee the cost of others to some hundredths
+            low, high = max(least, 0.8 * self.max_macs), min(1.0, 1.2 * self.max_macs)
+        if low >= high:
+            raise CalibrationError(
+                f"teacache: a share of {self.max_macs or 1:.3f} of the MACs cannot be reached in "
+                f"{self.profile.steps} steps; with all but the first and last step skipped it is {least:.3f}"
+            )
+        axes: dict[str, Axis] = {
+            "macs": Between(low, high),
+            "foretell": get_args(Foretell),
+            "fit_to": get_args(FitTo),
+            "degree": DEGREES,
+        }
+        return {name: axis for name, axis in axes.items() if name not in self.fixed}
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        measured = [self.profile.relative_l1(name) for name in ("input", *get_args(FitTo))]
+        settings = {**asdict(self.settings), "threshold": None, "target_speedup": None}  # what is searched for
+        profile = hashlib.sha256(np.stack(measured).tobytes()).hexdigest()[:16]
+        return {"method": "teacache", "settings": settings, "profile": profile}
+
+    def plain(self, max_macs: float | None) -> Mapping[str, Any]:
+        settings = {"macs": 1 / USUAL_SPEEDUP if max_macs is None else max_macs, **asdict(self.settings)}
+        return {name: settings[name] for name in self.axes}
+
+    def schedule(self, parameters: Mapping[str, Any]) -> Schedule:
+        settings = {name: value for name, value in parameters.items() if name != "macs"}
+        return replace(self.settings, threshold=None, target_speedup=1 / parameters["macs"], **settings).calibrate(
+            self.profile
+        )

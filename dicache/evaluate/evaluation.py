@@ -68,6 +68,21 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Replayed:
+    """What a pipeline made of some conditions and seeds with a schedule.
+
+    Attributes:
+        trajectory: The images and the latents on the way to them.
+        macs_fraction: Multiply-accumulates as a share of the uncached run's.
+        computed_steps: Mean over images of the steps at which everything was computed.
+    """
+
+    trajectory: Trajectory
+    macs_fraction: float
+    computed_steps: float
+
+
+@dataclass(frozen=True)
 class _Variant:
     """A way to make the images: with a schedule, or with another number of steps."""
 
@@ -121,22 +136,15 @@ def evaluate(
     judges = judges or {}
     seeds = [seed + i for i in range(len(conditions))]
     uncached = _Variant(UNCACHED, sampling)
-    key = key_of(pipeline, conditions, seeds, sampling) if references else ""
-    reference = read(references, key) if references else None
-    if reference is None:
-        reference, _ = _images(pipeline, uncached, conditions, seeds, progress)
-        if references:
-            write(references, key, reference)
+    reference = reference_run(pipeline, conditions, seeds, sampling, references, progress)
 
-    cached: list[tuple[_Variant, Trajectory, list[float], float]] = []
+    cached: list[tuple[_Variant, Replayed]] = []
     for name, schedule in schedules:
-        variant = _Variant(name, sampling, schedule, batch=1 if schedule.adaptive else 8)
-        made, stats = _images(pipeline, variant, conditions, seeds, progress)
-        fraction = float(np.mean([share for share, _ in stats]))
-        cached.append((variant, made, [computed for _, computed in stats], fraction))
+        variant = _with_schedule(name, sampling, schedule)
+        cached.append((variant, replay(pipeline, name, schedule, conditions, seeds, sampling, progress)))
 
     fewer: list[tuple[_Variant, Trajectory]] = []
-    counts = sorted({max(1, round(fraction * sampling.steps)) for *_, fraction in cached}, reverse=True)
+    counts = sorted({max(1, round(made.macs_fraction * sampling.steps)) for _, made in cached}, reverse=True)
     for count in counts if fewer_steps else ():
         if count < sampling.steps:
             variant = _Variant(f"{count} steps", replace(sampling, steps=count))
@@ -146,7 +154,6 @@ def evaluate(
     seconds = _time(pipeline, variants, conditions[0], seeds[0], timing_rounds, progress) if timing_rounds else {}
 
     def result(variant: _Variant, made: Trajectory, computed: float, fraction: float) -> Result:
-        assert reference is not None
         images = made.images
         same_steps = made.latents.shape == reference.latents.shape
         timed = seconds.get(variant.name)
@@ -166,9 +173,60 @@ def evaluate(
     steps = sampling.steps
     return (
         result(uncached, reference, steps, 1.0),
-        [result(v, made, float(np.mean(computed)), share) for v, made, computed, share in cached],
+        [result(v, made.trajectory, made.computed_steps, made.macs_fraction) for v, made in cached],
         [result(v, made, v.sampling.steps or 0, (v.sampling.steps or 0) / steps) for v, made in fewer],
     )
+
+
+def reference_run(
+    pipeline: Any,
+    conditions: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    references: Path | None = None,
+    progress: bool = True,
+) -> Trajectory:
+    """Return the uncached run, from the folder of references if it is kept there; else it is made, and kept there.
+
+    Args:
+        pipeline: A diffusers pipeline.
+        conditions: Prompts or classes, one an image.
+        seeds: One for each condition.
+        sampling: How to call the pipeline, resolved.
+        references: The folder; None keeps none.
+        progress: Whether to show a bar on standard error.
+    """
+    key = key_of(pipeline, conditions, seeds, sampling) if references else ""
+    kept = read(references, key) if references else None
+    if kept is not None:
+        return kept
+    made, _ = _images(pipeline, _Variant(UNCACHED, sampling), conditions, seeds, progress)
+    if references:
+        write(references, key, made)
+    return made
+
+
+def replay(
+    pipeline: Any,
+    name: str,
+    schedule: Schedule,
+    conditions: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    progress: bool = True,
+) -> Replayed:
+    """Run the pipeline with a schedule and count what it computes.
+
+    Raises:
+        ScheduleError: If the schedule does not fit the pipeline as it is called.
+    """
+    made, stats = _images(pipeline, _with_schedule(name, sampling, schedule), conditions, seeds, progress)
+    shares, computed = zip(*stats, strict=True)
+    return Replayed(made, float(np.mean(shares)), float(np.mean(computed)))
+
+
+def _with_schedule(name: str, sampling: Sampling, schedule: Schedule) -> _Variant:
+    return _Variant(name, sampling, schedule, batch=1 if schedule.adaptive else 8)
 
 
 def _images(

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dicache.schedules.plan import PlanError
+
+Negative = Literal["clamp", "abs", "reference"]
 
 
 @dataclass(frozen=True)
@@ -17,12 +19,16 @@ class TeaCachePolicy:
     the sum starts again at zero.
 
     Attributes:
-        threshold: Unitless; 0 computes everything.
+        threshold: Unitless; 0 computes everything, unless what is negative lowers the sum.
         coefficients: Of p, highest power first.
-        input_range: Smallest and largest x that p was fitted on. x is clamped to it and p(x) to zero from below:
-            outside its range a fitted polynomial is meaningless and often negative, which would never stop skipping.
+        input_range: Smallest and largest x that p was fitted on; outside it a fitted polynomial is meaningless and
+            often negative.
         first_steps: How many steps at the start are always computed.
         last_steps: How many steps at the end are always computed.
+        negative: What a negative p(x) adds. `clamp` holds x in the range and adds nothing; `abs` holds x in the range
+            and adds the magnitude, as ComfyUI-TeaCache and vLLM-Omni do. `reference` takes p(x) as it is, wherever x
+            lies, as the authors' code does: what is negative lowers the sum, so that skipping may not stop before the
+            last steps.
 
     References:
         TeaCache, arXiv 2411.19108, section 3.3.
@@ -33,6 +39,7 @@ class TeaCachePolicy:
     input_range: tuple[float, float]
     first_steps: int = 1
     last_steps: int = 1
+    negative: Negative = "clamp"
     name: str = field(default="teacache", init=False)
 
     def __post_init__(self) -> None:
@@ -57,15 +64,22 @@ class TeaCachePolicy:
                 f"teacache: first_steps must be 1 or more and last_steps 0 or more, "
                 f"found {self.first_steps} and {self.last_steps}"
             )
+        if self.negative not in get_args(Negative):
+            raise PlanError(
+                f"teacache: negative must be one of {', '.join(get_args(Negative))}, found {self.negative!r}"
+            )
 
     def rescale(self, x: float) -> float:
-        """Return p(x) with x clamped to the fitted range and the result to zero."""
-        low, high = self.input_range
-        x = min(max(x, low), high)
+        """Return what a change x adds to the sum."""
+        if self.negative != "reference":
+            low, high = self.input_range
+            x = min(max(x, low), high)
         value = 0.0
         for coefficient in self.coefficients:
             value = value * x + coefficient
-        return max(value, 0.0)
+        if self.negative == "clamp":
+            return max(value, 0.0)
+        return abs(value) if self.negative == "abs" else value
 
     def decide(self, step: int, steps: int, x: float | None, accumulated: float) -> tuple[bool, float]:
         """Return whether to compute this step, and the new sum.
@@ -79,8 +93,8 @@ class TeaCachePolicy:
         if x is None or step < self.first_steps or step >= steps - self.last_steps:
             return True, 0.0
         accumulated += self.rescale(x)
-        # Written so that a NaN computes.
-        return (False, accumulated) if accumulated < self.threshold else (True, 0.0)
+        # Written so that a NaN computes; a sum of minus infinity would never compute again.
+        return (False, accumulated) if -math.inf < accumulated < self.threshold else (True, 0.0)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -90,6 +104,7 @@ class TeaCachePolicy:
             "input_range": list(self.input_range),
             "first_steps": self.first_steps,
             "last_steps": self.last_steps,
+            "negative": self.negative,
         }
 
 
@@ -99,10 +114,11 @@ def read_policy(content: Mapping[str, Any]) -> TeaCachePolicy:
     Raises:
         PlanError: If its name or a key is unknown or missing, or a value is not of its kind.
     """
-    keys = {"name", "threshold", "coefficients", "input_range", "first_steps", "last_steps"}
+    required = {"name", "threshold", "coefficients", "input_range", "first_steps", "last_steps"}
+    keys = required | {"negative"}
     if not isinstance(content, Mapping) or content.get("name") != "teacache":
         raise PlanError(f"unknown policy {content!r}; known: teacache")
-    if wrong := sorted(keys ^ set(content)):
+    if wrong := sorted((required - set(content)) | (set(content) - keys)):
         raise PlanError(f"policy teacache: unknown or missing key {wrong[0]!r}; the keys are {', '.join(sorted(keys))}")
     try:
         return TeaCachePolicy(
@@ -111,6 +127,7 @@ def read_policy(content: Mapping[str, Any]) -> TeaCachePolicy:
             input_range=tuple(content["input_range"]),
             first_steps=content["first_steps"],
             last_steps=content["last_steps"],
+            negative=content.get("negative", "clamp"),
         )
     except (TypeError, IndexError) as error:
         raise PlanError(f"policy teacache cannot be read: {error}") from None

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dicache.calibrate import CalibrationError
-from dicache.calibrate.teacache import TeaCache, find_threshold, fit_rescale, simulate
+from dicache.calibrate.rescale import fit_rescale
+from dicache.calibrate.teacache import TeaCache, find_threshold, simulate
 from dicache.profiler import Profile, Provenance, Run
 from dicache.schedules import Target, TeaCachePolicy
 from tests.calibrate.test_fora import TWO_BLOCKS
@@ -120,6 +121,7 @@ def test_wrong_settings_are_refused() -> None:
         {"threshold": 0.1, "degree": 0},
         {"threshold": 0.1, "fit_to": "nothing"},
         {"threshold": 0.1, "foretell": "stars"},
+        {"threshold": 0.1, "negative": "zero"},
     ):
         with pytest.raises(CalibrationError, match="teacache"):
             TeaCache(**wrong)
@@ -158,3 +160,42 @@ def test_where_the_polynomial_falls_or_is_negative_is_told() -> None:
     assert fit.falling_share == pytest.approx(0.5, abs=0.05)
     assert fit.negative_share == pytest.approx(2 * 0.005**0.5 / 0.28, abs=0.05)
     assert fit_rescale(x, x, degree=1).falling_share == 0
+
+
+def test_a_fit_is_judged_on_what_it_did_not_see_by_what_the_policy_makes_of_it() -> None:
+    x = changes(runs=16)
+    y = x - 0.16  # no relative change is negative, but what a fit foretells may be
+    by = {negative: fit_rescale(x, y, degree=1, negative=negative) for negative in ("clamp", "abs", "reference")}
+    share = float((x < 0.16).mean())
+    for fit in by.values():
+        assert fit.held_out_negative_share == pytest.approx(share, abs=0.01)
+        assert fit.held_out_falling_share == 0
+    assert by["reference"].held_out_rmse == pytest.approx(0, abs=1e-9)
+    assert by["clamp"].held_out_rmse == pytest.approx(np.sqrt((np.minimum(y, 0) ** 2).mean()), rel=1e-3)
+    assert by["abs"].held_out_rmse == pytest.approx(2 * by["clamp"].held_out_rmse, rel=1e-3)
+    assert fit_rescale(x, -x, degree=1).held_out_falling_share == 1
+
+
+def test_what_lies_outside_the_range_of_the_other_runs_is_counted() -> None:
+    x = np.tile(np.linspace(0.1, 0.2, STEPS - 1), (4, 1, 1))
+    x[0, 0, 0], x[0, 0, 1] = 0.05, 0.3
+    assert fit_rescale(x, x, degree=1).held_out_outside_share == pytest.approx(2 / x.size)
+
+
+def test_what_becomes_of_a_negative_value_is_in_the_schedule_and_in_its_threshold() -> None:
+    x = changes()
+    y = 4 * (x - 0.1)
+    kept, lowered = (
+        TeaCache(target_speedup=1.4, degree=1, negative=negative).calibrate(profile_of(x, y))
+        for negative in ("abs", "reference")
+    )
+    assert kept.settings["negative"] == "abs"
+    assert kept.policy is not None
+    assert lowered.policy is not None
+    assert (kept.policy.negative, lowered.policy.negative) == ("abs", "reference")
+    assert lowered.policy.threshold < kept.policy.threshold
+    for schedule in (kept, lowered):
+        assert 1 / schedule.macs_fraction() >= 1.4
+    fit = kept.measured["fit"]
+    assert {"held_out_r2", "held_out_rmse", "per_step_r2", "per_step_rmse", "input_range"} <= set(fit)
+    assert {f"held_out_{what}_share" for what in ("outside", "negative", "falling")} <= set(fit)

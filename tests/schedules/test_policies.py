@@ -1,12 +1,14 @@
 """TeaCache's policy, by head."""
 
+import json
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from dicache.schedules import PlanError, TeaCachePolicy
-from dicache.schedules.policies import read_policy
+from dicache.schedules.policies import Negative, read_policy
+from dicache.schedules.schema import schema_text
 
 
 def policy(**settings: Any) -> TeaCachePolicy:
@@ -61,10 +63,26 @@ def test_a_negative_prediction_counts_as_none() -> None:
     assert of.decide(1, 9, 0.25, 0.7) == (False, 0.7)  # the sum never falls
 
 
-def test_a_change_that_is_not_a_number_computes() -> None:
+def test_the_magnitude_of_a_negative_prediction_can_count() -> None:
+    of = policy(coefficients=(1.0, -0.5), input_range=(0.125, 1.0), negative="abs")
+    assert (of.rescale(0.25), of.rescale(0.75)) == (0.25, 0.25)
+    assert of.rescale(0.0) == 0.375  # the input is held in its range
+    assert of.decide(1, 9, 0.25, 0.75) == (True, 0.0)
+
+
+def test_as_published_a_negative_prediction_lowers_the_sum_and_the_range_is_not_looked_at() -> None:
+    of = policy(coefficients=(1.0, -0.5), input_range=(0.25, 0.75), negative="reference")
+    assert (of.rescale(0.0), of.rescale(0.25), of.rescale(2.0)) == (-0.5, -0.25, 1.5)
+    assert of.decide(1, 9, 0.25, 0.75) == (False, 0.5)
+    assert decisions(of, [0.0] * 20) == "C" + "." * 19 + "C"
+
+
+@pytest.mark.parametrize("negative", ["clamp", "abs", "reference"])
+def test_a_change_that_is_not_a_number_computes(negative: str) -> None:
     for coefficients in ((1.0, 0.0), (0.5,)):
-        assert policy(coefficients=coefficients).decide(1, 9, math.nan, 0.0) == (True, 0.0)
-    assert policy().decide(1, 9, math.inf, 0.0) == (True, 0.0)
+        assert policy(coefficients=coefficients, negative=negative).decide(1, 9, math.nan, 0.0) == (True, 0.0)
+    assert policy(negative=negative).decide(1, 9, math.inf, 0.0) == (True, 0.0)
+    assert policy(coefficients=(-1.0, 0.0), negative="reference").decide(1, 9, math.inf, 0.0) == (True, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +97,7 @@ def test_a_change_that_is_not_a_number_computes() -> None:
         ({"input_range": (1.0, 2.0, 3.0)}, "input_range must be a smallest and a largest value"),
         ({"first_steps": 0}, "first_steps must be 1 or more"),
         ({"last_steps": -1}, "last_steps 0 or more"),
+        ({"negative": "zero"}, "negative must be one of clamp, abs, reference, found 'zero'"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -87,8 +106,20 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], messag
 
 
 def test_a_policy_survives_being_written_and_read() -> None:
-    of = policy(threshold=0.15, coefficients=(1.5, -2.0, 0.25), first_steps=2, last_steps=0)
+    of = policy(threshold=0.15, coefficients=(1.5, -2.0, 0.25), first_steps=2, last_steps=0, negative="abs")
     assert read_policy(of.to_json()) == of
+
+
+def test_the_schema_knows_what_a_negative_prediction_may_add() -> None:
+    known = json.loads(schema_text())["$defs"]["teacache"]["properties"]
+    assert set(known) == set(policy().to_json())
+    assert tuple(known["negative"]["enum"]) == get_args(Negative)
+
+
+def test_a_policy_that_does_not_say_what_a_negative_prediction_adds_adds_nothing() -> None:
+    content = policy().to_json()
+    del content["negative"]
+    assert read_policy(content) == policy(negative="clamp")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +135,8 @@ def test_a_policy_survives_being_written_and_read() -> None:
         ({"first_steps": True}, "must be whole numbers"),
         ({"threshold": True}, "must be finite numbers"),
         ({"threshold": None}, "must be finite numbers"),
+        ({"negative": None}, "negative must be one of"),
+        ({"negative": ["abs"]}, "negative must be one of"),
     ],
 )
 def test_a_policy_that_is_not_written_as_one_is_refused(change: dict[str, Any], message: str) -> None:

@@ -1,0 +1,128 @@
+"""TeaCache's polynomial: fitted to a profile, and judged on runs that the fit did not see."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dicache.calibrate.methods import CalibrationError
+from dicache.schedules import TeaCachePolicy
+from dicache.schedules.policies import Negative
+
+FOLDS = 4
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """The polynomial that foretells the change of the output, and how well it does.
+
+    Attributes:
+        coefficients: Highest power first.
+        input_range: Smallest and largest x it was fitted on.
+        pairs: How many pairs of x and y.
+        held_out_r2: Share of the variance of y explained on runs that the fit did not see; below 0 the mean of y
+            foretells better.
+        held_out_rmse: Root mean square error of y on them.
+        per_step_r2: What the median y of each step, over the other runs, explains of the same variance.
+        per_step_rmse: Its root mean square error.
+        held_out_outside_share: Share of the held-out x that lie outside the range of the fit to the other runs.
+        held_out_negative_share: Share of them at which that fit is negative.
+        held_out_falling_share: Share of them at which a larger change of the input foretells a smaller one of the
+            output.
+        negative_share: Share of the fitted range in which the polynomial is negative.
+        falling_share: Share of it in which it falls.
+    """
+
+    coefficients: tuple[float, ...]
+    input_range: tuple[float, float]
+    pairs: int
+    held_out_r2: float
+    held_out_rmse: float
+    per_step_r2: float
+    per_step_rmse: float
+    held_out_outside_share: float
+    held_out_negative_share: float
+    held_out_falling_share: float
+    negative_share: float
+    falling_share: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is known of the fit, without the polynomial itself."""
+        content: dict[str, Any] = {
+            name: round(value, 5) if isinstance(value, float) else value for name, value in asdict(self).items()
+        }
+        del content["coefficients"]
+        return {**content, "input_range": list(self.input_range)}
+
+
+def fit_rescale(x: np.ndarray, y: np.ndarray, *, degree: int = 4, negative: Negative = "clamp") -> Rescale:
+    """Fit the polynomial that foretells how much the output changes from how much the input did.
+
+    All pairs of all runs are fitted at once. Its quality is measured on runs that were left out: the runs are dealt
+    into four parts, and each part is foretold by a fit to the others.
+
+    Args:
+        x: Relative L1 change of the modulated input since the step before, unitless, shape (runs, contexts, steps - 1).
+        y: The same of the output.
+        degree: Degree of the polynomial.
+        negative: What the policy makes of a negative value; it is judged as it will be used.
+
+    Raises:
+        CalibrationError: If there are fewer than two runs or fewer pairs than coefficients, or x hardly varies.
+
+    References:
+        TeaCache, arXiv 2411.19108, section 3.3.
+    """
+    runs = len(x)
+    if runs < 2:
+        raise CalibrationError(
+            f"teacache: found {runs} run in the profile, needed two or more to judge the fit on others"
+        )
+    known = np.isfinite(x) & np.isfinite(y)
+    pairs = int(known.sum())
+    if pairs <= degree + 1:
+        raise CalibrationError(
+            f"teacache: found {pairs} pairs, needed more than the {degree + 1} coefficients; profile more runs or steps"
+        )
+    if np.ptp(x[known]) < 1e-9:
+        raise CalibrationError("teacache: the modulated input changes by the same amount at every step; nothing to fit")
+    folds = min(FOLDS, runs)
+    foretold, by_step = np.full_like(y, np.nan), np.full_like(y, np.nan)
+    outside, below, falling = (np.zeros(x.shape, dtype=bool) for _ in range(3))
+    for fold in range(folds):
+        left_out = np.arange(runs) % folds == fold
+        seen = known & ~left_out[:, None, None]
+        part = _polynomial(x[seen], y[seen], degree)
+        low, high = float(x[seen].min()), float(x[seen].max())
+        policy = TeaCachePolicy(0.0, tuple(part.tolist()), (low, high), negative=negative)
+        given = x[left_out]
+        at = given if negative == "reference" else np.clip(given, low, high)
+        foretold[left_out] = np.reshape([policy.rescale(v) for v in given.flat], given.shape)
+        outside[left_out] = (given < low) | (given > high)
+        below[left_out] = np.polyval(part, at) < 0
+        falling[left_out] = np.polyval(np.polyder(part), at) < 0
+        by_step[left_out] = np.nanmedian(np.where(known, y, np.nan)[~left_out], axis=0)
+    error, step_error = foretold[known] - y[known], by_step[known] - y[known]
+    variation = max(((y[known] - y[known].mean()) ** 2).sum(), 1e-24)  # a y that never varies has none to explain
+    coefficients = _polynomial(x[known], y[known], degree)
+    grid = np.polyval(coefficients, np.linspace(x[known].min(), x[known].max(), 1000))
+    return Rescale(
+        coefficients=tuple(float(c) for c in coefficients),
+        input_range=(float(x[known].min()), float(x[known].max())),
+        pairs=pairs,
+        held_out_r2=float(1 - (error**2).sum() / variation),
+        held_out_rmse=float(np.sqrt((error**2).mean())),
+        per_step_r2=float(1 - np.nansum(step_error**2) / variation),
+        per_step_rmse=float(np.sqrt(np.nanmean(step_error**2))),
+        held_out_outside_share=float(outside[known].mean()),
+        held_out_negative_share=float(below[known].mean()),
+        held_out_falling_share=float(falling[known].mean()),
+        negative_share=float((grid < 0).mean()),
+        falling_share=float((np.diff(grid) < 0).mean()),
+    )
+
+
+def _polynomial(x: np.ndarray, y: np.ndarray, degree: int) -> np.ndarray:
+    """Return the least-squares polynomial, highest power first; fitted on x scaled to [-1, 1], where it is stable."""
+    coefficients: np.ndarray = np.polynomial.Polynomial.fit(x, y, degree).convert().coef[::-1]
+    return np.pad(coefficients, (degree + 1 - len(coefficients), 0))

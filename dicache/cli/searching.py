@@ -1,0 +1,236 @@
+"""`dicache calibrate METHOD --search`: the options, the runs that trials are judged by, and what is told at the end."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from dicache.cli.evaluate import results_table
+
+if TYPE_CHECKING:
+    from dicache.anatomy import Anatomy
+    from dicache.calibrate.methods import Space
+    from dicache.calibrate.search import Found, Goal
+    from dicache.evaluate.evaluation import Result
+    from dicache.models.sampling import Sampling
+    from dicache.schedules import Schedule, Target
+
+FOUND, PLAIN = "searched", "not searched"
+F = TypeVar("F", bound=Callable[..., Any])
+
+OPTIONS = (
+    click.option("--min-psnr", type=float, help="With --search: the fewest MACs for images this close, in dB."),
+    click.option("--search", "wanted", is_flag=True, help="Try settings on real runs, with Optuna, and take the best."),
+    click.option("--trials", type=click.IntRange(1), default=50, show_default=True, help="Of a search, in all."),
+    click.option("--storage", help="Optuna's URL of a database.  [default: OUTPUT.search.db; resumes what is there]"),
+    click.option("--runs", type=click.IntRange(1), default=8, show_default=True, help="Images a trial is judged by."),
+    click.option(
+        "--prompts", type=click.Path(dir_okay=False), help="Of a search: a file with a prompt or class a line."
+    ),
+    click.option("--seed", type=int, default=5000, show_default=True, help="Of the first image of a search."),
+    click.option("--device", help="Of a search: such as cuda or cpu.  [default: cuda if there is one]"),
+)
+
+
+def search_options(function: F) -> F:
+    """Add the options of a search; the command takes them as keywords, and makes a `Searching` of them."""
+    for option in reversed(OPTIONS):
+        function = option(function)
+    return function
+
+
+@dataclass(frozen=True)
+class Searching:
+    """The options of a search."""
+
+    min_psnr: float | None
+    wanted: bool
+    trials: int
+    storage: str | None
+    runs: int
+    prompts: str | None
+    seed: int
+    device: str | None
+
+    def __post_init__(self) -> None:
+        given = [name for name in given_options() if name in vars(self) and name != "wanted"]
+        if given and not self.wanted:
+            raise click.UsageError(f"--{given[0].replace('_', '-')} goes with --search")
+
+    def goal(self, max_macs: float | None) -> "Goal":
+        """Return the goal, of which exactly one must be given."""
+        from dicache.calibrate.search import Goal
+
+        if (max_macs is None) == (self.min_psnr is None):
+            raise click.UsageError("give one of --target-speedup, --max-macs and --min-psnr with --search")
+        return Goal(max_macs, self.min_psnr)
+
+
+def given_options() -> set[str]:
+    """Return the names of the options that stand on the command line."""
+    context = click.get_current_context()
+    return {n for n in context.params if context.get_parameter_source(n) is ParameterSource.COMMANDLINE}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a schedule is made for.
+
+    Attributes:
+        model: Its name.
+        anatomy: Of it.
+        target: What the schedule is bound to.
+        steps: As the step clock counts them.
+        sampling: How the pipeline is called.
+        prompts: Of the profile's runs, if there is one.
+        seeds: Of the profile's runs.
+        pipeline: If it was loaded already.
+    """
+
+    model: str
+    anatomy: "Anatomy"
+    target: "Target"
+    steps: int
+    sampling: "Sampling"
+    prompts: Collection[str] = ()
+    seeds: Collection[int] = ()
+    pipeline: Any = field(default=None, repr=False)
+
+    def loaded(self, device: str | None) -> Any:
+        from dicache.models.loading import load
+
+        if self.pipeline is not None:
+            return self.pipeline
+        return load(self.model, device=device, dtype=self.target.dtype, scheduler=self.target.scheduler)
+
+
+def search_for(
+    subject: Subject, space: "Space", goal: "Goal", options: Searching, output: Path
+) -> tuple["Schedule", str]:
+    """Search, judge what was found on runs that the search did not see, and return the schedule and what to tell."""
+    from dicache.calibrate.search import RealRuns, axes_json, search, versions
+    from dicache.evaluate.evaluation import evaluate
+    from dicache.evaluate.references import default_folder
+
+    pipeline = subject.loaded(options.device)
+    conditions = _conditions(pipeline, subject, options)
+    seeds = _seeds(subject, options)
+    mine, others = slice(options.runs), slice(options.runs, None)
+    kept = default_folder()
+    runs = RealRuns.of(pipeline, conditions[mine], seeds[mine], subject.sampling, references=kept)
+    database = output.with_name(output.name.removesuffix(".json") + ".search.db")
+    if options.storage is None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+    found = search(
+        space,
+        goal,
+        runs,
+        trials=options.trials,
+        storage=options.storage or f"sqlite:///{database}",
+        name=output.name.removesuffix(".json"),
+        where=str(database) if options.storage is None else "--storage",
+        identity=runs.identity,
+    )
+    _, results, fewer = evaluate(
+        pipeline,
+        _compared(subject, space, goal, found),
+        conditions[others],
+        sampling=subject.sampling,
+        seed=seeds[options.runs],
+        timing_rounds=0,
+        references=kept,
+    )
+    told = {
+        "goal": {name: value for name, value in vars(goal).items() if value is not None},
+        **found.to_json(),
+        "axes": axes_json(space.axes),
+        "runs": options.runs,
+        "seeds": list(seeds[mine]),
+        "held_out": {"seeds": list(seeds[others]), "results": [_summary(result) for result in (*results, *fewer)]},
+        "sampler": "TPESampler",
+        "versions": versions(),
+    }
+    schedule = replace(found.schedule, measured={**found.schedule.measured, "search": told})
+    return schedule, _told(found, goal, options, [*results, *fewer])
+
+
+def _conditions(pipeline: Any, subject: Subject, options: Searching) -> list[str]:
+    """Return twice as many conditions as runs, of those that the profile does not have if there are any.
+
+    Every other one of what there is goes to the runs of the search, the rest to the runs that it does not see.
+    """
+    from dicache.models.sampling import default_conditions, read_conditions
+
+    every = read_conditions(options.prompts) if options.prompts else default_conditions(pipeline, 10_000)
+    known = list(dict.fromkeys(every))
+    fresh = [condition for condition in known if condition not in subject.prompts] or known
+    stride = max(1, len(fresh) // (2 * options.runs))
+    chosen = [fresh[i * stride % len(fresh)] for i in range(2 * options.runs)]
+    return chosen[0::2] + chosen[1::2]
+
+
+def _seeds(subject: Subject, options: Searching) -> range:
+    """Return a seed for each image, none of them of the profile's runs."""
+    seeds = range(options.seed, options.seed + 2 * options.runs)
+    if set(seeds) & set(subject.seeds):
+        start = max(subject.seeds) + 1
+        return range(start, start + len(seeds))
+    return seeds
+
+
+def _compared(subject: Subject, space: "Space", goal: "Goal", found: "Found") -> "list[tuple[str, Schedule]]":
+    """Return what was found, what the method gives without a search, and the plainest schedule, at one cost."""
+    from dicache.calibrate import CalibrationError
+    from dicache.calibrate.search import evenly_spaced
+
+    cost = found.score.macs_fraction
+    compared = [(FOUND, found.schedule)]
+    try:
+        compared.append((PLAIN, space.schedule(space.plain(goal.max_macs or cost))))
+    except CalibrationError as error:
+        click.echo(f"Without a search: {error}", err=True)
+    even = evenly_spaced(subject.anatomy, subject.target, subject.steps, cost)
+    return [*compared, ("evenly spaced", even)]
+
+
+def _summary(result: "Result") -> dict[str, Any]:
+    return {
+        "schedule": result.name,
+        "steps": result.steps,
+        "computed_steps": round(result.computed_steps, 2),
+        "macs_fraction": round(result.macs_fraction, 4),
+        "psnr": {name: round(value, 3) for name, value in result.psnr.to_json().items()},
+    }
+
+
+def _told(found: "Found", goal: "Goal", options: Searching, results: "Sequence[Result]") -> str:
+    best, *others = results
+    psnr, macs = found.score.psnr, found.score.macs_fraction
+    parameters = ", ".join(f"{name} {_short(value)}" for name, value in found.parameters.items())
+    lines = [
+        f"Searched for {goal}: {found.trials} trials, {found.feasible} of them within it"
+        + (f"; {found.not_run} more draws needed no run" if found.not_run else ""),
+        f"  best: {parameters}",
+        f"  {psnr:.1f} dB at {macs:.3f} of the MACs on the {options.runs} runs of the search",
+        f"On {options.runs} runs that the search did not see:",
+        results_table(results),
+    ]
+    for result in results:
+        if goal.max_macs is not None and result.name in (FOUND, PLAIN) and result.macs_fraction > goal.max_macs + 5e-4:
+            share = result.macs_fraction
+            lines.append(f"There {result.name!r} computes {share:.3f} of the MACs, more than {goal.max_macs:.3f}.")
+    if goal.min_psnr is not None and best.psnr.mean < goal.min_psnr:
+        lines.append(f"There it has {best.psnr.mean:.1f} dB, below {goal.min_psnr:g}; search with more --runs.")
+    better = [r.name for r in others if r.macs_fraction <= best.macs_fraction + 0.01 and r.psnr.mean > best.psnr.mean]
+    if any((r.macs_fraction, r.psnr) == (best.macs_fraction, best.psnr) for r in others if r.name == PLAIN):
+        lines.append("No trial was better than calibrating without a search.")
+    if better:
+        lines.append(f"At no higher cost these are closer to the uncached images: {', '.join(better)}.")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
