@@ -24,12 +24,14 @@ class StepClock:
     Attributes:
         timestep: What `step` was told in its latest call.
         latents: What it gave.
+        model_output: What it was given: the model's outputs as guidance has combined them.
     """
 
     def __init__(self, scheduler: Any, on_generation: Callable[[Any], None], on_step: Callable[[], None]) -> None:
         self.scheduler = scheduler
         self.timestep: Any = None
         self.latents: Any = None
+        self.model_output: Any = None
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
         def began(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -37,6 +39,7 @@ class StepClock:
 
         def ended(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.latents = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
+            self.model_output = kwargs["model_output"] if "model_output" in kwargs else args[0]
             self.timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
             on_step()
 

@@ -1,8 +1,9 @@
 """What all commands share: `--debug`, `--json`, errors as one line, numbers in columns."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import click
 
@@ -38,6 +39,30 @@ class Group(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+
+class Bytes(click.ParamType[int]):
+    """A number of bytes: `8GB`, `500 MB`, `1.5e9`."""
+
+    name = "size"
+    units: ClassVar = {
+        "": 1,
+        "B": 1,
+        "K": 1e3,
+        "KB": 1e3,
+        "M": 1e6,
+        "MB": 1e6,
+        "G": 1e9,
+        "GB": 1e9,
+        "T": 1e12,
+        "TB": 1e12,
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*([KMGT]?)B?\s*", str(value), re.IGNORECASE | re.ASCII)
+        if match is None:
+            self.fail(f"{value!r} is not a size in bytes; write it like 8GB", param, ctx)
+        return int(float(match[1]) * self.units[match[2].upper()])
 
 
 def json_option(function: F) -> F:

@@ -19,6 +19,7 @@ def profiles() -> None:
 @json_option
 def show(file: Path | None, as_json: bool) -> None:
     """Show what a profile holds and where it came from; the newest in ./profiles when FILE is left out."""
+    from dicache.profiler.profiling import byte_size
     from dicache.profiler.storage import array_shapes, load
 
     file = file or newest()
@@ -53,7 +54,13 @@ def show(file: Path | None, as_json: bool) -> None:
         for branch in read.branches:
             similarity = read.similarity(branch)[:, :, 1:]
             click.echo(f"  {branch:12} cosine with the step before: mean {np.nanmean(similarity):.4f}")
-    click.echo(f"  {'block delta':12} cosine with the step before: mean {np.nanmean(read.delta_cosine):.4f}")
+        click.echo(f"  {'block delta':12} cosine with the step before: mean {np.nanmean(read.delta_cosine):.4f}")
+        for start, stop in read.anatomy.segments:
+            blocks, error = f"blocks {start}-{stop - 1}", np.nanmean(read.range_error(start, stop))
+            click.echo(f"  {blocks:12} relative change of their delta from step to step: mean {error:.4f}")
+    click.echo(f"arrays, {byte_size(file.stat().st_size)} in all:")
+    for name, shape in array_shapes(file).items():
+        click.echo(f"  {name:20} {' x '.join(map(str, shape))}")
 
 
 def newest() -> Path:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from dicache.cli.command import Command, json_option, model_option, show_json
+from dicache.cli.command import Bytes, Command, json_option, model_option, show_json
 
 
 @click.command(cls=Command)
@@ -21,6 +21,10 @@ from dicache.cli.command import Command, json_option, model_option, show_json
 @click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else bfloat16]")
 @click.option("--lags", type=click.IntRange(1), default=3, show_default=True, help="Steps back to compare with.")
+@click.option("--priors", is_flag=True, help="Keep the mean output of each branch at each step, for EOC.")
+@click.option("--priors-for", type=click.Path(dir_okay=False), help="Keep them only where this schedule reuses.")
+@click.option("--max-memory", type=Bytes(), help="Refuse to start if more is needed, such as 8GB.")
+@click.option("--no-prompts", is_flag=True, help="Write down a hash of each prompt, not the prompt.")
 @click.option("--resume", is_flag=True, help="Go on with a profile that was broken off.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="The profile to write (HDF5).")
 @json_option
@@ -38,6 +42,10 @@ def profile(
     device: str | None,
     dtype: str | None,
     lags: int,
+    priors: bool,
+    priors_for: str | None,
+    max_memory: int | None,
+    no_prompts: bool,
     resume: bool,
     output: Path | None,
     as_json: bool,
@@ -50,7 +58,10 @@ def profile(
     from dicache.models.names import find
     from dicache.models.sampling import Sampling, default_conditions, read_conditions
     from dicache.profiler.profiling import profile_pipeline
+    from dicache.schedules import Schedule
 
+    if priors and priors_for:
+        raise click.UsageError("--priors keeps all that --priors-for would; give one of them")
     source = find(model)
     conditions = read_conditions(prompts) if prompts else None
     pipeline = load(model, device=device, dtype=dtype, scheduler=scheduler)
@@ -66,6 +77,9 @@ def profile(
         sampling=sampling,
         seed=seed,
         lags=lags,
+        priors=Schedule.load(priors_for) if priors_for else priors,
+        max_memory=max_memory,
+        keep_prompts=not no_prompts,
         resume=resume,
     )
     if as_json:

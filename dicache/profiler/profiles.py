@@ -1,7 +1,7 @@
 """A profile: what was measured on a model over many runs, and where it came from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ class Run:
     """One prompt and one seed.
 
     Attributes:
-        prompt: Text, or the number of the class.
+        prompt: Text, or the number of the class; `sha256:` and 16 digits where prompts are not to be written down.
         seed: Of the noise.
         status: `ok`, or `failed at step 3 in 7.mlp` when a NaN or an infinity was met there.
     """
@@ -48,7 +48,7 @@ class Provenance:
         versions: Of dicache, torch and diffusers.
         lags: How many steps back a branch's output was compared with.
         contexts: Names of the guidance passes.
-        layout: `batched` if a pass holds the guided and the unguided half in one batch, else `separate`.
+        parts: How many samples each pass has in its batch: 2 if it holds the guided and the unguided half, else 1.
     """
 
     model: str
@@ -58,7 +58,12 @@ class Provenance:
     versions: Mapping[str, str]
     lags: int
     contexts: tuple[str, ...]
-    layout: str
+    parts: tuple[int, ...]
+
+    @property
+    def layout(self) -> str:
+        """How guidance is laid out: `batched` where a pass holds both halves, else `separate`."""
+        return "batched" if max(self.parts) > 1 else "separate"
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -68,6 +73,7 @@ class Provenance:
             "settings": dict(self.settings),
             "versions": dict(self.versions),
             "contexts": list(self.contexts),
+            "parts": list(self.parts),
         }
 
     @classmethod
@@ -78,6 +84,7 @@ class Provenance:
                 "anatomy": Anatomy.from_json(content["anatomy"]),
                 "target": Target.from_json(content["target"]),
                 "contexts": tuple(content["contexts"]),
+                "parts": tuple(content["parts"]),
             }
         )
 
@@ -89,18 +96,29 @@ class Profile:
     Attributes:
         provenance: Where it came from.
         runs: All runs, the failed ones too; they have no rows in the arrays.
-        sites: `diff_l1`, `abs_l1`, `dot` and `norm2`, each (r, c, s, sites, lags): mean |x_i - x_(i-k)|, mean |x_i|,
-            the inner product and |x_i|^2 of each site's output, k = 1 first. NaN where there is no step i - k.
-        delta_cosine: Cosine of each block's delta with that of the step before, (r, c, s, b). NaN at step 0.
-        teacache: `input`, `residual`, `body` and `output`, each (r, c, s, 2): mean |difference| to the step before and
-            mean |step before| of the modulated input, the body's residual, the body's output, the model's output.
+        arrays: By their names in the file, float64, read when they are first asked for. NaN where nothing could be
+            measured: at step 0 there is no step before.
+
+            - `sites/diff_l1`, `sites/abs_l1`, `sites/dot`, `sites/norm2`, (r, c, s, sites, lags): mean |x_i - x_(i-k)|,
+              mean |x_i|, <x_i, x_(i-k)> and |x_i|^2 of each site's output, k = 1 first.
+            - `delta/gram`, (r, c, s, 2b, 2b): products of the blocks' deltas of this step, then of the step before,
+              each with each. Of the streams that leave the segment; NaN between blocks of different segments.
+            - `delta/cosine`, (r, c, s, b): of each block's delta with that of the step before.
+            - `teacache/input`, `teacache/residual`, `teacache/body`, `teacache/output`, (r, c, s, 2): mean |difference|
+              to the step before and mean |step before| of the modulated input, the body's residual, the body's output,
+              the model's output.
+            - `magnitude`, (r, c, s, 3): over tokens, mean and deviation of the ratio of the body residual's norm to
+              that of the step before, and mean of 1 - their cosine (MagCache, arXiv 2506.09045).
+            - `body/weights`, (r, s, parts): with which the parts of all passes add up to what the scheduler is given.
+            - `body/gram`, `body/output`, (r, s, s): products of the guided body residuals, and of the guided outputs of
+              the model, of all steps with one another.
+            - `body/branches`, (r, branches, s, s): the same of the sites of each kind of branch, estimated from a
+              random projection of each site to 1031 numbers; of one site the relative deviation is about 0.04.
     """
 
     provenance: Provenance
     runs: tuple[Run, ...]
-    sites: Mapping[str, np.ndarray]
-    delta_cosine: np.ndarray
-    teacache: Mapping[str, np.ndarray] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray]
 
     @property
     def anatomy(self) -> Anatomy:
@@ -108,7 +126,16 @@ class Profile:
 
     @property
     def steps(self) -> int:
-        return int(self.delta_cosine.shape[2])
+        return len(self.provenance.target.timesteps or ()) or int(self.delta_cosine.shape[2])
+
+    @property
+    def delta_cosine(self) -> np.ndarray:
+        return self.arrays["delta/cosine"]
+
+    @cached_property
+    def sites(self) -> Mapping[str, np.ndarray]:
+        """The four statistics of `sites/`."""
+        return {name: self.arrays[f"sites/{name}"] for name in ("diff_l1", "abs_l1", "dot", "norm2")}
 
     @cached_property
     def branches(self) -> tuple[str, ...]:
@@ -127,7 +154,7 @@ class Profile:
             raise ProfileError(f"no branch {branch!r} in this profile; it has {', '.join(self.branches)}")
         if not 1 <= lag <= self.provenance.lags:
             raise ProfileError(f"lag {lag} was not measured; this profile has lags 1 to {self.provenance.lags}")
-        dot, norm2 = self.sites["dot"][..., lag - 1], self.sites["norm2"][..., 0]
+        dot, norm2 = self.arrays["sites/dot"][..., lag - 1], self.arrays["sites/norm2"][..., 0]
         before = np.full_like(norm2, np.nan)
         before[:, :, lag:] = norm2[:, :, :-lag]
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -146,9 +173,58 @@ class Profile:
         References:
             TeaCache, arXiv 2411.19108, equation 3.
         """
-        if what not in self.teacache:
-            raise ProfileError(f"no signal {what!r} in this profile; it has {', '.join(self.teacache)}")
-        pairs = self.teacache[what][:, :, 1:]
+        try:
+            pairs = self.arrays[f"teacache/{what}"][:, :, 1:]
+        except KeyError:
+            known = ", ".join(name.partition("/")[2] for name in self.arrays if name.startswith("teacache/"))
+            raise ProfileError(f"no signal {what!r} in this profile; it has {known}") from None
         with np.errstate(invalid="ignore", divide="ignore"):
             ratio: np.ndarray = pairs[..., 0] / pairs[..., 1]
         return ratio
+
+    def range_cosine(self, start: int, stop: int) -> np.ndarray:
+        """Return the cosine between a block range's delta at each step and the step before, shape (r, c, s).
+
+        Args:
+            start: First block.
+            stop: The block behind the last.
+
+        Raises:
+            ProfileError: If there is no such range, or no one delta can stand for it.
+
+        References:
+            Delta-DiT, arXiv 2406.01125, figure 5, for ranges of one block.
+        """
+        now, before, cross = self._range_products(start, stop)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(cross / np.sqrt(now * before))
+
+    def range_error(self, start: int, stop: int) -> np.ndarray:
+        """Return |delta_i - delta_(i-1)| / |delta_i| in the 2-norm of a block range's delta, shape (r, c, s).
+
+        It is the relative error of what a step adds in this range when it takes the delta of the step before.
+
+        Args:
+            start: First block.
+            stop: The block behind the last.
+
+        Raises:
+            ProfileError: If there is no such range, or no one delta can stand for it.
+        """
+        now, before, cross = self._range_products(start, stop)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(np.sqrt(np.maximum(now + before - 2 * cross, 0) / now))
+
+    def _range_products(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return |delta_i|^2, |delta_(i-1)|^2 and <delta_i, delta_(i-1)> of a block range, each (r, c, s)."""
+        blocks = len(self.anatomy.blocks)
+        if not 0 <= start < stop <= blocks:
+            raise ProfileError(f"no blocks {start} to {stop - 1} in this model; it has 0 to {blocks - 1}")
+        if self.anatomy.segment(start) != self.anatomy.segment(stop - 1):
+            segments = ", ".join(f"{a}-{b - 1}" for a, b in self.anatomy.segments)
+            raise ProfileError(f"no one delta stands for blocks {start} to {stop - 1}; choose them within {segments}")
+        gram = self.arrays["delta/gram"]
+        now, before = slice(start, stop), slice(blocks + start, blocks + stop)
+        pairs = ((now, now), (before, before), (now, before))
+        one, two, cross = (gram[..., down, right].sum(axis=(-2, -1)) for down, right in pairs)
+        return one, two, cross

@@ -1,17 +1,21 @@
 """Run a pipeline uncached with recorders attached, and write down what they saw, run by run."""
 
-import itertools
+import hashlib
 import json
-from collections.abc import Sequence
+import math
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import dicache
-from dicache.anatomy import Anatomy, survey
+from dicache.anatomy import Anatomy, StepClock, survey
 from dicache.anatomy.clock import noise_levels, timesteps
 from dicache.anatomy.fingerprint import fingerprint
 from dicache.anatomy.inputs import Inputs, capture_inputs, latents_of
@@ -21,7 +25,37 @@ from dicache.profiler import storage
 from dicache.profiler.profiles import ProfileError, Provenance, Run
 from dicache.profiler.recorder import Recorder
 from dicache.runtime.apply import denoiser
-from dicache.schedules import Target
+from dicache.schedules import Schedule, Target
+
+TABLE = 10_000  # bytes of HDF5's own for each dataset
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a profile needs, as it was measured in the first step of a run.
+
+    Attributes:
+        device: Bytes on the model's device, beside model and activations.
+        host: Bytes of main memory.
+        disk: Bytes of the finished file at most; while a run is added, its copy needs as much again.
+    """
+
+    device: int
+    host: int
+    disk: int
+
+    def __str__(self) -> str:
+        parts = {"on the model's device": self.device, "of main memory": self.host, "on disk at most": self.disk}
+        return ", ".join(f"{byte_size(size)} {where}" for where, size in parts.items())
+
+
+def byte_size(size: float) -> str:
+    """Write a number of bytes: `31.4 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
 
 
 def profile_model(
@@ -53,6 +87,9 @@ def profile_pipeline(
     sampling: Sampling | None = None,
     seed: int = 0,
     lags: int = 3,
+    priors: bool | Schedule = False,
+    max_memory: int | None = None,
+    keep_prompts: bool = True,
     resume: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -69,19 +106,26 @@ def profile_pipeline(
         sampling: How to call the pipeline; its own defaults when left out.
         seed: Of the first run; each run has the next one.
         lags: How many steps back each branch's output is compared with.
+        priors: Whether to keep the mean output of each site at each step; of a schedule's plan, only where it reuses an
+            output and at the step that this output is from.
+        max_memory: Bytes, of the device or of main memory, above which to refuse.
+        keep_prompts: Whether to write prompts down, or what they hash to. Who guesses a prompt can verify the guess.
         resume: Go on with the file if it is there and was begun with the same model and settings.
-        progress: Whether to show a bar on standard error.
+        progress: Whether to show the need and a bar on standard error.
 
     Returns:
         The file.
 
     Raises:
-        ProfileError: If the file exists and may not or cannot be gone on with, or every run failed.
+        ProfileError: If the file exists and may not or cannot be gone on with, it needs too much memory or disk, or
+            every run failed.
     """
     if not conditions or lags < 1:
         raise ProfileError(f"a profile needs at least one run and one lag, found {len(conditions)} and {lags}")
     sampling = (sampling or Sampling()).resolved(pipeline)
-    planned = [Run(condition, seed + i) for i, condition in enumerate(conditions)]
+    planned = [
+        Run(condition if keep_prompts else hashed(condition), seed + i) for i, condition in enumerate(conditions)
+    ]
     done: tuple[Run, ...] = ()
     before: Provenance | None = None
     if output.exists():
@@ -91,27 +135,35 @@ def profile_pipeline(
     model = denoiser(pipeline)
     inputs = capture_inputs(model, lambda: sample(pipeline, conditions[:1], [seed], sampling))
     anatomy = survey(model, inputs)
-    bar = tqdm(planned, initial=len(done), desc=f"profile {name}", unit="run", disable=not progress)
-    provenance = None
-    if before is not None:
-        provenance = _provenance(pipeline, name, anatomy, inputs, sampling, lags, before.contexts)
-        _check_resumable(output, before, provenance, done, planned)
-    with bar, Recorder(pipeline, model, anatomy, lags) as recorder:
-        for run in itertools.islice(planned, len(done), None):
-            sample(pipeline, [run.prompt], [run.seed], sampling)
-            if provenance is None:
-                contexts = recorder.contexts
-                provenance = _provenance(pipeline, name, anatomy, inputs, sampling, lags, contexts)
-                storage.create(output, provenance)
-            failure = recorder.failure()
-            status = "ok" if failure is None else f"failed at {failure}"
-            record = storage.RunRecord(Run(run.prompt, run.seed, status), recorder.arrays(provenance.contexts))
-            storage.append(output, record)
-            bar.update()
+    steps_kept = _steps_of_priors(priors, anatomy, len(pipeline.scheduler.timesteps))
+    with Recorder(pipeline, model, anatomy, lags, steps_kept) as recorder:
+        _first_step(pipeline, lambda: sample(pipeline, conditions[:1], [seed], sampling))
+        provenance = _provenance(pipeline, name, anatomy, inputs, sampling, recorder, priors)
+        if before is not None:
+            _check_resumable(output, before, provenance, done, planned)
+        need = _need(recorder, provenance, steps_kept, len(planned))
+        if progress:
+            tqdm.write(f"needs {need}", file=sys.stderr)
+        _check_need(need, max_memory, output)
+        if before is None:
+            storage.create(output, provenance)
+        bar = tqdm(planned, initial=len(done), desc=f"profile {name}", unit="run", disable=not progress)
+        with bar:
+            for run, condition in list(zip(planned, conditions, strict=True))[len(done) :]:
+                sample(pipeline, [condition], [run.seed], sampling)
+                failure = recorder.failure()
+                status = "ok" if failure is None else f"failed at {failure}"
+                storage.append(output, recorder.record(replace(run, status=status), provenance))
+                bar.update()
     _, finished = storage.header(output)
     if not any(run.ok for run in finished):
         raise ProfileError(f"every run {finished[0].status}: the model's outputs are not finite; try another --dtype")
     return output
+
+
+def hashed(prompt: str) -> str:
+    """Return what stands for a prompt that is not to be written down."""
+    return f"sha256:{hashlib.sha256(prompt.encode()).hexdigest()[:16]}"
 
 
 def survey_pipeline(pipeline: Any, sampling: Sampling) -> tuple[Anatomy, Target, int]:
@@ -124,21 +176,94 @@ def survey_pipeline(pipeline: Any, sampling: Sampling) -> tuple[Anatomy, Target,
     return anatomy, Target(num_inference_steps=sampling.steps), len(pipeline.scheduler.timesteps)
 
 
+def _steps_of_priors(priors: bool | Schedule, anatomy: Anatomy, steps: int) -> dict[str, tuple[int, ...]]:
+    """Return the steps at which each site's outputs are kept whole."""
+    if isinstance(priors, bool):
+        return {key: tuple(range(steps)) for key in anatomy.sites} if priors else {}
+    if priors.plan is None:
+        raise ProfileError(
+            f"--priors-for needs a schedule with a plan, found {priors.method}, which decides at run time"
+        )
+    if priors.anatomy.sites != anatomy.sites or priors.steps != steps:
+        raise ProfileError(
+            f"--priors-for: the schedule is for {priors.steps} steps of a {priors.anatomy.model} with "
+            f"{len(priors.anatomy.sites)} sites, found {steps} steps of a {anatomy.model} with {len(anatomy.sites)}"
+        )
+    return _reused_pairs(priors)
+
+
+def _reused_pairs(schedule: Schedule) -> dict[str, tuple[int, ...]]:
+    """Return, for each site, the steps that a plan reuses an output at, and those that these outputs are from."""
+    assert schedule.plan is not None
+    pairs: dict[str, set[int]] = {key: set() for key in schedule.anatomy.sites}
+    for context in (None, *schedule.plan.contexts):
+        table = schedule.plan.table(schedule.anatomy, context)
+        for key, letters in table.items():
+            for step, letter in enumerate(letters):
+                if letter == "R":
+                    pairs[key] |= {step, letters.rindex("C", 0, step)}
+    return {key: tuple(sorted(steps)) for key, steps in pairs.items() if steps}
+
+
+class _FirstStepDone(BaseException):  # past the pipeline's own `except Exception`
+    pass
+
+
+def _first_step(pipeline: Any, run: Callable[[], Any]) -> None:
+    """Call a pipeline and break it off when its first step is done."""
+
+    def stop() -> None:
+        raise _FirstStepDone
+
+    clock = StepClock(pipeline.scheduler, lambda scheduler: None, stop)
+    try:
+        run()
+    except _FirstStepDone:
+        return
+    finally:
+        clock.detach()
+    raise ProfileError(f"the {type(pipeline).__name__} ended without a step of its scheduler")
+
+
+def _need(recorder: Recorder, provenance: Provenance, priors: Mapping[str, Sequence[int]], runs: int) -> Need:
+    steps = len(provenance.target.timesteps or ())
+    shapes = storage.shapes(provenance)
+    rows = sum(8 * math.prod(shape) for shape in shapes.values())
+    whole = recorder.output_bytes(priors)
+    tables = TABLE * (len(shapes) + len(priors))
+    return Need(recorder.bytes, steps * recorder.bytes_a_step + whole, runs * rows + whole + tables)
+
+
+def _check_need(need: Need, max_memory: int | None, output: Path) -> None:
+    most = max(need.device, need.host)
+    if max_memory is not None and most > max_memory:
+        raise ProfileError(
+            f"needs {need}, which is above the {byte_size(max_memory)} of --max-memory; take fewer --lags, "
+            "--priors-for in the place of --priors, or a smaller size"
+        )
+    folder = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if 2 * need.disk > free:
+        raise ProfileError(
+            f"needs {byte_size(2 * need.disk)} in {folder} while it writes, found {byte_size(free)} free"
+        )
+
+
 def _provenance(
     pipeline: Any,
     name: str,
     anatomy: Anatomy,
     inputs: Inputs,
     sampling: Sampling,
-    lags: int,
-    contexts: tuple[str, ...],
+    recorder: Recorder,
+    priors: bool | Schedule,
 ) -> Provenance:
     import diffusers
 
     model, scheduler = denoiser(pipeline), pipeline.scheduler
-    if len(getattr(scheduler, "timesteps", ())) == 0 or scheduler.num_inference_steps != sampling.steps:
-        scheduler.set_timesteps(sampling.steps)
     latents = latents_of(inputs.args, inputs.kwargs)
+    configured = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
+    device = next(model.parameters()).device
     return Provenance(
         model=name,
         anatomy=anatomy,
@@ -157,19 +282,27 @@ def _provenance(
             "height": sampling.height,
             "width": sampling.width,
             "frames": sampling.frames,
-            "device": str(next(model.parameters()).device),
-            "scheduler_config": {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "scheduler_config": configured,
+            "scheduler_config_hash": digest(configured),
+            "priors": priors if isinstance(priors, bool) else digest(priors.to_json()),
         },
-        versions={"dicache": dicache.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
-        lags=lags,
-        contexts=contexts,
-        layout="batched" if _halves_equal(latents) else "separate",
+        versions={
+            "dicache": dicache.__version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+        lags=recorder.lags,
+        contexts=recorder.contexts,
+        parts=recorder.parts,
     )
 
 
-def _halves_equal(latents: Tensor) -> bool:
-    half = len(latents) // 2
-    return len(latents) % 2 == 0 and torch.equal(latents[:half], latents[half:])
+def digest(content: Any) -> str:
+    """Return 16 hexadecimal digits that are equal for equal content, whatever the order of its keys."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _check_resumable(

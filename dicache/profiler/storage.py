@@ -22,30 +22,44 @@ from dicache.schedules import ScheduleError
 
 SITE_STATISTICS = ("diff_l1", "abs_l1", "dot", "norm2")
 TEACACHE_SIGNALS = ("input", "residual", "body", "output")
-DATASETS = (
-    *(f"sites/{name}" for name in SITE_STATISTICS),
-    "delta/cosine",
-    *(f"teacache/{name}" for name in TEACACHE_SIGNALS),
-)
+MAGNITUDES = ("ratio", "ratio_deviation", "cosine_distance")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The rows of one run: `arrays` has every dataset of `DATASETS` without its runs axis."""
+    """The rows of one run.
+
+    Attributes:
+        run: Which.
+        arrays: Every dataset without its runs axis.
+        outputs: Whole outputs for the priors: site -> step -> (parts of all passes, tokens, channels).
+    """
 
     run: Run
     arrays: Mapping[str, np.ndarray]
+    outputs: Mapping[str, Mapping[int, np.ndarray]]
+
+
+def shapes(provenance: Provenance) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each dataset of a profile, without its runs axis."""
+    anatomy, steps = provenance.anatomy, len(provenance.target.timesteps or ())
+    contexts, blocks, sites = len(provenance.contexts), len(anatomy.blocks), len(anatomy.sites)
+    branches = len({key.partition(".")[2] for key in anatomy.sites})
+    return {
+        **{f"sites/{name}": (contexts, steps, sites, provenance.lags) for name in SITE_STATISTICS},
+        "delta/gram": (contexts, steps, 2 * blocks, 2 * blocks),
+        "delta/cosine": (contexts, steps, blocks),
+        **{f"teacache/{name}": (contexts, steps, 2) for name in TEACACHE_SIGNALS},
+        "magnitude": (contexts, steps, len(MAGNITUDES)),
+        "body/weights": (steps, sum(provenance.parts)),
+        "body/gram": (steps, steps),
+        "body/output": (steps, steps),
+        "body/branches": (branches, steps, steps),
+    }
 
 
 def create(path: Path, provenance: Provenance) -> None:
     """Write a profile without runs, in place of whatever was there."""
-    anatomy, steps = provenance.anatomy, len(provenance.target.timesteps or ())
-    head = (len(provenance.contexts), steps)
-    shapes: dict[str, tuple[int, ...]] = {
-        name: (*head, len(anatomy.sites), provenance.lags) for name in DATASETS if name.startswith("sites/")
-    }
-    shapes |= {"delta/cosine": (*head, len(anatomy.blocks))}
-    shapes |= {name: (*head, 2) for name in DATASETS if name.startswith("teacache/")}
     path.parent.mkdir(parents=True, exist_ok=True)
     with _replacing(path) as part, h5py.File(part, "w") as file:
         file.attrs["format"] = FORMAT
@@ -53,7 +67,7 @@ def create(path: Path, provenance: Provenance) -> None:
         text = h5py.string_dtype()
         for name, kind in (("prompt", text), ("seed", np.int64), ("status", text)):
             file.create_dataset(f"runs/{name}", shape=(0,), maxshape=(None,), dtype=kind, chunks=(64,))
-        for name, shape in shapes.items():
+        for name, shape in shapes(provenance).items():
             file.create_dataset(
                 name,
                 shape=(0, *shape),
@@ -75,26 +89,81 @@ def append(path: Path, record: RunRecord) -> None:
                 dataset = file[name]
                 dataset.resize(len(dataset) + 1, axis=0)
                 dataset[-1] = value
+            if record.run.ok and record.outputs:
+                _add_to_priors(file, record.outputs)
+
+
+def _add_to_priors(file: h5py.File, outputs: Mapping[str, Mapping[int, np.ndarray]]) -> None:
+    """Take a run's outputs into the means of all runs."""
+    group = file.require_group("priors")
+    group.attrs["runs"] = int(group.attrs.get("runs", 0)) + 1
+    for key, by_step in outputs.items():
+        steps = sorted(by_step)
+        if key not in group:
+            first = by_step[steps[0]]  # (parts, tokens, channels)
+            shape = (len(first), len(steps), *first.shape[1:])
+            dataset = group.create_dataset(key, shape, np.float32, chunks=(1, 1, *first.shape[1:]))
+            dataset.attrs["steps"] = steps
+        dataset = group[key]
+        for place, step in enumerate(steps):
+            mean = dataset[:, place].astype(np.float64)
+            dataset[:, place] = mean + (by_step[step] - mean) / group.attrs["runs"]
 
 
 def load(path: str | os.PathLike[str]) -> Profile:
-    """Read a profile.
+    """Read a profile. Its arrays are read from the file when they are first asked for.
 
     Raises:
         ProfileError: If the file is missing, cut off, or not a profile.
     """
-    with _reading(Path(path)) as file:
+    path = Path(path)
+    with _reading(path) as file:
         provenance = _provenance(path, file)
         runs = _runs(file)
-        ok = np.array([run.ok for run in runs], dtype=bool)
-        arrays = {name: file[name][:][ok] for name in DATASETS}
-    return Profile(
-        provenance=provenance,
-        runs=runs,
-        sites={name: arrays[f"sites/{name}"] for name in SITE_STATISTICS},
-        delta_cosine=arrays["delta/cosine"],
-        teacache={name: arrays[f"teacache/{name}"] for name in TEACACHE_SIGNALS},
-    )
+        for name, shape in shapes(provenance).items():
+            if file[name].shape != (len(runs), *shape):
+                found, needed = file[name].shape, (len(runs), *shape)
+                raise ProfileError(f"{path}: found {name} of shape {found}, needed {needed}; profile again")
+    return Profile(provenance, runs, _Arrays(path, tuple(shapes(provenance)), np.array([run.ok for run in runs])))
+
+
+def load_prior(path: str | os.PathLike[str], site: str) -> tuple[tuple[int, ...], np.ndarray]:
+    """Read the mean outputs of one site over all runs.
+
+    Returns:
+        The steps, and the means, (parts of all passes, steps, tokens, channels) in float32.
+
+    Raises:
+        ProfileError: If the profile has no priors of this site.
+    """
+    with _reading(Path(path)) as file:
+        if f"priors/{site}" not in file:
+            raise ProfileError(f"{path} has no prior of {site}; profile again with --priors")
+        dataset = file[f"priors/{site}"]
+        return tuple(int(step) for step in dataset.attrs["steps"]), dataset[:]
+
+
+class _Arrays(Mapping[str, np.ndarray]):
+    """The datasets of a profile by name, without the rows of failed runs, each read once."""
+
+    def __init__(self, path: Path, names: tuple[str, ...], ok: np.ndarray) -> None:
+        self._path, self._names, self._ok = path, names, ok
+        self._read: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._read:
+            with _reading(self._path) as file:
+                rows = file[name][: len(self._ok)]
+            self._read[name] = rows if self._ok.all() else rows[self._ok]
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def header(path: str | os.PathLike[str]) -> tuple[Provenance, tuple[Run, ...]]:
@@ -109,10 +178,10 @@ def header(path: str | os.PathLike[str]) -> tuple[Provenance, tuple[Run, ...]]:
 
 def array_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every dataset in a profile by its name."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    found: dict[str, tuple[int, ...]] = {}
     with _reading(Path(path)) as file:
-        file.visititems(lambda name, item: shapes.update({f"/{name}": item.shape}) if hasattr(item, "shape") else None)
-    return shapes
+        file.visititems(lambda name, item: found.update({f"/{name}": item.shape}) if hasattr(item, "shape") else None)
+    return found
 
 
 @contextmanager
@@ -143,7 +212,7 @@ def _reading(path: Path) -> Iterator[Any]:
 def _provenance(path: str | os.PathLike[str], file: Any) -> Provenance:
     found = file.attrs.get("format")
     if found != FORMAT:
-        raise ProfileError(f"{path} is not a profile: found format {found!r}, needed {FORMAT!r}")
+        raise ProfileError(f"{path} is not a profile: found format {found!r}, needed {FORMAT!r}; profile again")
     try:
         return Provenance.from_json(json.loads(file.attrs["provenance"]))
     except (KeyError, TypeError, ValueError, AnatomyError, ScheduleError) as error:

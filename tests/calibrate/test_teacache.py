@@ -23,16 +23,11 @@ def profile_of(x: np.ndarray, y: np.ndarray) -> Profile:
         return out
 
     provenance = Provenance(
-        "toy", TWO_BLOCKS, Target(num_inference_steps=changes + 1), {"guidance": 4.0}, {}, 1, ("0",), "batched"
+        "toy", TWO_BLOCKS, Target(num_inference_steps=changes + 1), {"guidance": 4.0}, {}, 1, ("0",), (2,)
     )
-    signals = {"input": pairs(x), **{name: pairs(y) for name in ("residual", "body", "output")}}
-    return Profile(
-        provenance,
-        tuple(Run(str(i), i) for i in range(runs)),
-        {},
-        np.full((runs, contexts, changes + 1, 2), 1.0),
-        signals,
-    )
+    arrays = {"delta/cosine": np.full((runs, contexts, changes + 1, 2), 1.0), "teacache/input": pairs(x)}
+    arrays |= {f"teacache/{name}": pairs(y) for name in ("residual", "body", "output")}
+    return Profile(provenance, tuple(Run(str(i), i) for i in range(runs)), arrays)
 
 
 def changes(runs: int = 8, seed: int = 0) -> np.ndarray:

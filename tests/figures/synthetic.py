@@ -49,10 +49,11 @@ def profile(
     dot = 4.0 * similarity.reshape(runs, contexts, steps, blocks * len(branches), lags)
     for lag in range(1, lags + 1):
         dot[:, :, :lag, :, lag - 1] = np.nan
-    teacache = {}
+    arrays = {"delta/cosine": delta, "sites/dot": dot}
+    arrays |= {f"sites/{name}": np.full_like(dot, 4.0) for name in ("diff_l1", "abs_l1", "norm2")}
     for name, change in (changes or {}).items():
-        teacache[name] = np.full((runs, contexts, steps, 2), np.nan)
-        teacache[name][:, :, 1:] = np.stack([change * 2.0, np.full_like(change, 2.0)], axis=-1)
+        arrays[f"teacache/{name}"] = np.full((runs, contexts, steps, 2), np.nan)
+        arrays[f"teacache/{name}"][:, :, 1:] = np.stack([change * 2.0, np.full_like(change, 2.0)], axis=-1)
     provenance = Provenance(
         model="digits",
         anatomy=anatomy(blocks, branches),
@@ -61,15 +62,9 @@ def profile(
         versions={},
         lags=lags,
         contexts=("cond", "uncond")[:contexts],
-        layout="separate",
+        parts=(1,) * contexts,
     )
-    return Profile(
-        provenance=provenance,
-        runs=tuple(Run(str(i), i) for i in range(runs)),
-        sites={"dot": dot, "norm2": np.full_like(dot, 4.0)},
-        delta_cosine=delta,
-        teacache=teacache,
-    )
+    return Profile(provenance, tuple(Run(str(i), i) for i in range(runs)), arrays)
 
 
 def planned(method: str, blocks: int, *rules: Rule) -> Schedule:

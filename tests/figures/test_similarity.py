@@ -56,8 +56,9 @@ def test_a_block_without_the_branch_is_masked() -> None:
     both = known(lags=1)
     first, second, third = both.anatomy.blocks
     mixed = replace(both.anatomy, blocks=(first, replace(second, sites=second.sites[:1]), replace(third, sites=())))
-    sites = {name: values[..., [0, 1, 2], :] for name, values in both.sites.items()}  # 0.attn, 0.mlp, 1.attn
-    attn, mlp = similarity_maps(replace(both, provenance=replace(both.provenance, anatomy=mixed), sites=sites)).axes[:2]
+    sites = {f"sites/{name}": both.sites[name][..., [0, 1, 2], :] for name in both.sites}  # 0.attn, 0.mlp, 1.attn
+    profile = replace(both, provenance=replace(both.provenance, anatomy=mixed), arrays={**both.arrays, **sites})
+    attn, mlp = similarity_maps(profile).axes[:2]
     assert np.ma.getmaskarray(drawn.table(attn))[:, 1].tolist() == [False, False, True]
     assert np.ma.getmaskarray(drawn.table(mlp))[:, 1].tolist() == [False, True, True]
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from dicache.models.sampling import Sampling
+from dicache.models.sampling import Sampling, sample
 from dicache.profiler import ProfileError, storage
-from dicache.profiler.profiling import profile_pipeline
-from tests.tiny import dit, pipeline_of
+from dicache.profiler.profiling import hashed, profile_pipeline
+from dicache.schedules import Plan, Rule, Schedule, Target
+from tests.tiny import anatomy_of, dit, pipeline_of
 
 SAMPLING = Sampling(steps=4, guidance=4.0)
 CONDITIONS = ["1", "2", "3"]
@@ -31,7 +32,7 @@ def test_a_profile_holds_every_run_and_where_it_came_from(tmp_path: Path) -> Non
     assert profile.steps == 4
     assert profile.delta_cosine.shape == (3, 1, 4, 4)
     assert profile.sites["dot"].shape == (3, 1, 4, 8, 2)
-    assert profile.teacache["output"].shape == (3, 1, 4, 2)
+    assert profile.arrays["teacache/output"].shape == (3, 1, 4, 2)
     assert profile.provenance.layout == "batched"
     assert profile.provenance.target.scheduler == "DDIMScheduler"
     assert profile.provenance.target.num_inference_steps == 4
@@ -44,7 +45,9 @@ def test_the_names_in_the_file_are_the_contract(tmp_path: Path) -> None:
     shapes = storage.array_shapes(profiled(tmp_path / "p.h5"))
     sites = {f"/sites/{name}" for name in ("diff_l1", "abs_l1", "dot", "norm2")}
     teacache = {f"/teacache/{name}" for name in ("input", "residual", "body", "output")}
-    assert set(shapes) == {"/runs/prompt", "/runs/seed", "/runs/status", "/delta/cosine", *sites, *teacache}
+    body = {f"/body/{name}" for name in ("weights", "gram", "output", "branches")}
+    runs = {"/runs/prompt", "/runs/seed", "/runs/status"}
+    assert set(shapes) == {*runs, "/delta/gram", "/delta/cosine", "/magnitude", *sites, *teacache, *body}
 
 
 def test_similarity_is_one_for_equal_and_follows_from_the_stored_products(tmp_path: Path) -> None:
@@ -64,9 +67,8 @@ def test_a_profile_broken_off_goes_on_at_the_next_run_and_equals_an_undisturbed_
     profiled(tmp_path / "part.h5", CONDITIONS[:1])
     part = storage.load(profiled(tmp_path / "part.h5", resume=True))
     assert part.runs == whole.runs
-    assert np.array_equal(part.delta_cosine, whole.delta_cosine, equal_nan=True)
-    for name, values in whole.sites.items():
-        assert np.array_equal(part.sites[name], values, equal_nan=True), name
+    for name, values in whole.arrays.items():
+        assert np.array_equal(part.arrays[name], values, equal_nan=True), name
 
 
 def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
@@ -88,16 +90,9 @@ def test_a_failed_run_is_kept_with_its_place_and_left_out(tmp_path: Path) -> Non
     pipeline.transformer.transformer_blocks[2].ff.net[2].bias.data.fill_(torch.nan)
     with pytest.raises(ProfileError, match=r"every run failed at step 0 in 2\.mlp"):
         profile_pipeline(pipeline, "tiny", tmp_path / "bad.h5", ["1"], sampling=SAMPLING, progress=False)
-    record = storage.RunRecord(
-        replace(storage.header(path)[1][0], status="failed at step 1 in 0.attn"),
-        {
-            name: np.zeros(shape[1:])
-            for name, shape in storage.array_shapes(path).items()
-            if name[1:] in storage.DATASETS
-        },
-    )
-    renamed = {name.lstrip("/"): value for name, value in record.arrays.items()}
-    storage.append(path, storage.RunRecord(record.run, renamed))
+    provenance, runs = storage.header(path)
+    rows = {name: np.zeros(shape) for name, shape in storage.shapes(provenance).items()}
+    storage.append(path, storage.RunRecord(replace(runs[0], status="failed at step 1 in 0.attn"), rows, {}))
     profile = storage.load(path)
     assert len(profile.runs) == 4
     assert len(profile.delta_cosine) == 3
@@ -116,22 +111,127 @@ def test_wrong_files_are_refused_in_one_line(tmp_path: Path) -> None:
         storage.load(tmp_path / "other.h5")
 
 
-def test_a_profile_killed_at_any_moment_can_be_read_and_gone_on_with(tmp_path: Path) -> None:
-    path = tmp_path / "killed.h5"
+def test_a_profile_killed_five_times_at_random_equals_an_undisturbed_one(tmp_path: Path) -> None:
+    path, runs = tmp_path / "killed.h5", 40
     script = (
         "import sys; from pathlib import Path; from tests.profiler.test_profiling import profiled;"
-        "profiled(Path(sys.argv[1]), [str(i) for i in range(400)])"
+        "profiled(Path(sys.argv[1]), [str(i) for i in range(40)], resume=True, priors=True)"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(path)])
-    deadline = time.monotonic() + 120
-    while not path.exists() or len(storage.header(path)[1]) < 3:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    done = len(storage.header(path)[1])
-    assert 3 <= done < 400
-    finished = storage.load(profiled(path, [str(i) for i in range(done + 1)], resume=True))
-    assert len(finished.runs) == done + 1
+    random = np.random.default_rng(0)
+    counts = [0]
+    for _ in range(5):
+        process = subprocess.Popen([sys.executable, "-c", script, str(path)])
+        deadline = time.monotonic() + 120
+        while not path.exists() or len(storage.header(path)[1]) <= counts[-1]:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+        counts.append(len(storage.header(path)[1]))
+    assert counts == sorted(counts)
+    assert counts[-1] < runs, "it finished before it was killed"
+    conditions = [str(i) for i in range(runs)]
+    killed = storage.load(profiled(path, conditions, resume=True, priors=True))
+    whole = storage.load(profiled(tmp_path / "whole.h5", conditions, priors=True))
+    assert killed.runs == whole.runs
+    for name, values in whole.arrays.items():
+        assert np.array_equal(killed.arrays[name], values, equal_nan=True), name
+    for site in whole.anatomy.sites:
+        one, two = (storage.load_prior(file, site)[1] for file in (path, tmp_path / "whole.h5"))
+        assert np.array_equal(one, two), site
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
+
+
+def test_priors_are_the_mean_outputs_of_the_halves(tmp_path: Path) -> None:
+    path = profiled(tmp_path / "p.h5", priors=True)
+    pipeline = pipeline_of(dit)
+    seen: list[torch.Tensor] = []
+    mlp = pipeline.transformer.transformer_blocks[2].ff
+    mlp.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    for seed, condition in enumerate(CONDITIONS):
+        sample(pipeline, [condition], [seed], SAMPLING)
+    steps, prior = storage.load_prior(path, "2.mlp")
+    assert steps == (0, 1, 2, 3)
+    want = torch.stack(seen).unflatten(0, (3, 4)).mean(0).transpose(0, 1)  # (halves, steps, tokens, channels)
+    assert prior == pytest.approx(want.numpy(), abs=1e-6)
+    with pytest.raises(ProfileError, match=r"no prior of 9\.mlp"):
+        storage.load_prior(path, "9.mlp")
+
+
+def test_a_failed_run_is_no_part_of_the_priors(tmp_path: Path) -> None:
+    path = profiled(tmp_path / "p.h5", priors=True)
+    before = storage.load_prior(path, "0.attn")[1]
+    provenance, runs = storage.header(path)
+    rows = {name: np.zeros(shape) for name, shape in storage.shapes(provenance).items()}
+    bad = {"0.attn": {step: np.full_like(before[:, 0], np.nan) for step in range(4)}}
+    storage.append(path, storage.RunRecord(replace(runs[0], status="failed at step 1 in 0.attn"), rows, bad))
+    assert np.array_equal(storage.load_prior(path, "0.attn")[1], before)
+
+
+def test_priors_for_a_plan_are_of_its_reused_steps_and_their_sources(tmp_path: Path) -> None:
+    plan = Plan(4, (Rule("reuse", "C..C", "1-2", "mlp"), Rule("reuse", "CCC.", "0", "attn")))
+    base = Schedule("fora", {}, anatomy_of(dit), Target(), 4, plan)
+    path = profiled(tmp_path / "p.h5", priors=base)
+    kept = {name for name in storage.array_shapes(path) if name.startswith("/priors/")}
+    assert kept == {"/priors/1.mlp", "/priors/2.mlp", "/priors/0.attn"}
+    everything = profiled(tmp_path / "all.h5", priors=True)
+    for site, steps in (("1.mlp", (0, 1, 2)), ("0.attn", (2, 3))):
+        found, prior = storage.load_prior(path, site)
+        assert found == steps
+        assert np.array_equal(prior, storage.load_prior(everything, site)[1][:, list(steps)])
+    with pytest.raises(ProfileError, match="found 4 steps of a DiT"):
+        profiled(tmp_path / "no.h5", priors=replace(base, steps=5, plan=Plan(5)))
+    with pytest.raises(ProfileError, match="begun with another settings"):
+        profiled(path, priors=True, resume=True)
+
+
+def test_more_memory_than_allowed_is_refused_before_it_is_taken(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match=r"above the 1 kB of --max-memory; take fewer --lags"):
+        profiled(tmp_path / "p.h5", max_memory=1000)
+    assert not (tmp_path / "p.h5").exists()
+
+
+def test_the_need_is_what_is_held_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = pipeline_of(dit)
+    path = tmp_path / "p.h5"
+    profile_pipeline(pipeline, "tiny", path, CONDITIONS, sampling=SAMPLING, lags=2, priors=True)
+    said = capsys.readouterr().err.splitlines()[0]
+    disk = float(said.split(" of main memory, ")[1].split()[0]) * 1e3
+    assert said.endswith("kB on disk at most")
+    assert 0.3 * disk < path.stat().st_size <= disk
+
+
+def test_prompts_need_not_be_written_down(tmp_path: Path) -> None:
+    path = profiled(tmp_path / "p.h5", CONDITIONS[:2], keep_prompts=False)
+    assert [run.prompt for run in storage.header(path)[1]] == [hashed("1"), hashed("2")]
+    assert hashed("1") == "sha256:6b86b273ff34fce1"
+    profiled(path, keep_prompts=False, resume=True)
+    assert len(storage.header(path)[1]) == 3
+    with pytest.raises(ProfileError, match="other prompts or seeds"):
+        profiled(path, resume=True)
+
+
+def test_provenance_is_told_in_full(tmp_path: Path) -> None:
+    provenance, _ = storage.header(profiled(tmp_path / "p.h5", CONDITIONS[:1]))
+    assert provenance.contexts == ("0",)
+    assert provenance.parts == (2,)
+    assert set(provenance.versions) == {"dicache", "torch", "diffusers", "python"}
+    assert provenance.settings["scheduler_config"]["beta_schedule"] == "linear"
+    assert len(provenance.settings["scheduler_config_hash"]) == 16
+    assert provenance.settings["device"] == "cpu"
+    assert provenance.target.noise_levels is not None
+    assert len(provenance.target.noise_levels) == len(provenance.target.timesteps or ()) == 4
+
+
+def test_a_file_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
+    path = profiled(tmp_path / "p.h5", CONDITIONS[:1])
+    with h5py.File(path, "r+") as file:
+        del file["delta/gram"]
+    with pytest.raises(ProfileError, match="cannot be read as a profile"):
+        storage.load(path)
+    with h5py.File(path, "r+") as file:
+        file["delta/gram"] = np.zeros((1, 1, 4, 2, 2))
+    with pytest.raises(ProfileError, match=r"found delta/gram of shape \(1, 1, 4, 2, 2\)"):
+        storage.load(path)

@@ -1,95 +1,220 @@
+"""What the recorder says of a generation against what its modules really took and gave."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dicache.anatomy import survey
+from dicache.anatomy import Anatomy, survey
 from dicache.anatomy.overrides import Overrides
+from dicache.models.sampling import Sampling
+from dicache.profiler import Profile, ProfileError, Provenance, Run
 from dicache.profiler.recorder import Recorder
 from dicache.runtime.apply import denoiser
-from tests.tiny import both_models, generate, pipeline_of
+from dicache.runtime.streams import Streams, Tensors
+from dicache.schedules import Target
+from tests.tiny import every_model, flux, generate, pipeline_of
 
 STEPS = 4
 LAGS = 2
 
 
-def measured(build: Any) -> tuple[Recorder, dict[str, np.ndarray], dict[str, list[Tensor]]]:
-    """Return the recorder's arrays of one generation, and what the model's modules really gave at each step."""
+@dataclass
+class Seen:
+    """What the modules of a model really took and gave, step by step."""
+
+    anatomy: Anatomy
+    first_input: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)  # of the model
+    guided: list[Tensor] = field(default_factory=list)  # what the scheduler was given, of the first sample
+    sites: dict[str, list[list[Tensor]]] = field(default_factory=dict)
+    blocks: dict[int, list[tuple[Tensors, Tensors]]] = field(default_factory=dict)  # what entered and what left
+
+    def delta(self, start: int, stop: int, step: int, names: Sequence[str]) -> Tensor:
+        """Return the change of these streams over a range of blocks, flattened, in float64."""
+        into, out = self.blocks[start][step][0], self.blocks[stop - 1][step][1]
+        return torch.cat([(out[name].double() - into[name].double()).flatten() for name in names])
+
+    def residual(self, step: int) -> list[Tensor]:
+        """Return the change of each stream over each segment, batch first."""
+        found = []
+        for start, stop in self.anatomy.segments:
+            into, out = self.blocks[start][step][0], self.blocks[stop - 1][step][1]
+            found += [tensor.double() - into[name].double() for name, tensor in out.items()]
+        return found
+
+
+@cache
+def measured(build: Any) -> tuple[Profile, Seen]:
+    """Return the profile of one generation, and what the model really did in it."""
     pipeline = pipeline_of(build)
     model = denoiser(pipeline)
     anatomy = survey(model)
-    seen: dict[str, list[Tensor]] = {}
+    seen = Seen(anatomy)
 
-    def watch(name: str, forward: Any) -> Any:
+    def watch(forward: Any, then: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
-            first = args[0] if args else next(iter(kwargs.values()))
-            seen.setdefault(f"{name} in", []).append(first.clone())
             out = forward(*args, **kwargs)
-            seen.setdefault(name, []).append((out if isinstance(out, Tensor) else out[0]).clone())
+            then(args, kwargs, out)
             return out
 
         return run
 
+    def tensors(out: Any) -> list[Tensor]:
+        return [out.clone()] if isinstance(out, Tensor) else [t.clone() for t in out if isinstance(t, Tensor)]
+
+    def watch_block(module: nn.Module, index: int) -> Any:
+        streams = Streams(anatomy.blocks[index], module, module.forward)
+
+        def look(args: Any, kwargs: Any, out: Any) -> None:
+            taken, given = streams.read(args, kwargs), streams.unpack(out)
+            pair = {k: v.clone() for k, v in taken.items()}, {k: v.clone() for k, v in given.items()}
+            seen.blocks.setdefault(index, []).append(pair)
+
+        return watch(module.forward, look)
+
+    first = anatomy.blocks[0]
     with Overrides() as overrides:
-        names = {"model": model, "first": model.get_submodule("transformer_blocks.0")}
-        names |= {"last": model.get_submodule(anatomy.blocks[-1].module)}
-        names |= {"1.attn": model.get_submodule("transformer_blocks.1.attn1")}
-        names |= {"1": model.get_submodule("transformer_blocks.1")}
-        names |= {"0.attn": model.get_submodule("transformer_blocks.0.attn1")}
-        for name, module in names.items():
-            overrides.set(module, watch(name, module.forward))
+        for block in anatomy.blocks:
+            module = model.get_submodule(block.module)
+            overrides.set(module, watch_block(module, block.index))
+            for site in block.sites:
+                branch = model.get_submodule(f"{block.module}.{site.module}")
+                rows = seen.sites.setdefault(block.key(site), [])
+                look = lambda args, kwargs, out, rows=rows: rows.append(tensors(out))  # noqa: E731
+                overrides.set(branch, watch(branch.forward, look))
+        entrance = model.get_submodule(f"{first.module}.{first.sites[0].entrance}")
+        taken = lambda args, kwargs, out: seen.first_input.append([*args, *kwargs.values()][0].clone())  # noqa: E731
+        overrides.set(entrance, watch(entrance.forward, taken))
+        overrides.set(model, watch(model.forward, lambda args, kwargs, out: seen.outputs.append(out[0].clone())))
+        step = pipeline.scheduler.step
+
+        def watched(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+            seen.guided.append(model_output[0].clone())
+            return step(model_output, *args, **kwargs)
+
+        pipeline.scheduler.step = watched
         with Recorder(pipeline, model, anatomy, LAGS) as recorder:
             generate(pipeline, steps=STEPS)
-            return recorder, recorder.arrays(recorder.contexts), seen
+            provenance = Provenance("tiny", anatomy, Target(), {}, {}, LAGS, recorder.contexts, recorder.parts)
+            record = recorder.record(Run("1", 0), provenance)
+    return Profile(provenance, (record.run,), {name: array[None] for name, array in record.arrays.items()}), seen
 
 
-@both_models
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.double().flatten() for tensor in tensors])
+
+
+@every_model
 def test_site_statistics_are_those_of_the_outputs(build: Any) -> None:
-    recorder, arrays, seen = measured(build)
-    assert recorder.contexts == ("0",)
-    place = recorder._anatomy.sites.index("1.attn")
-    out = [x.double() for x in seen["1.attn"]]
-    for step in range(STEPS):
-        assert arrays["sites/abs_l1"][0, step, place, 0] == pytest.approx(out[step].abs().mean().item(), rel=1e-6)
-        assert arrays["sites/norm2"][0, step, place, 0] == pytest.approx(out[step].square().sum().item(), rel=1e-6)
-        for lag in range(1, LAGS + 1):
-            diff, dot = (arrays[f"sites/{name}"][0, step, place, lag - 1] for name in ("diff_l1", "dot"))
-            if step < lag:
-                assert np.isnan(diff)
-                assert np.isnan(dot)
-                continue
-            assert diff == pytest.approx((out[step] - out[step - lag]).abs().mean().item(), rel=1e-6)
-            assert dot == pytest.approx((out[step] * out[step - lag]).sum().item(), rel=1e-6)
+    profile, seen = measured(build)
+    assert len(profile.provenance.contexts) == 1
+    for place, key in enumerate(profile.anatomy.sites):
+        out = [flat(tensors) for tensors in seen.sites[key]]
+        for step in range(STEPS):
+            found = {name: profile.sites[name][0, 0, step, place] for name in profile.sites}
+            assert found["abs_l1"] == pytest.approx([out[step].abs().mean().item()] * LAGS, rel=1e-6)
+            assert found["norm2"] == pytest.approx([out[step].square().sum().item()] * LAGS, rel=1e-6)
+            for lag in range(1, LAGS + 1):
+                if step < lag:
+                    assert np.isnan(found["diff_l1"][lag - 1])
+                    assert np.isnan(found["dot"][lag - 1])
+                    continue
+                before = out[step - lag]
+                assert found["diff_l1"][lag - 1] == pytest.approx((out[step] - before).abs().mean().item(), rel=1e-5)
+                size = (out[step].norm() * before.norm()).item()
+                assert found["dot"][lag - 1] == pytest.approx((out[step] @ before).item(), abs=1e-6 * size)
 
 
-@both_models
-def test_the_delta_cosine_is_that_of_output_minus_input(build: Any) -> None:
-    _, arrays, seen = measured(build)
-    delta = [(a - b).double().flatten() for a, b in zip(seen["1"], seen["1 in"], strict=True)]
-    cosine = arrays["delta/cosine"][0, :, 1]
-    assert np.isnan(cosine[0])
+@every_model
+def test_the_delta_of_any_range_follows_from_the_products_of_blocks(build: Any) -> None:
+    profile, seen = measured(build)
+    anatomy = profile.anatomy
+    for first, last in anatomy.segments:
+        names = anatomy.blocks[last - 1].streams
+        for start in range(first, last):
+            for stop in range(start + 1, last + 1):
+                cosine, error = profile.range_cosine(start, stop)[0, 0], profile.range_error(start, stop)[0, 0]
+                assert np.isnan(cosine[0])
+                assert np.isnan(error[0])
+                for step in range(1, STEPS):
+                    now, before = (seen.delta(start, stop, i, names) for i in (step, step - 1))
+                    want = torch.cosine_similarity(now, before, dim=0).item()
+                    assert cosine[step] == pytest.approx(want, abs=1e-6)
+                    assert error[step] == pytest.approx(((now - before).norm() / now.norm()).item(), abs=1e-6)
+                if stop == start + 1:
+                    assert profile.delta_cosine[0, 0, :, start] == pytest.approx(cosine, abs=1e-12, nan_ok=True)
+    with pytest.raises(ProfileError, match="no blocks 1 to"):
+        profile.range_cosine(1, len(anatomy.blocks) + 1)
+
+
+def test_no_delta_stands_for_blocks_of_two_segments() -> None:
+    profile, _ = measured(flux)
+    (_, stop), (_, end) = profile.anatomy.segments
+    with pytest.raises(ProfileError, match=f"choose them within 0-{stop - 1}, {stop}-{end - 1}"):
+        profile.range_error(stop - 1, stop + 1)
+    assert np.isnan(profile.arrays["delta/gram"][:, :, :, :stop, stop:end]).all()
+
+
+@every_model
+def test_the_magnitude_is_that_of_the_residuals_tokens(build: Any) -> None:
+    profile, seen = measured(build)
     for step in range(1, STEPS):
-        want = torch.cosine_similarity(delta[step], delta[step - 1], dim=0).item()
-        assert cosine[step] == pytest.approx(want, rel=1e-5)
+        ratios, distances = [], []
+        for now, before in zip(seen.residual(step), seen.residual(step - 1), strict=True):
+            ratios.append((now.norm(dim=-1) / before.norm(dim=-1)).flatten())
+            distances.append(1 - torch.cosine_similarity(now, before, dim=-1).flatten())
+        ratio, distance = torch.cat(ratios), torch.cat(distances)
+        want = [ratio.mean(), ratio.std(correction=0), distance.mean()]
+        assert profile.arrays["magnitude"][0, 0, step] == pytest.approx(torch.stack(want).numpy(), rel=1e-4, abs=1e-6)
 
 
-@both_models
+@every_model
+def test_the_body_gram_is_of_the_guided_residual(build: Any) -> None:
+    profile, seen = measured(build)
+    weights = profile.arrays["body/weights"][0]
+    parts = profile.provenance.parts[0]
+    guidance = Sampling().resolved(pipeline_of(build)).guidance or 0.0
+    want = sorted([guidance, 1 - guidance]) if parts == 2 else [1.0]
+    assert sorted(weights[0]) == pytest.approx(want, abs=2e-2)
+    assert weights == pytest.approx(np.tile(weights[0], (STEPS, 1)), abs=2e-2)
+    rows = []
+    for step in range(STEPS):
+        residual = torch.cat([tensor.reshape(parts, -1) for tensor in seen.residual(step)], dim=1)
+        rows.append(torch.from_numpy(weights[step]) @ residual)
+    guided = torch.stack(rows)
+    assert profile.arrays["body/gram"][0] == pytest.approx((guided @ guided.T).numpy(), rel=1e-5)
+    outputs = torch.stack([x.double().flatten() for x in seen.guided])
+    size = float(outputs.square().sum(1).max())
+    assert profile.arrays["body/output"][0] == pytest.approx((outputs @ outputs.T).numpy(), abs=1e-6 * size)
+
+
+@every_model
 def test_teacache_pairs_are_those_of_the_four_signals(build: Any) -> None:
-    _, arrays, seen = measured(build)
-    residual = [a - b for a, b in zip(seen["last"], seen["first in"], strict=True)]
-    signals = {"input": seen["0.attn in"], "residual": residual, "body": seen["last"], "output": seen["model"]}
+    profile, seen = measured(build)
+    last = len(profile.anatomy.blocks) - 1
+    signals = {
+        "input": [x.double() for x in seen.first_input],
+        "residual": [flat(seen.residual(step)) for step in range(STEPS)],
+        "body": [flat(list(seen.blocks[last][step][1].values())) for step in range(STEPS)],
+        "output": [x.double() for x in seen.outputs],
+    }
     for name, values in signals.items():
-        assert np.isnan(arrays[f"teacache/{name}"][0, 0]).all()
+        found = profile.arrays[f"teacache/{name}"][0, 0]
+        assert np.isnan(found[0]).all()
         for step in range(1, STEPS):
             change = (values[step] - values[step - 1]).abs().mean().item()
             size = values[step - 1].abs().mean().item()
-            assert arrays[f"teacache/{name}"][0, step] == pytest.approx([change, size], rel=1e-5), name
+            assert found[step] == pytest.approx([change, size], rel=1e-4), name
 
 
-@both_models
+@every_model
 def test_recording_changes_nothing_and_leaves_nothing(build: Any) -> None:
     pipeline = pipeline_of(build)
     model = denoiser(pipeline)
@@ -101,7 +226,7 @@ def test_recording_changes_nothing_and_leaves_nothing(build: Any) -> None:
     assert "step" not in vars(pipeline.scheduler)
 
 
-@both_models
+@every_model
 def test_a_nan_is_found_with_its_step_and_site(build: Any, tmp_path: Path) -> None:
     pipeline = pipeline_of(build)
     model = denoiser(pipeline)
@@ -109,9 +234,9 @@ def test_a_nan_is_found_with_its_step_and_site(build: Any, tmp_path: Path) -> No
     calls = []
     mlp = model.get_submodule("transformer_blocks.1.ff")
 
-    def spoil(hidden_states: Tensor, *args: Any) -> Tensor:
+    def spoil(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(1)
-        out: Tensor = type(mlp).forward(mlp, hidden_states)
+        out: Tensor = type(mlp).forward(mlp, *args, **kwargs)
         return out * torch.nan if len(calls) == 3 else out
 
     vars(mlp)["forward"] = spoil
