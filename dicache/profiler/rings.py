@@ -83,13 +83,17 @@ class Ring:
 
     def write(self, place: int, tensors: Sequence[Tensor]) -> None:
         """Write one group in the step that runs."""
-        for view, tensor in zip(self._views[self.slot][place], tensors, strict=True):
-            view.copy_(tensor.reshape(view.shape))
+        views = self._views[self.slot][place]
+        if len(tensors) == 1:  # the usual case, many times a step
+            views[0].copy_(tensors[0].reshape(self.parts, -1))
+            return
+        for view, tensor in zip(views, tensors, strict=True):
+            view.copy_(tensor.reshape(self.parts, -1))
 
     def write_change(self, place: int, after: Sequence[Tensor], before: Sequence[Tensor]) -> None:
         """Write the difference of two groups in the step that runs."""
         for view, one, two in zip(self._views[self.slot][place], after, before, strict=True):
-            torch.sub(one.reshape(view.shape), two.reshape(view.shape), out=view)
+            torch.sub(one.reshape(self.parts, -1), two.reshape(self.parts, -1), out=view)
 
     def sums(self) -> Tensor:
         """Return the sums of this step's groups and of what they have in common with the steps before.
