@@ -10,6 +10,7 @@ from dicache.cli.command import Command, json_option, model_option, show_json, t
 
 if TYPE_CHECKING:
     from dicache.evaluate.evaluation import Result
+    from dicache.evaluate.quality import Mean
 
 METRICS = ("psnr", "ssim", "accuracy", "frechet")
 
@@ -17,8 +18,13 @@ METRICS = ("psnr", "ssim", "accuracy", "frechet")
 @click.command(cls=Command)
 @model_option()
 @click.option("--schedule", "files", multiple=True, required=True, type=click.Path(path_type=Path), help="Repeatable.")
-@click.option("--runs", type=click.IntRange(1), default=16, show_default=True, help="Images.")
+@click.option("--prompts", type=click.Path(dir_okay=False), help="A file with a prompt, or a class, a line.")
+@click.option("--runs", type=click.IntRange(1), default=16, show_default=True, help="Images, without --prompts.")
+@click.option("--scheduler", help="As the schedules were made for.  [default: the pipeline's]")
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance scale.  [default: the pipeline's]")
+@click.option("--height", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
+@click.option("--width", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
+@click.option("--frames", type=click.IntRange(1), help="Of a video.  [default: the pipeline's]")
 @click.option("--seed", type=int, default=1000, show_default=True, help="Of the first image.")
 @click.option("--metrics", help=f"Separated by commas: {','.join(METRICS)}.  [default: all that the model has]")
 @click.option("--timing-rounds", type=click.IntRange(0), default=5, show_default=True, help="0 times nothing.")
@@ -33,8 +39,13 @@ METRICS = ("psnr", "ssim", "accuracy", "frechet")
 def evaluate(
     model: str,
     files: tuple[Path, ...],
+    prompts: str | None,
     runs: int,
+    scheduler: str | None,
     guidance: float | None,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
     seed: int,
     metrics: str | None,
     timing_rounds: int,
@@ -49,7 +60,7 @@ def evaluate(
     from dicache.models.judges import judges_of
     from dicache.models.loading import load
     from dicache.models.names import ModelError
-    from dicache.models.sampling import Sampling, default_conditions
+    from dicache.models.sampling import Sampling, default_conditions, read_conditions
     from dicache.schedules import Schedule, ScheduleError
 
     wanted = [part.strip() for part in metrics.split(",")] if metrics else list(METRICS)
@@ -61,8 +72,9 @@ def evaluate(
     counts = {schedule.target.num_inference_steps or schedule.steps for _, schedule in schedules}
     if len(counts) > 1:
         raise ScheduleError(f"the schedules are for {sorted(counts)} steps; evaluate those of one step count together")
-    pipeline = load(model, device=device, dtype=dtype)
-    conditions = default_conditions(pipeline, runs)
+    given = read_conditions(prompts) if prompts else None
+    pipeline = load(model, device=device, dtype=dtype, scheduler=scheduler)
+    conditions = given or default_conditions(pipeline, runs)
     judges = {name: f for name, f in judges_of(model, pipeline, conditions).items() if name in wanted}
     if metrics and (absent := [m for m in wanted if m not in ("psnr", "ssim", *judges)]):
         raise ModelError(f"{model} has no judge for {', '.join(absent)}; the bundled models have")
@@ -70,7 +82,7 @@ def evaluate(
         pipeline,
         schedules,
         conditions,
-        sampling=Sampling(steps=counts.pop(), guidance=guidance).usual_for(model),
+        sampling=Sampling(counts.pop(), guidance, height, width, frames).usual_for(model),
         seed=seed,
         judges=judges,
         timing_rounds=timing_rounds,
@@ -90,9 +102,14 @@ def evaluate(
 
 
 def results_table(results: "Sequence[Result]") -> str:
-    """Return results as text, one a line; the interval is the 95 % bootstrap one."""
+    """Return results as text, one a line; intervals are the 95 % bootstrap ones over images.
+
+    The gain is the PSNR minus that of fewer steps at the same cost, image by image.
+    """
     judged = list(results[0].judged)
-    header = ["", "steps", "computed", "MACs", "speed-up", "PSNR dB", "95 %", "SSIM", *judged]
+    gains = any(result.psnr_gain is not None for result in results)
+    header = ["", "steps", "computed", "MACs", "speed-up", "PSNR dB", "95 %", *(["gain", "95 %"] * gains)]
+    header += ["SSIM", *judged]
     rows = []
     for result in results:
         same = result.name == "uncached"
@@ -105,8 +122,13 @@ def results_table(results: "Sequence[Result]") -> str:
                 "-" if result.speedup is None else f"{result.speedup:.2f}",
                 "-" if same else f"{result.psnr.mean:.1f}",
                 "-" if same else f"{result.psnr.low:.1f} to {result.psnr.high:.1f}",
+                *(_gain(result.psnr_gain) if gains else ()),
                 "-" if same else f"{result.ssim.mean:.4f}",
                 *(f"{result.judged[name]:.3f}" for name in judged),
             ]
         )
     return table(header, rows)
+
+
+def _gain(gain: "Mean | None") -> tuple[str, str]:
+    return ("-", "-") if gain is None else (f"{gain.mean:+.1f}", f"{gain.low:+.1f} to {gain.high:+.1f}")

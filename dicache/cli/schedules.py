@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 LEGEND = "C computed, R reused, S skipped with its block; step 0 is the noisiest"
 
 
+# What a policy makes of x outside the fitted range, and of a negative p(x).
+NEGATIVE = {
+    "clamp": ("x is held in", "a negative p(x) adds nothing"),
+    "abs": ("x is held in", "a negative p(x) adds its magnitude"),
+    "reference": ("p was fitted to x in", "x is taken as it is, and a negative p(x) lowers the sum"),
+}
+
+
 @click.group(cls=Group)
 def schedules() -> None:
     """Look at schedule files."""
@@ -45,7 +53,8 @@ def show(file: Path, as_json: bool) -> None:
         click.echo(
             f"decides at run time: threshold {policy.threshold:.4g} on the sum of p(x), p = {_polynomial(policy)}"
         )
-        click.echo(f"x in [{policy.input_range[0]:.4g}, {policy.input_range[1]:.4g}]")
+        low, high = policy.input_range
+        click.echo(f"{NEGATIVE[policy.negative][0]} [{low:.4g}, {high:.4g}]; {NEGATIVE[policy.negative][1]}")
         if not schedule.foreseen:
             return
     for context in (*schedule.contexts, None):

@@ -35,6 +35,8 @@ class Result:
         speedup: Uncached wall time / this one's, the median of interleaved rounds; None if it was not timed.
         psnr: In dB against the uncached images; identical images count as 120.
         ssim: Structural similarity with them.
+        psnr_gain: PSNR minus that of fewer steps at the nearest cost, image by image of the same seed; None where
+            that was not run.
         latent_error: |z - z'| / |z'| of the latents after each step against the uncached run, mean over images;
             empty for another number of steps.
         judged: What the judges say, by name.
@@ -48,6 +50,7 @@ class Result:
     speedup: float | None
     psnr: Mean
     ssim: Mean
+    psnr_gain: Mean | None = None
     latent_error: tuple[float, ...] = ()
     judged: Mapping[str, float] = field(default_factory=dict)
     images: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
@@ -62,6 +65,7 @@ class Result:
             "speedup": self.speedup,
             "psnr": self.psnr.to_json(),
             "ssim": self.ssim.to_json(),
+            "psnr_gain": None if self.psnr_gain is None else self.psnr_gain.to_json(),
             "latent_error": list(self.latent_error),
             **self.judged,
         }
@@ -143,18 +147,20 @@ def evaluate(
         variant = _with_schedule(name, sampling, schedule)
         cached.append((variant, replay(pipeline, name, schedule, conditions, seeds, sampling, progress)))
 
-    fewer: list[tuple[_Variant, Trajectory]] = []
-    counts = sorted({max(1, round(made.macs_fraction * sampling.steps)) for _, made in cached}, reverse=True)
-    for count in counts if fewer_steps else ():
+    fewer: dict[int, tuple[_Variant, Trajectory]] = {}
+    alike = [max(1, round(made.macs_fraction * sampling.steps)) for _, made in cached]
+    for count in sorted(set(alike), reverse=True) if fewer_steps else ():
         if count < sampling.steps:
             variant = _Variant(f"{count} steps", replace(sampling, steps=count))
-            fewer.append((variant, _images(pipeline, variant, conditions, seeds, progress)[0]))
+            fewer[count] = variant, _images(pipeline, variant, conditions, seeds, progress)[0]
 
-    variants = [uncached, *(row[0] for row in cached), *(row[0] for row in fewer)]
+    variants = [uncached, *(row[0] for row in cached), *(row[0] for row in fewer.values())]
     seconds = _time(pipeline, variants, conditions[0], seeds[0], timing_rounds, progress) if timing_rounds else {}
 
-    def result(variant: _Variant, made: Trajectory, computed: float, fraction: float) -> Result:
+    def result(variant: _Variant, made: Trajectory, computed: float, fraction: float, count: int = 0) -> Result:
         images = made.images
+        decibels = psnr(images, reference.images)
+        rival = psnr(fewer[count][1].images, reference.images) if count in fewer else None
         same_steps = made.latents.shape == reference.latents.shape
         timed = seconds.get(variant.name)
         return Result(
@@ -163,8 +169,9 @@ def evaluate(
             computed_steps=computed,
             macs_fraction=fraction,
             speedup=speedup(seconds[UNCACHED], timed) if timed else None,
-            psnr=mean_with_interval(psnr(images, reference.images)),
+            psnr=mean_with_interval(decibels),
             ssim=mean_with_interval(ssim(images, reference.images)),
+            psnr_gain=None if rival is None else mean_with_interval(decibels - rival),
             latent_error=tuple(latent_error(made.latents, reference.latents).tolist()) if same_steps else (),
             judged={name: judge(images) for name, judge in judges.items()},
             images=images,
@@ -173,8 +180,11 @@ def evaluate(
     steps = sampling.steps
     return (
         result(uncached, reference, steps, 1.0),
-        [result(v, made.trajectory, made.computed_steps, made.macs_fraction) for v, made in cached],
-        [result(v, made, v.sampling.steps or 0, (v.sampling.steps or 0) / steps) for v, made in fewer],
+        [
+            result(variant, made.trajectory, made.computed_steps, made.macs_fraction, count)
+            for (variant, made), count in zip(cached, alike, strict=True)
+        ],
+        [result(variant, made, count, count / steps) for count, (variant, made) in fewer.items()],
     )
 
 

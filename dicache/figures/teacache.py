@@ -64,17 +64,17 @@ def _policy(schedule: Schedule) -> TeaCachePolicy:
 
 
 def _draw_polynomial(axes: Axes, policy: TeaCachePolicy) -> None:
-    """Draw what the policy foretells, and shade where its input is held at the end of the fitted range."""
+    """Draw what the policy foretells, and shade what lies outside the fitted range."""
     low, high = policy.input_range
     left, right = axes.get_xlim()
     left, right = min(left, low), max(right, high)
     inside = np.linspace(low, high, 200)
     name = f"polynomial of degree {len(policy.coefficients) - 1}"
     axes.plot(inside, [policy.rescale(x) for x in inside], color=INK, linewidth=2, zorder=3, label=name)
-    outside = "outside its range: input clamped"
+    outside = "outside its range" if policy.negative == "reference" else "outside its range: input clamped"
     for start, stop in ((left, low), (high, right)):
-        level = policy.rescale(low if stop == low else high)
-        axes.plot((start, stop), (level, level), ":", color=INK, linewidth=2, zorder=3)
+        beyond = np.linspace(start, stop, 50)
+        axes.plot(beyond, [policy.rescale(x) for x in beyond], ":", color=INK, linewidth=2, zorder=3)
         axes.axvspan(start, stop, facecolor=PAPER, linewidth=0, zorder=0, label=outside)
         outside = ""  # one line in the legend
     axes.set_xlim(left, right)

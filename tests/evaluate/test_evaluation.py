@@ -3,6 +3,7 @@ import pytest
 
 from dicache.anatomy import survey
 from dicache.evaluate.evaluation import evaluate
+from dicache.evaluate.quality import psnr
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling
 from dicache.schedules import Plan, Rule, Schedule, ScheduleError, Target, TeaCachePolicy
@@ -35,6 +36,11 @@ def test_computing_all_is_identical_and_caching_lies_between_it_and_nonsense() -
     assert fewer[0].psnr.mean < 120
     assert half.speedup is not None
     assert half.to_json()["psnr"].keys() == {"mean", "low", "high"}
+    assert whole.psnr_gain is None  # as many steps are no fewer
+    paired = psnr(half.images, uncached.images) - psnr(fewer[0].images, uncached.images)
+    assert half.psnr_gain is not None
+    assert half.psnr_gain.mean == pytest.approx(paired.mean())
+    assert paired.min() <= half.psnr_gain.low <= half.psnr_gain.mean <= half.psnr_gain.high <= paired.max()
 
 
 def test_a_policy_is_counted_by_what_it_did() -> None:
