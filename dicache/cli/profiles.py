@@ -59,8 +59,12 @@ def show(file: Path | None, as_json: bool) -> None:
             blocks, error = f"blocks {start}-{stop - 1}", np.nanmean(read.range_error(start, stop))
             click.echo(f"  {blocks:12} relative change of their delta from step to step: mean {error:.4f}")
     click.echo(f"arrays, {byte_size(file.stat().st_size)} in all:")
-    for name, shape in array_shapes(file).items():
-        click.echo(f"  {name:20} {' x '.join(map(str, shape))}")
+    shapes = array_shapes(file)
+    priors = [name for name in shapes if name.startswith("/priors/")]
+    for name, shape in shapes.items():
+        if name not in priors[1:]:
+            more = f" and {len(priors) - 1} more" if name in priors[:1] else ""
+            click.echo(f"  {name:20} {' x '.join(map(str, shape))}{more}")
 
 
 def newest() -> Path:
