@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dicache.evaluate.quality import Mean
 
 METRICS = ("psnr", "ssim", "accuracy", "frechet")
+NETWORKS = ("lpips", "clip", "fid", "is")  # by networks of others, whose weights have to be there
 
 
 @click.command(cls=Command)
@@ -26,7 +27,13 @@ METRICS = ("psnr", "ssim", "accuracy", "frechet")
 @click.option("--width", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
 @click.option("--frames", type=click.IntRange(1), help="Of a video.  [default: the pipeline's]")
 @click.option("--seed", type=int, default=1000, show_default=True, help="Of the first image.")
-@click.option("--metrics", help=f"Separated by commas: {','.join(METRICS)}.  [default: all that the model has]")
+@click.option(
+    "--metrics",
+    help=f"Separated by commas: {','.join(METRICS)}; {','.join(NETWORKS)} by networks whose weights have to be there. "
+    " [default: those of the first that the model has]",
+)
+@click.option("--real", type=click.Path(file_okay=False, path_type=Path), help="Folder of real images, for fid.")
+@click.option("--clip-model", help="Hub id or folder of the model of clip.  [default: openai/clip-vit-large-patch14]")
 @click.option("--timing-rounds", type=click.IntRange(0), default=5, show_default=True, help="0 times nothing.")
 @click.option(
     "--references",
@@ -48,6 +55,8 @@ def evaluate(
     frames: int | None,
     seed: int,
     metrics: str | None,
+    real: Path | None,
+    clip_model: str | None,
     timing_rounds: int,
     references: Path | None,
     device: str | None,
@@ -56,6 +65,7 @@ def evaluate(
 ) -> None:
     """Judge schedules against the uncached run of the same seeds, and against fewer steps at the same cost."""
     from dicache.evaluate.evaluation import evaluate as judge
+    from dicache.evaluate.networks import CLIP_MODEL, DISTANCES, SCORES, Request
     from dicache.evaluate.references import default_folder
     from dicache.models.judges import judges_of
     from dicache.models.loading import load
@@ -64,8 +74,8 @@ def evaluate(
     from dicache.schedules import Schedule, ScheduleError
 
     wanted = [part.strip() for part in metrics.split(",")] if metrics else list(METRICS)
-    if unknown := sorted(set(wanted) - set(METRICS)):
-        raise ModelError(f"unknown metric {unknown[0]!r}; known: {', '.join(METRICS)}")
+    if unknown := sorted(set(wanted) - {*METRICS, *NETWORKS}):
+        raise ModelError(f"unknown metric {unknown[0]!r}; known: {', '.join((*METRICS, *NETWORKS))}")
     schedules = [(file.stem, Schedule.load(file)) for file in files]
     if len({name for name, _ in schedules}) < len(schedules):
         schedules = [(str(file), schedule) for file, (_, schedule) in zip(files, schedules, strict=True)]
@@ -76,7 +86,10 @@ def evaluate(
     pipeline = load(model, device=device, dtype=dtype, scheduler=scheduler)
     conditions = given or default_conditions(pipeline, runs)
     judges = {name: f for name, f in judges_of(model, pipeline, conditions).items() if name in wanted}
-    if metrics and (absent := [m for m in wanted if m not in ("psnr", "ssim", *judges)]):
+    request = Request(conditions, real, clip_model or CLIP_MODEL)
+    judges |= {name: SCORES[name](request) for name in wanted if name in SCORES}
+    distances = {name: DISTANCES[name](request) for name in wanted if name in DISTANCES}
+    if metrics and (absent := [m for m in wanted if m not in ("psnr", "ssim", *judges, *distances)]):
         raise ModelError(f"{model} has no judge for {', '.join(absent)}; the bundled models have")
     uncached, results, fewer = judge(
         pipeline,
@@ -85,6 +98,7 @@ def evaluate(
         sampling=Sampling(counts.pop(), guidance, height, width, frames).usual_for(model),
         seed=seed,
         judges=judges,
+        distances=distances,
         timing_rounds=timing_rounds,
         references=references or default_folder(),
     )
@@ -106,10 +120,10 @@ def results_table(results: "Sequence[Result]") -> str:
 
     The gain is the PSNR minus that of fewer steps at the same cost, image by image.
     """
-    judged = list(results[0].judged)
+    judged, distances = list(results[0].judged), list(results[0].distances)
     gains = any(result.psnr_gain is not None for result in results)
     header = ["", "steps", "computed", "MACs", "speed-up", "PSNR dB", "95 %", *(["gain", "95 %"] * gains)]
-    header += ["SSIM", *judged]
+    header += ["SSIM", *distances, *judged]
     rows = []
     for result in results:
         same = result.name == "uncached"
@@ -124,6 +138,7 @@ def results_table(results: "Sequence[Result]") -> str:
                 "-" if same else f"{result.psnr.low:.1f} to {result.psnr.high:.1f}",
                 *(_gain(result.psnr_gain) if gains else ()),
                 "-" if same else f"{result.ssim.mean:.4f}",
+                *("-" if same else f"{result.distances[name].mean:.4f}" for name in distances),
                 *(f"{result.judged[name]:.3f}" for name in judged),
             ]
         )

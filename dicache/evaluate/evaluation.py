@@ -20,6 +20,7 @@ from dicache.runtime import Cache, apply
 from dicache.schedules import Schedule
 
 Judge = Callable[[np.ndarray], float]  # images -> one number, such as the share that shows what was asked for
+Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # images and references -> a value each
 UNCACHED = "uncached"
 
 
@@ -39,6 +40,7 @@ class Result:
             that was not run.
         latent_error: |z - z'| / |z'| of the latents after each step against the uncached run, mean over images;
             empty for another number of steps.
+        distances: From the uncached images by other measures, by name.
         judged: What the judges say, by name.
         images: What was made, (n, h, w, 3).
     """
@@ -52,6 +54,7 @@ class Result:
     ssim: Mean
     psnr_gain: Mean | None = None
     latent_error: tuple[float, ...] = ()
+    distances: Mapping[str, Mean] = field(default_factory=dict)
     judged: Mapping[str, float] = field(default_factory=dict)
     images: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
@@ -67,6 +70,7 @@ class Result:
             "ssim": self.ssim.to_json(),
             "psnr_gain": None if self.psnr_gain is None else self.psnr_gain.to_json(),
             "latent_error": list(self.latent_error),
+            **{name: value.to_json() for name, value in self.distances.items()},
             **self.judged,
         }
 
@@ -108,6 +112,7 @@ def evaluate(
     seed: int = 1000,
     fewer_steps: bool = True,
     judges: Mapping[str, Judge] | None = None,
+    distances: Mapping[str, Distance] | None = None,
     timing_rounds: int = 5,
     references: Path | None = None,
     progress: bool = True,
@@ -125,6 +130,7 @@ def evaluate(
             what it was calibrated with.
         fewer_steps: Whether to run the baseline that any cache has to beat.
         judges: Name -> a function of all images.
+        distances: Name -> a function of all images and the uncached ones, that gives a value each.
         timing_rounds: Rounds of single images to time; 0 times nothing.
         references: Folder in which uncached runs are kept from one evaluation to the next; None keeps none.
         progress: Whether to show a bar on standard error.
@@ -173,6 +179,10 @@ def evaluate(
             ssim=mean_with_interval(ssim(images, reference.images)),
             psnr_gain=None if rival is None else mean_with_interval(decibels - rival),
             latent_error=tuple(latent_error(made.latents, reference.latents).tolist()) if same_steps else (),
+            distances={
+                name: mean_with_interval(distance(images, reference.images))
+                for name, distance in (distances or {}).items()
+            },
             judged={name: judge(images) for name, judge in judges.items()},
             images=images,
         )
