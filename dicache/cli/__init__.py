@@ -4,6 +4,7 @@ import click
 
 from dicache import __version__
 from dicache.cli.calibrate import calibrate
+from dicache.cli.calibrate_predicted import eoc, faster_diffusion, magcache, pab, smoothcache, taylorseer
 from dicache.cli.command import Group
 from dicache.cli.demo import demo
 from dicache.cli.evaluate import evaluate
@@ -28,3 +29,5 @@ def main() -> None:
 
 for command in (demo, models, zoo, profile, profiles, calibrate, schedules, generate, evaluate, plot):
     main.add_command(command)
+for method in (taylorseer, smoothcache, magcache, pab, faster_diffusion, eoc):
+    calibrate.add_command(method)

@@ -56,9 +56,10 @@ class Cache:
         self._forward = self._overrides.original(model)
         self._clock: StepClock | None = None
         self._attached = True
+        self._executors: dict[tuple[float, ...] | None, Executor] = {}
         self._names = PassNames(model, lambda name: self._requests.current().named(name))
         try:
-            self._executors = {schedule.target.noise_levels: self._executor_of(schedule)}
+            self._executors[schedule.target.noise_levels] = self._executor_of(schedule)
             self._overrides.set(model, self._call)
             if pipeline is not None:
                 self._clock = StepClock(pipeline.scheduler, self._on_set_timesteps, self._on_step)
@@ -69,7 +70,7 @@ class Cache:
 
     def _executor_of(self, schedule: Schedule) -> Executor:
         if schedule.plan is not None:
-            return Replay(self._model, schedule.anatomy, schedule.plan, self._installer, self.stats)
+            return Replay(self._model, schedule, self._installer, self.stats)
         assert schedule.policy is not None
         return Adaptive(self._model, schedule.anatomy, schedule.policy, self._installer, self.stats)
 
@@ -126,7 +127,8 @@ class Cache:
         if self._model.__dict__.get(_MARK) is self:
             del self._model.__dict__[_MARK]
         self._requests.free()
-        self.stats.bytes_held = 0
+        self._executors.clear()
+        self.stats.bytes_held = self.stats.bytes_of_corrections = 0
 
     def __enter__(self) -> "Cache":
         return self

@@ -43,8 +43,11 @@ class Lane:
     Attributes:
         signature: Shape, dtype and device of the tensors of its calls.
         named: Whether the pipeline has a name for the pass.
+        batch: Samples in its calls.
         step: Its latest step; a lane that missed one starts afresh.
-        entries: Kept outputs by site, and kept deltas by range of blocks.
+        since: The step at which it last started with nothing kept, -1 if it is to do so now.
+        entries: Kept outputs by site, and kept deltas by range of blocks; those before the last one by site or range
+            and how many have been computed since.
         accumulated: The policy's sum.
         bytes_held: Memory of the entries.
         marks: Arguments that told this pass from the others of its first step.
@@ -53,7 +56,9 @@ class Lane:
 
     signature: Signature
     named: bool
+    batch: int = 1
     step: int = -1
+    since: int = -1
     entries: dict[Hashable, Any] = field(default_factory=dict)
     accumulated: float = 0.0
     bytes_held: int = 0
@@ -62,6 +67,7 @@ class Lane:
 
     def clear(self) -> None:
         self.entries.clear()
+        self.since = -1
         self.accumulated = 0.0
         self.bytes_held = 0
 
@@ -115,7 +121,7 @@ class Generation:
             name = self._pass(name, call)
         lane = self.lanes.get((name, call.batch))
         if lane is None:
-            lane = self.lanes[name, call.batch] = Lane(call.signature, named=context is not None)
+            lane = self.lanes[name, call.batch] = Lane(call.signature, context is not None, call.batch)
             self._mark(lane, call)
         elif lane.signature != call.signature or lane.step != self.step - 1:
             lane.clear()

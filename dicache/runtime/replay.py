@@ -1,6 +1,6 @@
 """Static plans: every distinct row is a set of specialised forwards that are put on the modules for its steps."""
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from torch import nn
@@ -9,33 +9,39 @@ from dicache.anatomy import Anatomy
 from dicache.anatomy.standins import pass_on, view_of_zero
 from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane, Signature
+from dicache.runtime.predictors import Corrector, foretell
 from dicache.runtime.stats import Stats, bytes_of
-from dicache.runtime.streams import Streams, Tensors, add, delta
-from dicache.schedules import Plan, Range, Row, Rows
+from dicache.runtime.streams import Streams, Tensors, add, delta, replace
+from dicache.schedules import Range, Row, Rows, Schedule
+from dicache.schedules.plan import ACT
+from dicache.schedules.rows import Key
 
 
 class Replay:
     """Executes a plan. A module whose output is computed and not kept runs its own forward, unwrapped.
 
     Args:
-        model: The model that the plan is for.
-        anatomy: Its anatomy.
-        plan: What to compute.
+        model: The model that the schedule is for.
+        schedule: Has a plan.
         installer: Puts the forwards on the modules.
         stats: Counted into.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, plan: Plan, installer: Installer, stats: Stats) -> None:
+    def __init__(self, model: nn.Module, schedule: Schedule, installer: Installer, stats: Stats) -> None:
+        assert schedule.plan is not None
         self._model = model
-        self._anatomy = anatomy
-        self._plan = plan
+        self._anatomy = anatomy = schedule.anatomy
+        self._plan = schedule.plan
+        self._corrections = schedule.corrections
         self._installer = installer
         self._stats = stats
         self._rows: dict[str, Rows] = {}
         self._programs: dict[tuple[Any, ...], Program] = {}
-        self._steps: dict[tuple[str, int, bool], _Step] = {}
+        self._correctors: dict[tuple[str, str, int], Corrector] = {}
+        self._steps: dict[tuple[str, int, int], _Step] = {}
         self._running = _Step(Row(), {}, anatomy)
         self._entries: dict[Any, Any] = {}  # of the lane whose call is running
+        self._batch = 1  # of that call
         self._inputs: dict[Range, Tensors] = {}
         self._streams: dict[int, Streams] = {}
         for block in anatomy.blocks:
@@ -44,13 +50,13 @@ class Replay:
 
     def prepare(self, lane: Lane, context: str, generation: Generation) -> None:
         """Put the forwards of this step's row in place for a call of `lane`."""
-        step = self._step(context, generation.step, compute=False)
-        if not (step.row.reuse <= lane.entries.keys() and all(part in lane.entries for part in step.row.skip)):
-            lane.clear()
-            step = self._step(context, generation.step, compute=True)
+        if lane.since < 0:
+            lane.since = generation.step
+        step = self._step(context, generation.step, lane.since)
         self._installer.install(step.program)
         self._running = step
         self._entries = lane.entries
+        self._batch = lane.batch
 
     def finish(self, lane: Lane) -> None:
         """Release what no later step reads, and count the call."""
@@ -75,20 +81,39 @@ class Replay:
     def letter(self) -> str:
         return "." if self._running.row.reuse or self._running.row.skip else "C"
 
-    def _step(self, context: str, step: int, *, compute: bool) -> "_Step":
-        key = (context, step, compute)
+    def _step(self, context: str, step: int, since: int) -> "_Step":
+        key = (context, step, since)
         if key not in self._steps:
             rows = self._rows.get(context)
             if rows is None:
                 rows = self._rows[context] = Rows(self._plan, self._anatomy, context)
-            row = rows.row(step, compute=compute)
-            same = (row.reuse, row.skip, row.keep, row.keep_delta)
+            row = rows.row(step, since=since)
+            correctors = {
+                site: self._corrector(context, site, step) for site in self._corrected(rows, row, step, since)
+            }
+            kept = (row.keep, row.keep_delta, row.keep_older, row.features)
+            same = (row.reuse, row.skip, *kept, row.predict, *correctors.items())
             if same not in self._programs:
-                self._programs[same] = self._build(row)
+                self._programs[same] = self._build(row, correctors)
             self._steps[key] = _Step(row, self._programs[same], self._anatomy)
         return self._steps[key]
 
-    def _build(self, row: Row) -> Program:
+    def _corrected(self, rows: Rows, row: Row, step: int, since: int) -> list[str]:
+        """Return the sites whose held output is corrected: as a trend says, from the step that it is held since."""
+        if self._corrections is None:
+            return []
+        sites = [site for site, letters in self._corrections.sites.items() if letters[step] == ACT]
+        return [s for s in sites if s in row.reuse and rows.held_from(s, step, since) == rows.held_from(s, step)]
+
+    def _corrector(self, context: str, site: str, step: int) -> Corrector:
+        key = (context, site, step)
+        if key not in self._correctors:
+            assert self._corrections is not None
+            self._correctors[key] = Corrector(self._corrections, *key, self._stats)
+        return self._correctors[key]
+
+    def _build(self, row: Row, correctors: Mapping[str, Corrector]) -> Program:
+        predict, older = dict(row.predict), dict(row.keep_older)
         program: Program = {}
         skipped = {index for start, stop in row.skip for index in range(start, stop)}
         for block in self._anatomy.blocks:
@@ -100,10 +125,10 @@ class Replay:
                 module = self._model.get_submodule(f"{block.module}.{site.module}")
                 inner = {path: self._model.get_submodule(f"{block.module}.{path}") for path in site.inner}
                 if site.branch in reused:
-                    program[module] = self._give(key)
+                    program[module] = self._stand_in(key, predict.get(key, ()), correctors.get(key))
                     program |= {piece: self._give((key, path)) for path, piece in inner.items()}
                 elif key in row.keep:
-                    program[module] = self._keep(key, self._installer.original(module))
+                    program[module] = self._keep(key, self._installer.original(module), older.get(key, 0))
                     for path, piece in inner.items():
                         program[piece] = self._keep_shape((key, path), self._installer.original(piece))
             for path, feeds in block.norms.items():
@@ -112,12 +137,28 @@ class Replay:
         for part in row.skip:
             for index in range(*part):
                 streams = self._streams[index]
-                program[streams.module] = self._add(part, streams) if index == part[0] else _through(streams)
+                program[streams.module] = _through(streams)
+            first = self._streams[part[0]]
+            change = self._stand_in(part, predict.get(part, ()), None)
+            program[first.module] = _changed(first, change, replace if part in row.features else add)
         for part in row.keep_delta:
             first, last = self._streams[part[0]], self._streams[part[1] - 1]
+            forward = program.get(last.module, last.forward)
+            if part in row.features:
+                program[last.module] = self._exit(part, last, forward, older.get(part, 0), feature=True)
+                continue
+            program[last.module] = self._exit(part, last, forward, older.get(part, 0))
             program[first.module] = self._enter(part, first, program.get(first.module, first.forward))
-            program[last.module] = self._exit(part, last, program.get(last.module, last.forward))
         return program
+
+    def _stand_in(self, key: Key, coefficients: tuple[float, ...], corrector: Corrector | None) -> Forward:
+        """Return what gives the stand-in for a site or a range."""
+        if coefficients:
+            keys = (key, *((key, age) for age in range(1, len(coefficients) + 1)))
+            return lambda *_args, **_kwargs: foretell([self._entries[kept] for kept in keys], coefficients)
+        if corrector is not None:
+            return lambda *_args, **_kwargs: corrector(self._entries[key], self._batch)
+        return self._give(key)
 
     def _give(self, key: Hashable) -> Forward:
         def give(*_args: Any, **_kwargs: Any) -> Any:
@@ -125,12 +166,26 @@ class Replay:
 
         return give
 
-    def _keep(self, key: str, forward: Forward) -> Forward:
+    def _keep(self, key: str, forward: Forward, older: int) -> Forward:
         def keep(*args: Any, **kwargs: Any) -> Any:
             out = self._entries[key] = forward(*args, **kwargs)
             return out
 
-        return keep
+        def keep_also_older(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            self._push(key, out, older)
+            return out
+
+        return keep_also_older if older else keep
+
+    def _push(self, key: Key, out: Any, older: int) -> None:
+        """Keep an output, and so many of those before it."""
+        entries = self._entries
+        for age in range(older, 1, -1):
+            entries[key, age] = entries[key, age - 1]
+        if older:
+            entries[key, 1] = entries[key]
+        entries[key] = out
 
     def _keep_shape(self, key: Hashable, forward: Forward) -> Forward:
         def keep_shape(*args: Any, **kwargs: Any) -> Any:
@@ -140,12 +195,6 @@ class Replay:
 
         return keep_shape
 
-    def _add(self, part: Range, streams: Streams) -> Forward:
-        def add_delta(*args: Any, **kwargs: Any) -> Any:
-            return streams.pack(add(streams.read(args, kwargs), self._entries[part]))
-
-        return add_delta
-
     def _enter(self, part: Range, streams: Streams, forward: Forward) -> Forward:
         def enter(*args: Any, **kwargs: Any) -> Any:
             self._inputs[part] = streams.read(args, kwargs)
@@ -153,10 +202,11 @@ class Replay:
 
         return enter
 
-    def _exit(self, part: Range, streams: Streams, forward: Forward) -> Forward:
+    def _exit(self, part: Range, streams: Streams, forward: Forward, older: int, *, feature: bool = False) -> Forward:
         def leave(*args: Any, **kwargs: Any) -> Any:
             returned = forward(*args, **kwargs)
-            self._entries[part] = delta(streams.unpack(returned), self._inputs.pop(part))
+            left = streams.unpack(returned)
+            self._push(part, left if feature else delta(left, self._inputs.pop(part)), older)
             return returned
 
         return leave
@@ -169,7 +219,8 @@ class _Step:
         self.row = row
         self.program = program
         inner = [(block.key(site), path) for block in anatomy.blocks for site in block.sites for path in site.inner]
-        self.released = (*row.release, *row.release_delta, *(entry for entry in inner if entry[0] in row.release))
+        ended = (entry for entry in inner if entry[0] in row.release)
+        self.released = (*row.release, *row.release_delta, *row.release_older, *ended)
         self.changes = bool(self.released or row.keep or row.keep_delta)
         self.bytes_held: dict[Signature, int] = {}
         self.computed = self.reused = self.skipped = saved = 0
@@ -192,3 +243,10 @@ def _through(streams: Streams) -> Forward:
         return streams.pack(streams.read(args, kwargs))
 
     return through
+
+
+def _changed(streams: Streams, change: Forward, act: Callable[[Tensors, Tensors], Tensors]) -> Forward:
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        return streams.pack(act(streams.read(args, kwargs), change()))
+
+    return changed

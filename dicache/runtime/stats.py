@@ -21,6 +21,7 @@ class Stats:
         steps: For each guidance pass of the latest generation, a letter a step: C all computed, `.` not all.
         bytes_held: Of the kept tensors at the end of the latest call.
         peak_bytes_held: The largest of those.
+        bytes_of_corrections: Of the schedule's own tensors on the model's device, which stay there.
     """
 
     planned_macs_fraction: float = 1.0
@@ -33,6 +34,7 @@ class Stats:
     steps: dict[str, str] = field(default_factory=dict)
     bytes_held: int = 0
     peak_bytes_held: int = 0
+    bytes_of_corrections: int = 0
 
     @property
     def macs_fraction(self) -> float:

@@ -46,3 +46,8 @@ def delta(out: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> Tensors:
 def add(into: Mapping[str, Tensor], change: Mapping[str, Tensor]) -> Tensors:
     """Return the streams with the delta added; a stream without one passes."""
     return {name: tensor + change[name] if name in change else tensor for name, tensor in into.items()}
+
+
+def replace(into: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> Tensors:
+    """Return the streams as a range of blocks left them; a stream that does not leave it passes."""
+    return {name: made.get(name, tensor) for name, tensor in into.items()}

@@ -1,8 +1,21 @@
 """What is computed at which step, and the file that says so. Plain data, no torch."""
 
+from dicache.schedules.corrections import Corrections
 from dicache.schedules.plan import Plan, PlanError, Rule
 from dicache.schedules.policies import TeaCachePolicy
 from dicache.schedules.rows import Range, Row, Rows
 from dicache.schedules.schedule import Schedule, ScheduleError, Target
 
-__all__ = ["Plan", "PlanError", "Range", "Row", "Rows", "Rule", "Schedule", "ScheduleError", "Target", "TeaCachePolicy"]
+__all__ = [
+    "Corrections",
+    "Plan",
+    "PlanError",
+    "Range",
+    "Row",
+    "Rows",
+    "Rule",
+    "Schedule",
+    "ScheduleError",
+    "Target",
+    "TeaCachePolicy",
+]

@@ -10,7 +10,15 @@ from dicache.schedules.schedule import Schedule
 
 Pair = tuple[Any, Any]  # of the one and of the other; None where it has nothing of the name
 
-SECTIONS = ("settings", "made_for", "policy", "plan", "measured", "anatomy")  # of the file, compared key by key
+SECTIONS = (
+    "settings",
+    "made_for",
+    "policy",
+    "plan",
+    "corrections",
+    "measured",
+    "anatomy",
+)  # of the file, compared key by key
 SHORT = 40  # characters of a value that is written out
 
 

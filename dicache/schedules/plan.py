@@ -1,13 +1,17 @@
 """A plan: which site is computed at which step, written as a few rules that a person can read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from dicache.anatomy.parts import BRANCHES, Anatomy, AnatomyError, parse_span
 
 Action = Literal["reuse", "skip"]
-Predictor = Literal["hold"]
+Predictor = Literal["hold", "taylor", "feature"]
+StandIn = tuple[Predictor, int]  # a rule's predictor and its order
+
+MAX_ORDER = 4  # of TaylorSeer's published settings; beyond it rounding errors grow faster than what is gained
+HOLD: StandIn = ("hold", 0)
 
 COMPUTE = "C"
 ACT = "."  # the rule's action
@@ -30,7 +34,11 @@ class Rule:
         blocks: `7-27` with both ends included, `7`, or `*` for the body.
         branch: Which branches a `reuse` is for: a kind (`mlp` covers `mlp.context`), one site's branch, or `*`.
         context: The guidance pass that the rule is for, or `*`.
-        predictor: What stands in for the output: `hold`, the last one computed.
+        predictor: What stands in for the output: `hold`, the last one computed, or the last delta; `taylor`, what the
+            last `order + 1` of them foretell, by finite differences (TaylorSeer, arXiv 2503.06923); `feature`, of a
+            range that is skipped, its last output itself in the place of its delta (Faster Diffusion, arXiv
+            2312.09608).
+        order: Of a Taylor expansion; 0 holds.
     """
 
     action: Action
@@ -39,12 +47,18 @@ class Rule:
     branch: str = ALL
     context: str = ALL
     predictor: Predictor = "hold"
+    order: int = 0
 
     def __post_init__(self) -> None:
         if self.action not in get_args(Action):
             raise PlanError(f"unknown action {self.action!r}; a rule's action is reuse or skip")
         if self.predictor not in get_args(Predictor):
             raise PlanError(f"unknown predictor {self.predictor!r}; known: {', '.join(get_args(Predictor))}")
+        if self.predictor == "feature" and self.action == "reuse":
+            raise PlanError("feature stands in for blocks that are skipped; the output of a branch is held with hold")
+        if not 0 <= self.order <= (MAX_ORDER if self.predictor == "taylor" else 0):
+            allowed = f"0 to {MAX_ORDER}" if self.predictor == "taylor" else f"0 with {self.predictor}"
+            raise PlanError(f"the order of a rule's predictor must be {allowed}, found {self.order}")
         if wrong := set(self.steps) - {COMPUTE, ACT}:
             raise PlanError(
                 f"unknown letter {sorted(wrong)[0]!r} in steps {self.steps!r}; write C to compute, . to {self.action}"
@@ -78,8 +92,13 @@ class Rule:
             raise PlanError(f"a rule is for blocks {self.blocks}, but {anatomy.model} has the blocks 0-{count - 1}")
         return first, last + 1
 
+    @property
+    def stand_in(self) -> StandIn:
+        """What stands in for what is not computed; a Taylor expansion of order 0 is the last output itself."""
+        return (self.predictor, self.order) if self.predictor == "feature" or self.order else HOLD
+
     def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if name != "order" or self.predictor == "taylor"}
 
 
 @dataclass(frozen=True)
@@ -111,23 +130,12 @@ class Plan:
             context: The guidance pass; None applies only the rules for every context.
 
         Raises:
-            PlanError: If a rule is for blocks or branches that the model does not have, or two skips overlap.
+            PlanError: If a rule is for blocks or branches that the model does not have, or two skips overlap, or two
+                rules have different predictors stand in for one thing.
         """
         table = {key: [COMPUTE] * self.steps for key in anatomy.sites}
         skipped: dict[tuple[int, int], str] = {}
-        for rule in self.rules:
-            start, stop = rule.block_range(anatomy)
-            sites = [
-                (block, anatomy.blocks[block].key(site))
-                for block in range(start, stop)
-                for site in anatomy.blocks[block].sites
-                if rule.covers(site.branch)
-            ]
-            if not sites:
-                known = sorted({key.partition(".")[2] for key in anatomy.sites})
-                raise PlanError(f"a rule is for branch {rule.branch}, but {anatomy.model} has {', '.join(known)}")
-            if rule.context not in (ALL, context):
-                continue
+        for rule, sites in self._rules_for(anatomy, context):
             for step, letter in enumerate(rule.steps):
                 if letter == COMPUTE:
                     continue
@@ -141,7 +149,47 @@ class Plan:
                     if other != rule.blocks:
                         raise PlanError(f"two rules skip block {block} at step {step}: {other} and {rule.blocks}")
                     table[key][step] = SKIPPED
+        self.stand_ins(anatomy, context)  # raises where two rules do not agree
+        self.ranges(anatomy, context)
         return {key: "".join(letters) for key, letters in table.items()}
+
+    def stand_ins(self, anatomy: Anatomy, context: str | None = None) -> dict[str, dict[int, StandIn]]:
+        """Return, for every site that some rule reuses, what stands in for its output at these steps."""
+        found: dict[str, dict[int, StandIn]] = {}
+        for rule, sites in self._rules_for(anatomy, context):
+            for _, key in sites if rule.action == "reuse" else ():
+                _enter(found.setdefault(key, {}), rule, key)
+        return found
+
+    def ranges(self, anatomy: Anatomy, context: str | None = None) -> dict[tuple[int, int], dict[int, StandIn]]:
+        """Return, for every range of blocks that one delta is to replace, what stands in for it at which steps."""
+        found: dict[tuple[int, int], dict[int, StandIn]] = {}
+        for rule, _ in self._rules_for(anatomy, context):
+            start, stop = rule.block_range(anatomy)
+            for first, last in anatomy.segments if rule.action == "skip" else ():
+                part = (max(start, first), min(stop, last))
+                if part[0] < part[1]:
+                    _enter(found.setdefault(part, {}), rule, f"blocks {rule.blocks}")
+        for (first, stop), by_step in found.items():
+            if len({predictor == "feature" for predictor, _ in by_step.values()}) > 1:
+                raise PlanError(f"blocks {first}-{stop - 1} are replaced by their delta and by their feature map")
+        return found
+
+    def _rules_for(self, anatomy: Anatomy, context: str | None) -> Iterator[tuple[Rule, list[tuple[int, str]]]]:
+        """Yield the rules for a guidance pass, each with its blocks and sites."""
+        for rule in self.rules:
+            start, stop = rule.block_range(anatomy)
+            sites = [
+                (block, anatomy.blocks[block].key(site))
+                for block in range(start, stop)
+                for site in anatomy.blocks[block].sites
+                if rule.covers(site.branch)
+            ]
+            if not sites:
+                known = sorted({key.partition(".")[2] for key in anatomy.sites})
+                raise PlanError(f"a rule is for branch {rule.branch}, but {anatomy.model} has {', '.join(known)}")
+            if rule.context in (ALL, context):
+                yield rule, sites
 
     @property
     def contexts(self) -> tuple[str, ...]:
@@ -164,10 +212,24 @@ class Plan:
             PlanError: If a key is unknown or missing, or a value is not of its kind.
         """
         _check(content, {"steps": int, "rules": list}, needed={"steps", "rules"})
-        kinds = dict.fromkeys(("action", "steps", "blocks", "branch", "context", "predictor"), str)
+        kinds: dict[str, type] = dict.fromkeys(("action", "steps", "blocks", "branch", "context", "predictor"), str)
+        kinds["order"] = int
         for rule in content["rules"]:
             _check(rule, kinds, needed={"action", "steps"})
         return cls(steps=content["steps"], rules=tuple(Rule(**rule) for rule in content["rules"]))
+
+
+def _enter(by_step: dict[int, StandIn], rule: Rule, what: str) -> None:
+    for step, letter in enumerate(rule.steps):
+        if letter == ACT and by_step.setdefault(step, rule.stand_in) != rule.stand_in:
+            raise PlanError(
+                f"two rules predict {what} at step {step}: {_in_words(by_step[step])} and {_in_words(rule.stand_in)}"
+            )
+
+
+def _in_words(stand_in: StandIn) -> str:
+    predictor, order = stand_in
+    return f"{predictor} of order {order}" if order else predictor
 
 
 def _check(content: Any, kinds: Mapping[str, type], needed: set[str]) -> None:

@@ -1,12 +1,15 @@
 """Rows: what one step reads, keeps and releases, found by looking ahead in the plan."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dicache.anatomy.parts import Anatomy
-from dicache.schedules.plan import ACT, COMPUTE, REUSED, Plan
+from dicache.schedules.plan import ACT, COMPUTE, REUSED, Plan, StandIn
+from dicache.schedules.predicting import taylor_coefficients
 
 Range = tuple[int, int]  # blocks [start, stop) inside one segment that one delta replaces
+Key = str | Range  # of a site, or of a range
+Older = tuple[Key, int]  # what was computed so many times before the last
 
 
 @dataclass(frozen=True)
@@ -14,12 +17,17 @@ class Row:
     """The actions of one step.
 
     Attributes:
-        reuse: Sites whose kept output is given again.
-        skip: Ranges of blocks replaced by their kept delta.
+        reuse: Sites whose kept output is given again, or a prediction from it.
+        skip: Ranges of blocks replaced by their kept delta, or a prediction from it.
         keep: Sites whose output a later step will read.
         keep_delta: Ranges whose delta a later step will read.
         release: Sites that nothing reads any more once this step is done.
         release_delta: Ranges likewise.
+        features: Ranges whose output itself stands in the place of their delta.
+        predict: The sites and ranges that are predicted from more than their last output, with the weights of the
+            differences of successive outputs, the last ones first.
+        keep_older: The sites and ranges of which, besides what is kept now, so many outputs from before stay.
+        release_older: Outputs from before that nothing reads any more once this step is done.
     """
 
     reuse: frozenset[str] = frozenset()
@@ -28,6 +36,10 @@ class Row:
     keep_delta: tuple[Range, ...] = ()
     release: frozenset[str] = frozenset()
     release_delta: tuple[Range, ...] = ()
+    features: tuple[Range, ...] = ()
+    predict: tuple[tuple[Key, tuple[float, ...]], ...] = ()
+    keep_older: tuple[tuple[Key, int], ...] = ()
+    release_older: tuple[Older, ...] = ()
 
 
 class Rows:
@@ -44,52 +56,113 @@ class Rows:
 
     def __init__(self, plan: Plan, anatomy: Anatomy, context: str | None = None) -> None:
         self.steps = plan.steps
-        self._sites = plan.table(anatomy, context)
-        self._ranges = _ranges(plan, anatomy, context)
+        stand_ins, ranges = plan.stand_ins(anatomy, context), plan.ranges(anatomy, context)
+        self._sites = {
+            key: _Course(letters.replace(REUSED, ACT), stand_ins.get(key, {}))
+            for key, letters in plan.table(anatomy, context).items()
+        }
+        self._ranges = {part: _Course(letters, ranges[part]) for part, letters in _letters(ranges, plan.steps).items()}
 
-    def row(self, step: int, *, compute: bool = False) -> Row:
-        """Return the row of a step; with `compute`, as if nothing had been kept before it and all must be computed."""
-        reuse = frozenset(key for key, letters in self._sites.items() if letters[step] == REUSED and not compute)
-        skip = tuple(r for r, letters in self._ranges.items() if letters[step] == ACT and not compute)
-        made = {key for key, letters in self._sites.items() if compute or letters[step] == COMPUTE}
-        made_delta = [r for r, letters in self._ranges.items() if compute or letters[step] == COMPUTE]
+    def row(self, step: int, *, since: int = 0) -> Row:
+        """Return the row of a step.
+
+        Args:
+            step: Which.
+            since: The step that everything was or is computed at, because nothing was kept before it.
+        """
+        sites = {key: course.at(step, since) for key, course in self._sites.items()}
+        ranges = {part: course.at(step, since) for part, course in self._ranges.items()}
+        everything: list[tuple[Key, _Step]] = [*sites.items(), *ranges.items()]
         return Row(
-            reuse=reuse,
-            skip=skip,
-            keep=frozenset(key for key in made if _read_later(self._sites[key], step, REUSED)),
-            keep_delta=tuple(r for r in made_delta if _read_later(self._ranges[r], step, ACT)),
-            release=frozenset(key for key in reuse if not _read_later(self._sites[key], step, REUSED)),
-            release_delta=tuple(r for r in skip if not _read_later(self._ranges[r], step, ACT)),
+            reuse=frozenset(key for key, here in sites.items() if here.acts),
+            skip=tuple(part for part, here in ranges.items() if here.acts),
+            keep=frozenset(key for key, here in sites.items() if here.computes and here.after),
+            keep_delta=tuple(part for part, here in ranges.items() if here.computes and here.after),
+            release=frozenset(key for key, here in sites.items() if here.acts and not here.after),
+            release_delta=tuple(part for part, here in ranges.items() if here.acts and not here.after),
+            features=tuple(part for part, course in self._ranges.items() if course.feature),
+            predict=tuple((key, here.coefficients) for key, here in everything if here.coefficients),
+            keep_older=tuple((key, here.after - 1) for key, here in everything if here.computes and here.after > 1),
+            release_older=tuple(
+                (key, age) for key, here in everything for age in range(max(here.after, 1), here.before) if here.acts
+            ),
         )
 
-
-def _read_later(letters: str, step: int, read: str) -> bool:
-    """Whether an entry held at the end of `step` is read before it is made anew."""
-    following = letters[step + 1 :]
-    return read in following[: following.index(COMPUTE)] if COMPUTE in following else read in following
+    def held_from(self, site: str, step: int, since: int = 0) -> int:
+        """Return the step that a site's last output before a step is of."""
+        return self._sites[site].computed(step - 1, since)[0]
 
 
-def _ranges(plan: Plan, anatomy: Anatomy, context: str | None) -> dict[Range, str]:
-    """Return, for every range that is skipped at some step, a letter a step.
+@dataclass(frozen=True)
+class _Step:
+    """What happens to one site or range at a step.
+
+    Attributes:
+        computes: Whether its output or delta is made.
+        acts: Whether a stand-in is given for it.
+        before: How many of its outputs are held when the step begins.
+        after: How many are held when it is done.
+        coefficients: With which the differences of the outputs held are weighed in the stand-in.
+    """
+
+    computes: bool
+    acts: bool
+    before: int
+    after: int
+    coefficients: tuple[float, ...]
+
+
+class _Course:
+    """One site or range over all steps.
+
+    Args:
+        letters: A letter a step: `C` computed, `.` a stand-in is given, another where it does not run at all.
+        stand_ins: Which is given, by step.
+    """
+
+    def __init__(self, letters: str, stand_ins: Mapping[int, StandIn]) -> None:
+        self._letters = letters
+        self._orders = {step: order for step, (_, order) in stand_ins.items()}
+        self._most = max(self._orders.values(), default=0)
+        self.feature = any(predictor == "feature" for predictor, _ in stand_ins.values())
+
+    def at(self, step: int, since: int) -> _Step:
+        computes = step == since or self._letters[step] == COMPUTE
+        acts = not computes and self._letters[step] == ACT
+        coefficients: tuple[float, ...] = ()
+        if acts and (order := self._orders[step]):
+            coefficients = taylor_coefficients(self.computed(step - 1, since)[: order + 1], step)
+        before = self._held(step - 1, since) if step > since else 0
+        return _Step(computes, acts, before, self._held(step, since), coefficients)
+
+    def computed(self, last: int, since: int) -> list[int]:
+        """Return the steps up to `last` that it was computed at, the last one first."""
+        return [i for i in range(last, since, -1) if self._letters[i] == COMPUTE] + [since]
+
+    def _held(self, step: int, since: int) -> int:
+        """Return how many of the last outputs computed are held once a step is done, because later steps read them."""
+        most = newer = 0
+        for later in range(step + 1, len(self._letters)):
+            if self._letters[later] == COMPUTE:
+                newer += 1
+                if newer > self._most:
+                    break
+            elif self._letters[later] == ACT:
+                most = max(most, self._orders[later] + 1 - newer)
+        return min(most, len(self.computed(step, since))) if most > 1 else most
+
+
+def _letters(ranges: Mapping[Range, Mapping[int, StandIn]], steps: int) -> dict[Range, str]:
+    """Return, for every range that a rule is to skip, a letter a step.
 
     `.` where it is skipped, `C` where it runs and its delta can be taken, `x` where part of it is skipped by another
     range, so that its delta cannot.
     """
-    acts: dict[Range, list[bool]] = {}
-    for rule in plan.rules:
-        if rule.action != "skip" or rule.context not in ("*", context):
-            continue
-        start, stop = rule.block_range(anatomy)
-        for first, last in anatomy.segments:
-            part = (max(start, first), min(stop, last))
-            if part[0] < part[1]:
-                marks = acts.setdefault(part, [False] * plan.steps)
-                acts[part] = [mark or letter == ACT for mark, letter in zip(marks, rule.steps, strict=True)]
 
     def letter(part: Range, step: int) -> str:
-        if acts[part][step]:
+        if step in ranges[part]:
             return ACT
         overlap: Callable[[Range], bool] = lambda other: other[0] < part[1] and part[0] < other[1]  # noqa: E731
-        return "x" if any(acts[other][step] and overlap(other) for other in acts) else COMPUTE
+        return "x" if any(step in ranges[other] and overlap(other) for other in ranges) else COMPUTE
 
-    return {part: "".join(letter(part, step) for step in range(plan.steps)) for part in acts}
+    return {part: "".join(letter(part, step) for step in range(steps)) for part in ranges}

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dicache.anatomy.parts import Anatomy, AnatomyError
+from dicache.schedules.corrections import Corrections
 from dicache.schedules.plan import ACT, COMPUTE, Plan, PlanError, Rule
 from dicache.schedules.policies import TeaCachePolicy, read_policy
 
@@ -109,6 +110,7 @@ class Schedule:
         plan: What is computed, if that is known beforehand.
         policy: The rule that decides at run time, if it is not.
         measured: What calibration found: fit quality, the profile it came from, the simulated outcome.
+        corrections: What outputs that the plan holds are corrected by; their tensors lie in a file beside the JSON.
     """
 
     method: str
@@ -119,6 +121,7 @@ class Schedule:
     plan: Plan | None = None
     policy: TeaCachePolicy | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
+    corrections: Corrections | None = None
 
     def __post_init__(self) -> None:
         if (self.plan is None) == (self.policy is None):
@@ -132,6 +135,10 @@ class Schedule:
                 raise ScheduleError(f"the plan has {self.plan.steps} steps, the schedule {self.steps}")
             for context in (None, *self.plan.contexts):
                 self.plan.table(self.anatomy, context)  # raises if it does not fit the model
+        if self.corrections is not None:
+            if self.plan is None:
+                raise ScheduleError("corrections are of outputs that a plan holds, but the schedule has a policy")
+            self.corrections.check(self.plan, self.anatomy)
         expected = self.measured.get("expected_steps", COMPUTE * self.steps)
         letters = isinstance(expected, str) and len(expected) == self.steps and not set(expected) - {COMPUTE, ACT}
         if not letters or expected.startswith(ACT):
@@ -187,8 +194,14 @@ class Schedule:
         all of them leave out is left out. A policy decides at run time and only counts its steps anew.
 
         Raises:
-            ScheduleError: If the schedule does not say at which noise levels it was made.
+            ScheduleError: If the schedule does not say at which noise levels it was made, or has corrections, which
+                are differences between two steps of its own.
         """
+        if self.corrections is not None:
+            raise ScheduleError(
+                f"the schedule corrects what it holds by what was measured at its own {self.steps} steps, which cannot "
+                f"be mapped to {len(noise_levels)}; calibrate for this step count instead"
+            )
         if self.target.noise_levels is None:
             raise ScheduleError(
                 f"the schedule does not say its noise levels, so its {self.steps} steps cannot be mapped to "
@@ -219,11 +232,17 @@ class Schedule:
             content["plan"] = self.plan.to_json()
         if self.policy is not None:
             content["policy"] = self.policy.to_json()
+        if self.corrections is not None:
+            content["corrections"] = self.corrections.to_json()
         return {**content, "measured": dict(self.measured), "anatomy": self.anatomy.to_json()}
 
     @classmethod
-    def from_json(cls, content: Any) -> "Schedule":
+    def from_json(cls, content: Any, folder: Path | None = None) -> "Schedule":
         """Read a schedule.
+
+        Args:
+            content: As `to_json` returns it.
+            folder: Where the file of its corrections is, if it has any.
 
         Raises:
             ScheduleError: If a key is unknown or missing, or a value contradicts another.
@@ -232,7 +251,7 @@ class Schedule:
             found = content.get("format") if isinstance(content, Mapping) else type(content).__name__
             raise ScheduleError(f"not a schedule: found format {found!r}, needed {FORMAT!r}")
         keys = {"format", "method", "settings", "steps", "made_for", "measured", "anatomy"}
-        given = set(content) - {"plan", "policy"}
+        given = set(content) - {"plan", "policy", "corrections"}
         if wrong := sorted(keys ^ given):
             kind = "unknown" if wrong[0] in given else "missing"
             raise ScheduleError(f"{kind} key {wrong[0]!r}; the keys are {', '.join(sorted(keys))}, and plan or policy")
@@ -249,17 +268,26 @@ class Schedule:
                 plan=Plan.from_json(content["plan"]) if "plan" in content else None,
                 policy=read_policy(content["policy"]) if "policy" in content else None,
                 measured=content["measured"],
+                corrections=Corrections.from_json(content["corrections"], folder) if "corrections" in content else None,
             )
         except (PlanError, AnatomyError) as error:
             raise ScheduleError(str(error)) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file in one go: a reader sees the old one or the new one, never a part."""
+        """Write the file in one go: a reader sees the old one or the new one, never a part.
+
+        The tensors of corrections go into a file beside it, of the same name but for its ending.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(_dump(self.to_json()) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        content = self.to_json()
+        if self.corrections is not None:
+            beside = path.with_name(f"{path.name.removesuffix('.json')}.safetensors")
+            content["corrections"]["file"] = beside.name
+        text = _dump(content) + "\n"
+        if self.corrections is not None:
+            _replace(beside, self.corrections.write)
+        _replace(path, lambda part: part.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Schedule":
@@ -270,7 +298,8 @@ class Schedule:
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
-            return cls.from_json(json.loads(text, parse_constant=_finite, parse_float=_finite))
+            content = json.loads(text, parse_constant=_finite, parse_float=_finite)
+            return cls.from_json(content, Path(path).parent)
         except FileNotFoundError:
             raise ScheduleError(f"{path} does not exist; make a schedule with `dicache calibrate`") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -279,6 +308,12 @@ class Schedule:
             raise ScheduleError(f"{path} is a folder; needed a schedule file") from None
         except ScheduleError as error:
             raise ScheduleError(f"{path}: {error}") from None
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    write(part)
+    os.replace(part, path)
 
 
 def _resampled(plan: Plan, mine: tuple[float, ...], theirs: tuple[float, ...]) -> Plan:

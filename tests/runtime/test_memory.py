@@ -57,11 +57,11 @@ def mlp_of_a_block(build: Build) -> int:
     return TOKEN * (TOKENS + TEXT_TOKENS if build in MIXED else TOKENS)
 
 
-def held(build: Build, *rules: Rule) -> list[int]:
+def held(build: Build, *rules: Rule, steps: int = STEPS) -> list[int]:
     """Return the bytes held after each step."""
     model = build()
     with apply(model, scheduled(build, *rules)) as cache:
-        return [cache.stats.bytes_held for _ in denoise(model, cache)]
+        return [cache.stats.bytes_held for _ in denoise(model, cache, steps=steps)]
 
 
 @every_model
@@ -170,3 +170,21 @@ def test_a_pass_that_stops_coming_leaves_no_more_than_it_kept(build: Build) -> N
         cache.begin_step()
         predict(model, given_to(model))
         assert cache.stats.bytes_held == mlp_of_a_block(build)
+
+
+@every_model
+def test_an_expansion_holds_the_outputs_that_later_steps_read_and_copies_none(build: Build) -> None:
+    one = mlp_of_a_block(build)
+    taylor = {"predictor": "taylor", "order": 1}
+    # Step 2 reads those of steps 1 and 0, step 4 those of 3 and 1.
+    reuse = Rule("reuse", "CC.C.", blocks="1", branch="mlp", **taylor)  # type: ignore[arg-type]
+    assert held(build, reuse, steps=5) == [one, 2 * one, one, 2 * one, 0]
+    one = delta(build, 0, 2)
+    skip = Rule("skip", "CC.C.", blocks="0-2", **taylor)  # type: ignore[arg-type]
+    assert held(build, skip, steps=5) == [one, 2 * one, one, 2 * one, 0]
+
+
+@every_model
+def test_a_feature_map_is_held_from_its_last_computation_to_its_last_reading(build: Build) -> None:
+    one = delta(build, 0, 1)
+    assert held(build, Rule("skip", "C..C", blocks="0-1", predictor="feature")) == [one, one, 0, 0]

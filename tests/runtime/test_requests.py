@@ -38,10 +38,10 @@ def request(model: nn.Module, cache: Cache, seed: int) -> Generator[Tensor]:
         yield from denoise(model, cache, seed=seed, batch=1 + seed)
 
 
-def out_of_phase(first: Generator[Tensor], second: Generator[Tensor]) -> tuple[Tensor, Tensor]:
+def out_of_phase(first: Generator[Tensor], second: Generator[Tensor], steps: int = STEPS) -> tuple[Tensor, Tensor]:
     """Let two generations take turns, the second one a step behind."""
     outputs: tuple[list[Tensor], list[Tensor]] = ([next(first)], [])
-    for _ in range(STEPS - 1):
+    for _ in range(steps - 1):
         outputs[1].append(next(second))
         outputs[0].append(next(first))
     outputs[1].append(next(second))

@@ -16,7 +16,13 @@ FOUR = written(4)
     ("rule", "message"),
     [
         ({"action": "drop", "steps": "C."}, "unknown action 'drop'; a rule's action is reuse or skip"),
-        ({"action": "reuse", "steps": "C.", "predictor": "guess"}, "unknown predictor 'guess'; known: hold"),
+        (
+            {"action": "reuse", "steps": "C.", "predictor": "guess"},
+            "unknown predictor 'guess'; known: hold, taylor, feature",
+        ),
+        ({"action": "reuse", "steps": "C.", "predictor": "feature"}, "feature stands in for blocks that are skipped"),
+        ({"action": "skip", "steps": "C.", "predictor": "taylor", "order": 5}, "must be 0 to 4, found 5"),
+        ({"action": "skip", "steps": "C.", "order": 1}, "must be 0 with hold, found 1"),
         ({"action": "reuse", "steps": "CRC"}, "unknown letter 'R' in steps 'CRC'; write C to compute, . to reuse"),
         ({"action": "reuse", "steps": ".C"}, "the first step must be computed, nothing is kept before it"),
         ({"action": "reuse", "steps": "C.", "branch": "router"}, r"unknown branch 'router'; write \* or one of attn"),
@@ -93,7 +99,32 @@ def test_two_ranges_that_overlap_may_be_skipped_at_different_steps() -> None:
     assert plan.table(FOUR)["1.attn"] == "CSS"
 
 
-@pytest.mark.parametrize("rules", [(), (Rule("skip", "C.C.", "1-2"), Rule("reuse", "CC..", "3", "mlp", "cond"))])
+def test_two_rules_that_have_different_predictors_for_one_thing_are_refused() -> None:
+    taylor = {"predictor": "taylor", "order": 1}
+    with pytest.raises(PlanError, match=r"predict 0\.mlp at step 2: hold and taylor of order 1"):
+        Plan(3, (Rule("reuse", "C.."), Rule("reuse", "CC.", branch="mlp", **taylor))).table(TWO)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"predict blocks \* at step 1: hold and taylor of order 1"):
+        Plan(2, (Rule("skip", "C."), Rule("skip", "C.", **taylor))).table(TWO)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="blocks 0-1 are replaced by their delta and by their feature map"):
+        Plan(3, (Rule("skip", "C.C"), Rule("skip", "CC.", predictor="feature"))).table(TWO)
+
+
+def test_an_expansion_of_order_zero_is_no_other_predictor_than_hold() -> None:
+    plan = Plan(2, (Rule("reuse", "C."), Rule("reuse", "C.", predictor="taylor", order=0)))
+    assert set(plan.table(TWO).values()) == {"CR"}
+
+
+def test_only_an_expansion_is_written_with_its_order() -> None:
+    assert "order" not in Rule("reuse", "C.").to_json()
+    assert Rule("reuse", "C.", predictor="taylor", order=2).to_json()["order"] == 2
+
+
+EXPANDED = Rule("skip", "C.C.", "0-2", predictor="taylor", order=2)
+
+
+@pytest.mark.parametrize(
+    "rules", [(), (EXPANDED,), (Rule("skip", "C.C.", "1-2"), Rule("reuse", "CC..", "3", "mlp", "cond"))]
+)
 def test_a_plan_survives_being_written_as_json_and_read(rules: tuple[Rule, ...]) -> None:
     plan = Plan(4, rules)
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
@@ -117,6 +148,8 @@ def test_a_rule_may_leave_out_what_is_usual() -> None:
         ({"steps": 2, "rules": ["C."]}, r"found 'C\.', needed an object"),
         ({"steps": 2, "rules": [{"steps": "C."}]}, "unknown or missing key 'action'"),
         ({"steps": 2, "rules": [{"action": "reuse", "steps": "C.", "where": "*"}]}, "unknown or missing key 'where'"),
+        ({"steps": 2, "rules": [{"action": "reuse", "steps": "C.", "order": "1"}]}, "order must be of type int"),
+        ({"steps": 2, "rules": [{"action": "reuse", "steps": "C.", "order": True}]}, "order must be of type int"),
         ({"steps": 2, "rules": [{"action": "reuse", "steps": "C.", "blocks": 1}]}, "blocks must be of type str"),
         ({"steps": 3, "rules": [{"action": "reuse", "steps": "C."}]}, "2 letters for a plan of 3 steps"),
     ],

@@ -103,3 +103,10 @@ def test_a_schedule_that_does_not_tell_its_noise_levels_cannot_be_mapped() -> No
     unbound = Schedule("test", {}, written(2), Target(), 4, Plan(4))
     with pytest.raises(ScheduleError, match=r"does not say its noise levels, so its 4 steps cannot be mapped to 9"):
         unbound.resampled(falling(9), 9)
+
+
+def test_a_rule_keeps_its_predictor() -> None:
+    rules = Rule("skip", "C.C.", predictor="taylor", order=2), Rule("reuse", "C.C.")
+    made = schedule(*rules).resampled(falling(8), 8)
+    assert made.plan is not None
+    assert [(rule.predictor, rule.order) for rule in made.plan.rules] == [("taylor", 2), ("hold", 0)]

@@ -19,6 +19,8 @@ SCHEDULES = [
     planned_schedule(Fora(2, branches=("mlp",)), anatomy_of(pixart), Target(), 4),
     planned_schedule(Fora(2), anatomy_of(dit), TARGET, 4).resampled((3.0, 1.5, 0.0), 3),
     Schedule("x", {}, anatomy_of(dit), Target(), 4, Plan(4, (Rule("skip", "CC..", "1-2", context="cond"),))),
+    Schedule("x", {}, anatomy_of(dit), Target(), 4, Plan(4, (Rule("reuse", "CC..", predictor="taylor", order=2),))),
+    Schedule("x", {}, anatomy_of(dit), Target(), 4, Plan(4, (Rule("skip", "CC..", "0-1", predictor="feature"),))),
     Schedule("teacache", {"threshold": 0.1}, anatomy_of(dit), TARGET, 4, policy=TEACACHE),
     Schedule(
         "x",
@@ -47,7 +49,7 @@ def test_every_schedule_that_is_made_is_valid(schedule: Schedule) -> None:
 
 
 def broken() -> list[Any]:
-    fora, teacache = written(SCHEDULES[0]), written(SCHEDULES[4])
+    fora, teacache = written(SCHEDULES[0]), written(SCHEDULES[6])
     rule = fora["plan"]["rules"][0]
     return [
         {**fora, "colour": "red"},
@@ -59,6 +61,10 @@ def broken() -> list[Any]:
         {**fora, "steps": True},
         {**fora, "plan": {**fora["plan"], "rules": [{**rule, "action": "guess"}]}},
         {**fora, "plan": {**fora["plan"], "rules": [{**rule, "steps": "CXC."}]}},
+        {**fora, "plan": {**fora["plan"], "rules": [{**rule, "predictor": "feature"}]}},
+        {**fora, "plan": {**fora["plan"], "rules": [{**rule, "order": 1}]}},
+        {**fora, "plan": {**fora["plan"], "rules": [{**rule, "predictor": "taylor", "order": 5}]}},
+        {**fora, "corrections": {"form": "multiply"}},
         {**fora, "plan": {**fora["plan"], "rules": [{**rule, "blocks": "a-b"}]}},
         {**fora, "made_for": {**fora["made_for"], "mood": 1}},
         {**fora, "made_for": {**fora["made_for"], "latents": "4x8x8"}},

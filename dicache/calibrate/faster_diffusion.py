@@ -1,0 +1,40 @@
+"""Faster Diffusion: skip the first blocks at most steps, and go on from the feature map that they last made."""
+
+from dataclasses import dataclass
+
+from dicache.anatomy import Anatomy
+from dicache.calibrate.delta_cache import check_interval, checked_span, interval_letters
+from dicache.calibrate.methods import method
+from dicache.schedules import Plan, Rule
+
+
+@method("faster-diffusion")
+@dataclass(frozen=True)
+class FasterDiffusion:
+    """Compute everything each `interval` steps; in between, the output of the first blocks is held in their place.
+
+    The blocks' output itself is held, not what they added, so that nothing of the new latents enters the blocks behind
+    them: the baseline that Delta-DiT is compared with, in which Faster Diffusion's encoder is the first blocks.
+
+    Attributes:
+        interval: Steps from one full computation to the next; 1 computes everything. Steps that are left over at the
+            end, less than an interval, are computed.
+        blocks: How many of the first blocks are skipped; half of them when left out, as in the paper's table.
+
+    References:
+        Faster Diffusion, arXiv 2312.09608; as a baseline in Delta-DiT, arXiv 2406.01125, table 1.
+    """
+
+    interval: int = 2
+    blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        check_interval("faster-diffusion", self.interval)
+
+    def plan(self, anatomy: Anatomy, steps: int) -> Plan:
+        letters = interval_letters("faster-diffusion", self.interval, steps)
+        many = max(1, len(anatomy.blocks) // 2) if self.blocks is None else self.blocks
+        blocks = checked_span("faster-diffusion", anatomy, 0, many)
+        if "." not in letters:
+            return Plan(steps)
+        return Plan(steps, (Rule("skip", letters, blocks=blocks, predictor="feature"),))

@@ -1,0 +1,221 @@
+"""`dicache calibrate taylorseer | faster-diffusion | smoothcache | magcache | pab | eoc`: methods with a plan."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dicache.cli.calibrate import _subject, _write, output_option, profile_option
+from dicache.cli.calibrate_ranges import subject_options
+from dicache.cli.command import Command, json_option
+from dicache.cli.profiles import newest
+
+
+@click.command(cls=Command)
+@click.option("--interval", type=int, default=3, show_default=True, help="Steps from one computation to the next.")
+@click.option("--order", type=int, default=3, show_default=True, help="Of the expansion; 0 holds.")
+@click.option("--warm-up", type=int, default=2, show_default=True, help="Steps at the start that are computed.")
+@click.option(
+    "--granularity",
+    type=click.Choice(["branch", "body"]),
+    default="branch",
+    show_default=True,
+    help="What is foretold: each branch's output, or the change that all blocks make together.",
+)
+@click.option(
+    "--anchor",
+    type=click.Choice(["reference", "diffusers"]),
+    default="reference",
+    show_default=True,
+    help="Whose way of counting the interval.",
+)
+@subject_options
+@output_option
+@json_option
+def taylorseer(
+    interval: int,
+    order: int,
+    warm_up: int,
+    granularity: Any,
+    anchor: Any,
+    profile_file: Path | None,
+    model: str | None,
+    steps: int | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Compute each few steps, and foretell the outputs in between by a Taylor expansion (arXiv 2503.06923)."""
+    from dicache.calibrate.methods import planned_schedule
+    from dicache.calibrate.taylorseer import TaylorSeer
+
+    settings = TaylorSeer(interval, order, warm_up, granularity, anchor)
+    subject = _subject(profile_file, model, steps)
+    schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
+    _write(schedule, "", subject.model, output, as_json)
+
+
+@click.command("faster-diffusion", cls=Command)
+@click.option("--interval", type=int, default=2, show_default=True, help="Steps from one full computation to the next.")
+@click.option("--blocks", type=int, help="How many of the first blocks are skipped in between.  [default: half]")
+@subject_options
+@output_option
+@json_option
+def faster_diffusion(
+    interval: int,
+    blocks: int | None,
+    profile_file: Path | None,
+    model: str | None,
+    steps: int | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Skip the first blocks at most steps, and go on from the feature map that they last made (arXiv 2312.09608)."""
+    from dicache.calibrate.faster_diffusion import FasterDiffusion
+    from dicache.calibrate.methods import planned_schedule
+
+    settings = FasterDiffusion(interval, blocks)
+    subject = _subject(profile_file, model, steps)
+    schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
+    _write(schedule, "", subject.model, output, as_json)
+
+
+@click.command(cls=Command)
+@click.option("--alpha", type=float, required=True, help="Largest relative error of what is reused, such as 0.15.")
+@profile_option
+@output_option
+@json_option
+def smoothcache(alpha: float, profile_file: Path | None, output: Path | None, as_json: bool) -> None:
+    """Reuse each kind of branch while its measured change stays below a threshold (arXiv 2411.10510).
+
+    It looks as many steps ahead as the profile has lags (`dicache profile --lags`).
+    """
+    from dicache.calibrate.smoothcache import SmoothCache
+    from dicache.profiler.storage import load
+
+    settings = SmoothCache(alpha)
+    profile = load(profile_file or newest())
+    _write(settings.calibrate(profile), "", profile.provenance.model, output, as_json)
+
+
+@click.command(cls=Command)
+@click.option("--threshold", type=float, default=0.12, show_default=True, help="Of the accumulated error.")
+@click.option("--max-skip", type=int, default=2, show_default=True, help="Most steps skipped in a row.")
+@click.option("--retention", type=float, default=0.2, show_default=True, help="Share of the steps computed at first.")
+@click.option("--never-skip", default="", help="Other steps that are always computed, separated by commas.")
+@profile_option
+@output_option
+@json_option
+def magcache(
+    threshold: float,
+    max_skip: int,
+    retention: float,
+    never_skip: str,
+    profile_file: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Skip the body while its residual's magnitude changes little (arXiv 2506.09045)."""
+    from dicache.calibrate.magcache import MagCache
+    from dicache.profiler.storage import load
+
+    try:
+        steps = tuple(int(part) for part in never_skip.split(",") if part.strip())
+    except ValueError:
+        raise click.UsageError(f"--never-skip takes steps such as 11 or 11,20, found {never_skip!r}") from None
+    settings = MagCache(threshold, max_skip, retention, steps)
+    profile = load(profile_file or newest())
+    _write(settings.calibrate(profile), "", profile.provenance.model, output, as_json)
+
+
+@click.command(cls=Command)
+@click.option(
+    "--ranges", required=True, help="Kinds of branch, each computed once in so many steps: attn=2,cross_attn=6."
+)
+@click.option("--window", default="100-800", show_default=True, help="Timesteps between which branches are reused.")
+@subject_options
+@output_option
+@json_option
+def pab(
+    ranges: str,
+    window: str,
+    profile_file: Path | None,
+    model: str | None,
+    steps: int | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Reuse each kind of attention over a range of its own, in the middle of the sampling (arXiv 2408.12588)."""
+    from dataclasses import asdict
+
+    from dicache.anatomy.clock import timesteps
+    from dicache.calibrate.pab import Pab
+    from dicache.schedules import Schedule
+
+    low, _, high = window.partition("-")
+    try:
+        lengths = {kind.strip(): int(n) for kind, _, n in (part.partition("=") for part in ranges.split(","))}
+    except ValueError:
+        raise click.UsageError(f"--ranges takes branches and numbers such as attn=2,mlp=3, found {ranges!r}") from None
+    try:
+        bounds = float(low), float(high)
+    except ValueError:
+        raise click.UsageError(f"--window takes two timesteps such as 100-800, found {window!r}") from None
+    settings = Pab(lengths, bounds)
+    subject = _subject(profile_file, model, steps)
+    times = subject.target.timesteps or timesteps(subject.pipeline.scheduler)
+    plan = settings.plan(subject.anatomy, subject.steps, times)
+    schedule = Schedule("pab", asdict(settings), subject.anatomy, subject.target, subject.steps, plan)
+    _write(schedule, "", subject.model, output, as_json)
+
+
+@click.command(cls=Command)
+@click.option("--base", type=click.Path(path_type=Path), required=True, help="The schedule whose outputs to correct.")
+@click.option("--weight", type=float, default=0.01, show_default=True, help="Of the trend.")
+@click.option("--first-steps", type=int, help="Correct only in the first so many steps.  [default: all]")
+@click.option("--position-weight", type=float, default=1.0, show_default=True, help="Of being early, in the score.")
+@click.option("--threshold", type=float, default=0.0, show_default=True, help="Score above which a block is corrected.")
+@click.option("--branches", help="Kinds of branch to correct, separated by commas: attn,mlp.  [default: all]")
+@click.option(
+    "--form",
+    type=click.Choice(["multiply", "add"]),
+    default="multiply",
+    show_default=True,
+    help="C * (1 + weight * T), or C + weight * T.",
+)
+@profile_option
+@output_option
+@json_option
+def eoc(
+    base: Path,
+    weight: float,
+    first_steps: int | None,
+    position_weight: float,
+    threshold: float,
+    branches: str | None,
+    form: Any,
+    profile_file: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Correct what a schedule reuses by how each branch's mean output changes (arXiv 2501.19243).
+
+    The profile needs priors: `dicache profile --priors`, or `--priors-for` with the base schedule. What is needed of
+    them is written beside the schedule, into a safetensors file of its name.
+    """
+    from dicache.calibrate.eoc import Eoc
+    from dicache.profiler.storage import load, load_prior
+    from dicache.schedules import Schedule
+
+    kinds = tuple(part.strip() for part in branches.split(",")) if branches else ()
+    settings = Eoc(weight, form, first_steps, position_weight, threshold, kinds)
+    held = Schedule.load(base)
+    file = profile_file or newest()
+    profile = load(file)
+    schedule = settings.calibrate(profile, held, partial(load_prior, file))
+    found = schedule.measured
+    told = (
+        f"Corrects {found['corrected']} of the {found['held']} outputs that {base} holds, "
+        f"with {found['correction_bytes'] / 1e6:.3g} MB of trends"
+    )
+    _write(schedule, told, profile.provenance.model, output, as_json)

@@ -1,0 +1,136 @@
+"""What stands in for an output that is not computed, made from those that are kept."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dicache.runtime.stats import Stats
+from dicache.schedules import Corrections, ScheduleError
+from dicache.schedules.corrections import name_of
+
+
+def foretell(outputs: Sequence[Any], coefficients: Sequence[float]) -> Any:
+    """Return the last output and, added to it, the weighted differences of successive ones.
+
+    Args:
+        outputs: The last one first: tensors, or equally nested tuples, lists and dictionaries of them.
+        coefficients: With which their differences are weighed, one fewer than outputs.
+    """
+    if not isinstance(outputs[0], Tensor):
+        return _each(outputs, lambda parts: foretell(parts, coefficients))
+    last, *older = outputs
+    # The differences are taken first: of two half-precision numbers that are close, the difference is exact.
+    total = torch.add(last, last - older[0], alpha=coefficients[0])
+    for newer, before, coefficient in zip(older, older[1:], coefficients[1:], strict=False):
+        total.add_(newer - before, alpha=coefficient)
+    return total
+
+
+def _each(outputs: Sequence[Any], act: Callable[[Sequence[Any]], Any]) -> Any:
+    """Return what a function makes of the tensors at each place of equally nested outputs."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return act(outputs)
+    if isinstance(first, dict):
+        return {key: _each([out[key] for out in outputs], act) for key in first}
+    if isinstance(first, (tuple, list)):
+        return type(first)(_each(parts, act) for parts in zip(*outputs, strict=True))
+    return first
+
+
+class Corrector:
+    """Corrects what is held of one site at one step of one guidance pass.
+
+    Args:
+        corrections: The schedule's.
+        context: The guidance pass.
+        site: Its key.
+        step: The step.
+        stats: Told how much memory the trend takes.
+
+    Raises:
+        ScheduleError: If the schedule has no trends for the guidance pass.
+    """
+
+    def __init__(self, corrections: Corrections, context: str, site: str, step: int, stats: Stats) -> None:
+        if context not in corrections.contexts:
+            raise ScheduleError(
+                f"the schedule corrects the guidance passes {', '.join(corrections.contexts)}, but the pipeline has a "
+                f"pass {context}. Calibrate with the guidance that is used"
+            )
+        self._corrections = corrections
+        self._name = name_of(context, site, step)
+        self._trend = corrections.tensors[self._name]  # (parts, tokens, channels)
+        self._parts = corrections.contexts[context]
+        self._stats = stats
+        self._known: set[Hashable] = set()  # the calls that the trend was found to fit
+        self._factors: list[Tensor] = []  # of each tensor, (parts, its tokens, channels)
+
+    def __call__(self, out: Any, batch: int) -> Any:
+        """Return an output corrected.
+
+        Args:
+            out: What is held.
+            batch: Samples in the call: equally many for each part.
+
+        Raises:
+            ScheduleError: If the trend is for another batch or another size.
+        """
+        tensors = _tensors(out)
+        known = (batch, tensors[0].shape, tensors[0].dtype, tensors[0].device)
+        if known not in self._known:
+            self._check(tensors, batch)
+            self._load(tensors, batch)
+            self._known.add(known)
+        factors = iter(self._factors)
+        samples = batch // self._parts
+        act = torch.mul if self._corrections.form == "multiply" else torch.add
+
+        def correct(parts: Sequence[Tensor]) -> Tensor:
+            factor, (tensor,) = next(factors), parts
+            if samples == 1:
+                return act(tensor, factor.view(tensor.shape))
+            rows = tensor.reshape(self._parts, samples, *factor.shape[1:])
+            return act(rows, factor[:, None]).view(tensor.shape)
+
+        return _each([out], correct)
+
+    def _check(self, tensors: list[Tensor], batch: int) -> None:
+        parts, tokens, channels = self._trend.shape
+        fits = batch % parts == 0 and all(len(x) % batch == 0 and x.shape[-1] == channels for x in tensors)
+        if not fits or sum(_tokens(x, batch) for x in tensors) != tokens:
+            shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+            raise ScheduleError(
+                f"the schedule corrects {self._name} for {tokens} tokens of {channels} channels in {parts} parts of a "
+                f"batch, but {shapes} is held for a batch of {batch}. Calibrate with the guidance and the size that "
+                "are used"
+            )
+
+    def _load(self, tensors: list[Tensor], batch: int) -> None:
+        """Put on the device what each tensor is multiplied by, or what is added to it."""
+        if self._factors and (self._factors[0].device, self._factors[0].dtype) == (tensors[0].device, tensors[0].dtype):
+            return
+        whole = self._corrections.weight * torch.tensor(self._trend).float()
+        if self._corrections.form == "multiply":
+            whole = 1 + whole
+        before = sum(factor.nbytes for factor in self._factors)
+        self._factors = [
+            factor.to(device=x.device, dtype=x.dtype).contiguous()
+            for factor, x in zip(whole.split([_tokens(x, batch) for x in tensors], dim=1), tensors, strict=True)
+        ]
+        self._stats.bytes_of_corrections += sum(factor.nbytes for factor in self._factors) - before
+
+
+def _tokens(tensor: Tensor, batch: int) -> int:
+    """Return how many tokens a tensor has for each sample."""
+    return tensor.numel() // (batch * tensor.shape[-1])
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for part in value.values() for tensor in _tensors(part)]
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, (tuple, list)) else []
