@@ -51,6 +51,10 @@ class Fora:
     def plan(self, anatomy: Anatomy, steps: int) -> Plan:
         if self.interval >= steps > 1:
             raise CalibrationError(f"fora: the interval must be below the {steps} steps, found {self.interval}")
+        if max(self.first, self.last or 0) >= steps:
+            raise CalibrationError(
+                f"fora: there is no step {max(self.first, self.last or 0)} of {steps}; the steps are 0-{steps - 1}"
+            )
         if self.interval == 1:
             return Plan(steps)
         last = steps - 1 if self.last is None else self.last

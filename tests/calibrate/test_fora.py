@@ -24,6 +24,9 @@ TWO_BLOCKS = Anatomy(
         (20, 3, (0, 1, 4, 7, 10, 13, 16, 19)),
         (50, 5, (0, 4, 9, 14, 19, 24, 29, 34, 39, 44, 49)),
         (250, 3, tuple(range(0, 250, 3))),
+        (100, 2, (0, *range(1, 100, 2))),
+        (500, 3, (0, *range(1, 500, 3))),
+        (500, 6, (0, *range(1, 500, 6))),
     ],
 )
 def test_counted_from_the_end_the_last_step_is_computed(steps: int, interval: int, computed: tuple[int, ...]) -> None:
@@ -32,7 +35,16 @@ def test_counted_from_the_end_the_last_step_is_computed(steps: int, interval: in
 
 def test_counted_from_the_start_every_multiple_of_the_interval_is_computed() -> None:
     assert Fora(3, "start").plan(TWO_BLOCKS, 10).computed_steps == (0, 3, 6, 9)
-    assert len(Fora(3, "start").plan(TWO_BLOCKS, 20).computed_steps) == 7
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "end", "start"), [(20, 2, 11, 10), (20, 3, 8, 7), (50, 5, 11, 10), (250, 3, 84, 84)]
+)
+def test_how_many_steps_are_computed_depends_on_where_they_are_counted_from(
+    steps: int, interval: int, end: int, start: int
+) -> None:
+    assert len(Fora(interval, "end").plan(TWO_BLOCKS, steps).computed_steps) == end
+    assert len(Fora(interval, "start").plan(TWO_BLOCKS, steps).computed_steps) == start
 
 
 def test_an_interval_of_one_computes_everything() -> None:
@@ -63,6 +75,8 @@ def test_wrong_settings_are_refused_with_what_is_needed() -> None:
         Fora(0)
     with pytest.raises(CalibrationError, match="below the 4 steps, found 9"):
         Fora(9).plan(TWO_BLOCKS, 4)
+    with pytest.raises(CalibrationError, match=r"no step 4 of 4; the steps are 0-3"):
+        Fora(2, last=4).plan(TWO_BLOCKS, 4)
     with pytest.raises(CalibrationError, match="start or end"):
         Fora(2, "middle")  # type: ignore[arg-type]
     with pytest.raises(CalibrationError, match="cross_attn, but Toy has attn, mlp"):

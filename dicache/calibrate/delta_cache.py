@@ -1,0 +1,108 @@
+"""Delta-Cache: skip a range of blocks at most steps, and add what it added at the last step that computed it."""
+
+import re
+from dataclasses import dataclass
+
+from dicache.anatomy import Anatomy
+from dicache.anatomy.parts import span
+from dicache.calibrate.methods import CalibrationError, method
+from dicache.schedules import Plan, Rule
+
+RANGES = ("shallow", "middle", "deep")
+USUAL_SHARE = 0.75  # of the blocks, in a named range: 21 of 28 in the paper
+
+
+@method("delta-cache")
+@dataclass(frozen=True)
+class DeltaCache:
+    """Compute everything each `interval` steps, and skip a range of blocks in between.
+
+    Attributes:
+        interval: Steps from one full computation to the next; 1 computes everything. Steps that are left over at the
+            end, less than an interval, are computed, as the paper's count of operations has it.
+        blocks: `shallow`, `middle` or `deep`, three quarters of the blocks; a range such as `7-27`, both ends
+            included; or how many, such as `21`.
+        start: First block of so many; the first of all when left out.
+
+    References:
+        Delta-DiT, arXiv 2406.01125, section 3.2.
+    """
+
+    interval: int = 2
+    blocks: str = "deep"
+    start: int | None = None
+
+    def __post_init__(self) -> None:
+        check_interval("delta-cache", self.interval)
+        if self.blocks not in RANGES and re.fullmatch(r"\d+(-\d+)?", self.blocks, re.ASCII) is None:
+            raise CalibrationError(
+                f"delta-cache: blocks must be {', '.join(RANGES)}, a range such as 7-27 or a number, "
+                f"found {self.blocks!r}"
+            )
+        if self.start is not None and not self.blocks.isdecimal():
+            raise CalibrationError(
+                f"delta-cache: a first block goes with a number of blocks, found {self.start} and {self.blocks!r}; "
+                f"leave it out, or write 21 for the blocks"
+            )
+
+    def plan(self, anatomy: Anatomy, steps: int) -> Plan:
+        letters = interval_letters("delta-cache", self.interval, steps)
+        if self.interval == 1:
+            return Plan(steps)
+        return Plan(steps, (Rule("skip", letters, blocks=checked_span("delta-cache", anatomy, *self._range(anatomy))),))
+
+    def _range(self, anatomy: Anatomy) -> tuple[int, int]:
+        """Return the first block, and how many."""
+        count = len(anatomy.blocks)
+        if self.blocks in RANGES:
+            many = usual_blocks(anatomy)
+            return {"shallow": 0, "middle": (count - many) // 2, "deep": count - many}[self.blocks], many
+        if self.blocks.isdecimal():
+            return self.start or 0, int(self.blocks)
+        first, last = (int(part) for part in self.blocks.split("-"))
+        return first, last - first + 1
+
+
+def usual_blocks(anatomy: Anatomy) -> int:
+    """Return how many blocks are usually skipped."""
+    return max(1, round(USUAL_SHARE * len(anatomy.blocks)))
+
+
+def check_interval(name: str, interval: int) -> None:
+    if interval < 1:
+        raise CalibrationError(
+            f"{name}: the interval must be 1 (compute everything) or more, found {interval}; 2 is usual"
+        )
+
+
+def interval_letters(name: str, interval: int, steps: int) -> str:
+    """Return a letter a step: `C` at the first of each interval and at what is left over at the end, else `.`."""
+    if interval > steps:
+        raise CalibrationError(f"{name}: the interval must be at most the {steps} steps, found {interval}")
+    whole = steps // interval * interval
+    return "".join("." if i % interval and i < whole else "C" for i in range(steps))
+
+
+def checked_span(name: str, anatomy: Anatomy, first: int, many: int) -> str:
+    """Return a range of blocks as a rule has it.
+
+    Raises:
+        CalibrationError: If the model does not have these blocks, or one delta cannot stand for them.
+    """
+    count, last = len(anatomy.blocks), first + many - 1
+    if many < 1 or first < 0:
+        raise CalibrationError(f"{name}: at least one block must be skipped, found {max(many, 0)} from block {first}")
+    if last >= count:
+        raise CalibrationError(
+            f"{name}: blocks {first}-{last} are skipped, but {anatomy.model} has the blocks 0-{count - 1}; "
+            f"skip {count - first} or fewer from block {first}"
+            if first < count
+            else f"{name}: there is no block {first}; {anatomy.model} has the blocks 0-{count - 1}"
+        )
+    if anatomy.segment(first) != anatomy.segment(last):
+        within = " or ".join(span(start, stop - 1) for start, stop in anatomy.segments)
+        raise CalibrationError(
+            f"{name}: no one delta stands for blocks {first}-{last}, which lie in several segments of {anatomy.model}; "
+            f"choose them within {within}"
+        )
+    return span(first, last)
