@@ -8,7 +8,8 @@ from dicache.anatomy import Anatomy
 from dicache.calibrate.delta_cache import DeltaCache
 from dicache.calibrate.delta_dit import DeltaDit
 from dicache.calibrate.fora import Fora
-from dicache.evaluate.cost import Macs, PassCost, Size, planned_cost
+from dicache.evaluate.cost import planned_cost
+from dicache.evaluate.counting import Macs, PassCost, Size
 from dicache.models.configs import read_config
 from dicache.schedules import Plan, Rule
 

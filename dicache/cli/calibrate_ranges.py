@@ -197,7 +197,7 @@ def delta_dit(
 
 def _of(profile_file: Path | None, model: str | None, steps: int | None) -> Subject:
     """Return what a plan is for; where a configuration is in the package, without the weights of the model."""
-    from dicache.evaluate.cost import PassCost, Size
+    from dicache.evaluate.counting import PassCost, Size
     from dicache.models.configs import NAMES, read_config
     from dicache.models.sampling import Sampling
     from dicache.schedules import Target
@@ -217,7 +217,8 @@ def _share_of(budget: Budget, subject: Subject) -> float:
     if not budget.absolute:
         return budget.value
     from dicache.calibrate import CalibrationError
-    from dicache.evaluate.cost import PassCost, Size, passes_of
+    from dicache.evaluate.cost import passes_of
+    from dicache.evaluate.counting import PassCost, Size
     from dicache.models.configs import read_config
 
     source, sampling = read_config(subject.model), subject.sampling

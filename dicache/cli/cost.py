@@ -13,7 +13,7 @@ from dicache.cli.command import Command, json_option, show_json, table
 
 if TYPE_CHECKING:
     from dicache.anatomy import Anatomy
-    from dicache.evaluate.cost import Macs, PassCost
+    from dicache.evaluate.counting import Macs, PassCost
     from dicache.models.configs import ModelConfig
     from dicache.schedules import Plan, Schedule
 
@@ -84,7 +84,8 @@ def cost(
         raise click.UsageError("give either --schedule or --method")
     if method is None and options:
         raise click.UsageError(f"there is no option {options[0]}; a method's options stand behind --method")
-    from dicache.evaluate.cost import PassCost, Size, passes_of, planned_cost, schedule_cost
+    from dicache.evaluate.cost import passes_of, planned_cost, schedule_cost
+    from dicache.evaluate.counting import PassCost, Size
     from dicache.models.configs import read_config
 
     source = read_config(model)

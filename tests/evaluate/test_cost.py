@@ -5,7 +5,8 @@ import pytest
 from torch import nn
 
 from dicache.anatomy import AnatomyError
-from dicache.evaluate.cost import CostError, Macs, PassCost, Size, passes_of, planned_cost, schedule_cost
+from dicache.evaluate.cost import passes_of, planned_cost, schedule_cost
+from dicache.evaluate.counting import CostError, Macs, PassCost, Size
 from dicache.models.configs import ModelConfig, read_config
 from dicache.schedules import Plan, Rule, Schedule, Target
 from tests.tiny import SIZE, TEXT_TOKENS, Build, adaptive, anatomy_of, dit, every_model, pixart, scheduled, sd3
