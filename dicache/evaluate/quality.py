@@ -62,3 +62,27 @@ def mean_with_interval(values: np.ndarray, seed: int = 0) -> Mean:
     rows = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.percentile(values[rows].mean(axis=1), [2.5, 97.5])
     return Mean(float(values.mean()), float(low), float(high))
+
+
+def precision_recall(made: np.ndarray, real: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
+    """Return which share of what was made lies among the real, and which share of the real among what was made.
+
+    A point lies among others if it is within the ball of one of them, that reaches to its third nearest neighbour.
+
+    Args:
+        made: Features, shape (n, d).
+        real: Features of real images, shape (m, d).
+        neighbours: Which nearest neighbour gives a ball's radius.
+
+    References:
+        Kynkaanniemi et al., arXiv 1904.06991, section 2.
+    """
+    from scipy.spatial.distance import cdist
+
+    if min(len(made), len(real)) <= neighbours:
+        raise ValueError(f"found {len(made)} and {len(real)} points, needed more than {neighbours} of each")
+    between = cdist(made, real)
+    radius_made, radius_real = (np.sort(cdist(x, x), axis=1)[:, neighbours] for x in (made, real))
+    return float((between <= radius_real).any(axis=1).mean()), float(
+        (between <= radius_made[:, None]).any(axis=0).mean()
+    )

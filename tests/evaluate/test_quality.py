@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dicache.evaluate.quality import mean_with_interval, psnr, ssim
+from dicache.evaluate.quality import mean_with_interval, precision_recall, psnr, ssim
 from dicache.evaluate.timing import speedup
 
 
@@ -40,3 +40,17 @@ def test_the_interval_holds_the_mean_and_narrows_with_more_images() -> None:
 
 def test_the_speedup_is_the_median_over_rounds() -> None:
     assert speedup([2.0, 2.0, 20.0], [1.0, 1.0, 1.0]) == 2.0
+
+
+def test_precision_is_of_what_was_made_and_recall_of_the_real() -> None:
+    random = np.random.default_rng(0)
+    real = random.normal(size=(200, 2))
+    assert min(precision_recall(random.normal(size=(200, 2)), real)) > 0.8
+    narrow = precision_recall(0.1 * random.normal(size=(200, 2)), real)  # good pictures, all alike
+    assert narrow[0] > 0.95
+    assert narrow[1] < 0.3
+    wide = precision_recall(6 * random.normal(size=(200, 2)), real)  # all kinds, few of them good
+    assert wide[0] < 0.3
+    assert precision_recall(real + 100, real) == (0, 0)
+    with pytest.raises(ValueError, match="found 3 and 200 points, needed more than 3"):
+        precision_recall(real[:3], real)
