@@ -24,7 +24,7 @@ BATCH = 50
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=5000)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")

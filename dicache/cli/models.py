@@ -25,6 +25,7 @@ def models(as_json: bool) -> None:
         usually = [
             f"{known.steps} steps" if known.steps else "",
             "" if known.guidance is None else f"guidance {known.guidance:g}",
+            (known.sampler or "").removesuffix("Scheduler"),
         ]
         click.echo(f"  {name:14} {known.repository:50} {', '.join(filter(None, usually))}")
     click.echo("Or any hub id, or a folder in diffusers' format.")
@@ -45,7 +46,7 @@ def zoo() -> None:
 def train(name: str, output: Path | None, work: Path | None, seed: int, device: str, steps: int | None) -> None:
     """Train a bundled model again; a training that was broken off goes on.
 
-    Needs `pip install 'dicache[zoo]'` for the data.
+    Needs `pip install 'dicache[zoo]'` for the data of digits.
     """
     from dicache.models import zoo as bundled
     from dicache.models.names import ModelError
@@ -53,16 +54,16 @@ def train(name: str, output: Path | None, work: Path | None, seed: int, device: 
     if name not in bundled.NAMES:
         raise ModelError(f"unknown model {name!r}; bundled are {', '.join(bundled.NAMES)}")
     import logging
+    from importlib import import_module
 
-    from dicache.models.zoo import digits
-
+    recipe = import_module(f"dicache.models.zoo.{name}")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = output or Path(name)
-    digits.train(
+    recipe.train(
         output,
         work or Path(f"{name}-training"),
         seed=seed,
         device=device,
         **({} if steps is None else {"steps": steps}),
     )
-    click.echo(f"Wrote {output}. Try: dicache generate --model {output} --class seven -o images")
+    click.echo(f"Wrote {output}. Try: dicache generate --model {output} {recipe.EXAMPLE} -o images")

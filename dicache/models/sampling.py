@@ -33,6 +33,7 @@ PROMPTS = (
     "an underwater photograph of a sea turtle above a reef",
     "a desert road under a sky full of stars",
 )
+PROMPTS_FILE = "prompts.txt"
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,20 @@ class Sampling:
             value = parameters[name].default if name in parameters else None
             return None if value is inspect.Parameter.empty else value
 
-        return replace(
+        known = replace(
             self,
             steps=self.steps or default("num_inference_steps"),
             guidance=default("guidance_scale") if self.guidance is None else self.guidance,
+        )
+        if "video_length" not in parameters:
+            return known
+        # Latte's own defaults are those of one published model, and its transformer takes no other number of frames.
+        size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+        return replace(
+            known,
+            height=self.height or size,
+            width=self.width or size,
+            frames=self.frames or pipeline.transformer.config.video_length,
         )
 
 
@@ -89,9 +100,15 @@ def takes_classes(pipeline: Any) -> bool:
 
 
 def default_conditions(pipeline: Any, count: int) -> list[str]:
-    """Return `count` conditions: classes spread over all there are, or the built-in prompts in turn."""
+    """Return `count` conditions: classes spread over all there are, or prompts in turn.
+
+    The prompts are those of `prompts.txt` in the model's folder, which the bundled models bring because they know only
+    the words of their own captions, or else the built-in ones.
+    """
     if not takes_classes(pipeline):
-        return [PROMPTS[i % len(PROMPTS)] for i in range(count)]
+        own = Path(str(pipeline.name_or_path)) / PROMPTS_FILE
+        prompts = read_conditions(own) if own.is_file() else PROMPTS
+        return [prompts[i % len(prompts)] for i in range(count)]
     classes = sorted({int(label) for label in pipeline.labels.values()}) or list(range(1000))
     stride = max(1, len(classes) // count)
     return [str(classes[i * stride % len(classes)]) for i in range(count)]
@@ -139,7 +156,7 @@ def sample(
         "guidance_scale": sampling.guidance,
         "height": sampling.height,
         "width": sampling.width,
-        "num_frames": sampling.frames,
+        "video_length" if "video_length" in parameters else "num_frames": sampling.frames,
         "max_sequence_length": sampling.text_tokens,
     }
     for name, value in list(arguments.items()):

@@ -26,6 +26,7 @@ NULL_LABEL = 1000  # DiTPipeline hard-codes it, whatever the number of classes
 HELD_OUT = 300
 AUGMENTED_COPIES = 24
 TRAIN_TIMESTEPS = 1000
+EXAMPLE = "--class seven"  # what to ask `dicache generate` for
 
 
 @dataclass(frozen=True)

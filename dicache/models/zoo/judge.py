@@ -66,12 +66,17 @@ class Judge:
         References:
             Heusel et al., arXiv 1706.08500, equation 6, with this classifier's 64 features instead of Inception's.
         """
-        from scipy.linalg import sqrtm
+        return frechet_distance(self.classifier.embed(as_input(images)), self.mean, self.covariance)
 
-        features = self.classifier.embed(as_input(images)).double().numpy()
-        mean, covariance = features.mean(axis=0), np.cov(features, rowvar=False)
-        root = np.asarray(sqrtm(covariance @ self.covariance))
-        return float(((mean - self.mean) ** 2).sum() + np.trace(covariance + self.covariance - 2 * root.real))
+
+def frechet_distance(features: Tensor, mean: np.ndarray, covariance: np.ndarray) -> float:
+    """Return the Frechet distance between Gaussians: one fitted to features, shape (n, d), and a known one."""
+    from scipy.linalg import sqrtm
+
+    found = features.double().numpy()
+    found_mean, found_covariance = found.mean(axis=0), np.cov(found, rowvar=False)
+    root = np.asarray(sqrtm(found_covariance @ covariance))
+    return float(((found_mean - mean) ** 2).sum() + np.trace(found_covariance + covariance - 2 * root.real))
 
 
 def as_input(images: np.ndarray) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
+STEPS_BETWEEN_POINTS = 50  # of the loss curve
 
 
 def fit(
@@ -29,7 +30,8 @@ def fit(
     """Train `module` in place and leave it with the moving average of its weights.
 
     The state is written to `work/<stage>.pt` twice a minute and at the end, so that a killed
-    training goes on from there, and one that is done is only loaded.
+    training goes on from there, and one that is done is only loaded. The loss, smoothed, is written
+    beside it to `work/<stage>.csv`.
 
     Args:
         stage: Name of the stage: its checkpoint and its progress bar.
@@ -59,6 +61,8 @@ def fit(
     device = parameters[0].device
     checkpoint = work / f"{stage}.pt"
     start = 0
+    smooth = math.nan
+    curve: list[tuple[int, float]] = []  # step and smoothed loss
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True, map_location=device)
         start = state["step"]
@@ -66,6 +70,7 @@ def fit(
         optimizer.load_state_dict(state["optimizer"])
         average = state["average"]
         generator.set_state(state["generator"].cpu())
+        smooth, curve = state["smooth"], state["curve"]
 
     def save(step: int) -> None:
         part = checkpoint.with_suffix(".part")
@@ -76,14 +81,17 @@ def fit(
                 "optimizer": optimizer.state_dict(),
                 "average": average,
                 "generator": generator.get_state(),
+                "smooth": smooth,
+                "curve": curve,
             },
             part,
         )
         os.replace(part, checkpoint)
+        lines = ["step,loss", *(f"{at},{value:.6f}" for at, value in curve)]
+        checkpoint.with_suffix(".csv").write_text("\n".join(lines) + "\n")
 
     module.train()
     saved = time.monotonic()
-    smooth = math.nan
     with tqdm(total=steps, initial=start, desc=stage, mininterval=2.0) as bar:
         for step in range(start, steps):
             rate = learning_rate * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -99,6 +107,8 @@ def fit(
             decay = min(ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
             smooth = value.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * value.item()
+            if (step + 1) % STEPS_BETWEEN_POINTS == 0:
+                curve.append((step + 1, smooth))
             bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
             bar.update()
             if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
