@@ -4,7 +4,6 @@ from pathlib import Path
 
 NAMES = {
     "digits": "class-conditional DiT of 12 blocks on scikit-learn's handwritten digits, 32 x 32",
-    "clips": "text-to-video Latte of 6 spatial and 6 temporal blocks on drawn moving objects, 8 frames of 32 x 32",
     "scenes": "text-to-image PixArt of 12 blocks on drawn scenes of one or two objects, 32 x 32",
 }
 
