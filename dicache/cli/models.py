@@ -44,15 +44,15 @@ def zoo() -> None:
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps of the transformer.  [default: the recipe's]")
 def train(name: str, output: Path | None, work: Path | None, seed: int, device: str, steps: int | None) -> None:
-    """Train a bundled model again; a training that was broken off goes on.
+    """Train a small model of the package; a training that was broken off goes on.
 
     Needs `pip install 'dicache[zoo]'` for the data of digits.
     """
     from dicache.models import zoo as bundled
     from dicache.models.names import ModelError
 
-    if name not in bundled.NAMES:
-        raise ModelError(f"unknown model {name!r}; bundled are {', '.join(bundled.NAMES)}")
+    if name not in bundled.RECIPES:
+        raise ModelError(f"unknown model {name!r}; known are {', '.join(bundled.RECIPES)}")
     import logging
     from importlib import import_module
 

@@ -31,6 +31,11 @@ def judges_of(name: str, pipeline: Any, conditions: Sequence[str]) -> dict[str, 
 
         judge = scene_judge.load_judge(folder)
         asked = list(conditions) if all(map(scene_data.is_caption, conditions)) else None
+    elif (folder / "clip_judge.safetensors").is_file():
+        from dicache.models.zoo import clip_data, clip_judge
+
+        judge = clip_judge.load_judge(folder)
+        asked = list(conditions) if all(map(clip_data.is_caption, conditions)) else None
     else:
         return {}
     judges: dict[str, Callable[[np.ndarray], float]] = {}

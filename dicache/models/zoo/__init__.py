@@ -7,6 +7,8 @@ NAMES = {
     "scenes": "text-to-image PixArt of 12 blocks on drawn scenes of one or two objects, 32 x 32",
 }
 
+RECIPES = (*NAMES, "clips")  # what `dicache zoo train` knows; the weights of the last one are not bundled
+
 
 def folder(name: str) -> Path:
     """Return the folder of a bundled model, in diffusers' format."""
