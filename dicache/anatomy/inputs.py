@@ -65,6 +65,7 @@ def example_inputs(model: nn.Module) -> Inputs:
     rows, columns = height // 2, width // 2  # where patches of two by two pixels are packed before the model
     names = inspect.signature(model.forward).parameters
     packed = "img_ids" in names
+    frames = (config["video_length"],) if config.get("video_length") else ()
 
     def image_ids() -> Tensor:
         """Return the place of each patch, row and column last, shape (patches, axes)."""
@@ -77,7 +78,7 @@ def example_inputs(model: nn.Module) -> Inputs:
         "hidden_states": lambda: (
             noise(2, rows * columns, config["in_channels"])
             if packed
-            else noise(2, config["in_channels"], height, width)
+            else noise(2, config["in_channels"], *frames, height, width)
         ),
         "timestep": lambda: (
             torch.full((2,), 0.5).to(reference) if packed else torch.full((2,), 500, device=reference.device)

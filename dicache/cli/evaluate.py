@@ -1,5 +1,6 @@
 """`dicache evaluate`: quality and speed of schedules."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,9 @@ NETWORKS = ("lpips", "clip", "fid", "is")  # by networks of others, whose weight
     type=click.Path(file_okay=False, path_type=Path),
     help="Where uncached runs are kept.  [default: the user's cache]",
 )
+@click.option(
+    "--images", type=click.Path(file_okay=False, path_type=Path), help="Write what was made here, a folder a schedule."
+)
 @click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else bfloat16]")
 @json_option
@@ -59,6 +63,7 @@ def evaluate(
     clip_model: str | None,
     timing_rounds: int,
     references: Path | None,
+    images: Path | None,
     device: str | None,
     dtype: str | None,
     as_json: bool,
@@ -67,6 +72,7 @@ def evaluate(
     from dicache.evaluate.evaluation import evaluate as judge
     from dicache.evaluate.networks import CLIP_MODEL, DISTANCES, SCORES, Request
     from dicache.evaluate.references import default_folder
+    from dicache.models.images import save_png
     from dicache.models.judges import judges_of
     from dicache.models.loading import load
     from dicache.models.names import ModelError
@@ -102,6 +108,11 @@ def evaluate(
         timing_rounds=timing_rounds,
         references=references or default_folder(),
     )
+    if images:
+        for result in (uncached, *results, *fewer):
+            folder = images / re.sub(r"[^\w.-]+", "-", result.name).strip("-")
+            for number, image in enumerate(result.images):
+                save_png(image, folder / f"{number:04}.png")
     if as_json:
         show_json(
             {

@@ -77,3 +77,30 @@ def schedule(schedules: tuple[Path, ...], output: Path) -> None:
 
     save(schedule_strip([(file.stem, Schedule.load(file)) for file in schedules]), output)
     click.echo(f"Wrote {output}")
+
+
+@plot.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path(file_okay=False, path_type=Path))
+@picture_option
+def spectrum(folders: tuple[Path, ...], output: Path) -> None:
+    """Which frequencies the images of folders hold, beside those of the first (Delta-DiT, figure 5).
+
+    Folders of PNG images of the same names, as `dicache evaluate --images` writes them.
+    """
+    import numpy as np
+
+    from dicache.figures import save
+    from dicache.figures.spectrum import LINES, spectra
+    from dicache.models.images import read_folder
+    from dicache.models.names import ModelError
+
+    if not 2 <= len(folders) <= len(LINES):
+        raise click.UsageError(f"found {len(folders)} folders; needed 2 to {len(LINES)}, the first to compare with")
+    read = [read_folder(folder) for folder in folders]
+    for folder, images in zip(folders, read, strict=True):
+        if lone := sorted(images.keys() ^ read[0].keys()):
+            raise ModelError(
+                f"{lone[0]} is in only one of {folders[0]} and {folder}; needed the same images, made in different ways"
+            )
+    save(spectra([(f.name, np.stack(list(images.values()))) for f, images in zip(folders, read, strict=True)]), output)
+    click.echo(f"Wrote {output}")
