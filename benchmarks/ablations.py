@@ -1,0 +1,248 @@
+"""The tables and figures of the papers on a bundled model: `python benchmarks/ablations.py methods`.
+
+Each experiment is one table in `results/`: what every schedule makes of the same conditions and seeds, beside the
+uncached run and fewer steps at its cost. `python benchmarks/ablations.py all` runs them one after another; uncached
+runs and profiles are kept in `build/` and used again.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dicache.anatomy import Anatomy
+from dicache.anatomy.overrides import Overrides
+from dicache.calibrate.delta_cache import DeltaCache
+from dicache.calibrate.delta_dit import DeltaDit, ordered
+from dicache.calibrate.eoc import Eoc
+from dicache.calibrate.faster_diffusion import FasterDiffusion
+from dicache.calibrate.fora import Fora
+from dicache.calibrate.magcache import MagCache
+from dicache.calibrate.mask import Mask
+from dicache.calibrate.methods import PlanMethod, planned_schedule
+from dicache.calibrate.smoothcache import SmoothCache
+from dicache.calibrate.taylorseer import TaylorSeer
+from dicache.calibrate.teacache import TeaCache
+from dicache.cli.command import table
+from dicache.cli.evaluate import results_table
+from dicache.evaluate.evaluation import evaluate
+from dicache.evaluate.quality import psnr
+from dicache.figures import save
+from dicache.figures.spectrum import spectra
+from dicache.models.judges import judges_of
+from dicache.models.loading import load
+from dicache.models.sampling import Sampling, default_conditions, sample
+from dicache.profiler import Profile, storage
+from dicache.profiler.profiling import profile_pipeline, survey_pipeline
+from dicache.schedules import Schedule, Target
+
+BUILD = Path(__file__).parents[1] / "build" / "ablations"
+RESULTS = Path(__file__).parent / "results"
+RUNS = 32  # of a profile; with priors, so many conditions are averaged
+GUIDANCE = {"digits": 4.0}  # other models: their pipelines' own
+Named = list[tuple[str, Schedule]]
+
+
+class Bench:
+    """One bundled model, its conditions and judges."""
+
+    def __init__(self, model: str, images: int, rounds: int) -> None:
+        self.model, self.rounds = model, rounds
+        self.pipeline = load(model)
+        self.conditions = default_conditions(self.pipeline, images)
+        self.judges = judges_of(model, self.pipeline, self.conditions)
+        self._surveys: dict[int, tuple[Anatomy, Target, int]] = {}
+
+    def sampling(self, steps: int, guidance: float | None = None) -> Sampling:
+        return Sampling(steps, GUIDANCE.get(self.model) if guidance is None else guidance).resolved(self.pipeline)
+
+    def profile(self, steps: int) -> Profile:
+        return storage.load(self.profile_file(steps))
+
+    def profile_file(self, steps: int) -> Path:
+        """Return a profile with priors, made if it is not there."""
+        file = BUILD / f"{self.model}-{steps}.h5"
+        if not file.exists():
+            conditions, sampling = default_conditions(self.pipeline, RUNS), self.sampling(steps)
+            profile_pipeline(self.pipeline, self.model, file, conditions, sampling=sampling, priors=True)
+        return file
+
+    def survey(self, steps: int) -> tuple[Anatomy, Target, int]:
+        if steps not in self._surveys:
+            self._surveys[steps] = survey_pipeline(self.pipeline, self.sampling(steps))
+        return self._surveys[steps]
+
+    def planned(self, steps: int, name: str, settings: PlanMethod) -> tuple[str, Schedule]:
+        return name, planned_schedule(settings, *self.survey(steps))
+
+    def results(self, schedules: Named, sampling: Sampling, *, fewer_steps: bool = True) -> list[Any]:
+        uncached, cached, fewer = evaluate(
+            self.pipeline,
+            schedules,
+            self.conditions,
+            sampling=sampling,
+            judges=self.judges,
+            timing_rounds=self.rounds,
+            references=BUILD / "references",
+            fewer_steps=fewer_steps,
+        )
+        return [uncached, *cached, *fewer]
+
+
+def methods(bench: Bench, steps: int) -> str:
+    """Every method that needs no training, at its usual settings."""
+    profile = bench.profile(steps)
+    rows: Named = [bench.planned(steps, f"fora {n}", Fora(n)) for n in (2, 3, 4)]
+    fora = rows[0][1]
+    rows += [bench.planned(steps, f"delta-cache {r}", DeltaCache(blocks=r)) for r in ("shallow", "middle", "deep")]
+    settings, _ = ordered(DeltaDit(), profile)
+    rows += [bench.planned(steps, "delta-dit", DeltaDit()), bench.planned(steps, "delta-dit auto", settings)]
+    rows += [bench.planned(steps, "faster-diffusion", FasterDiffusion())]
+    rows += [bench.planned(steps, f"taylorseer {k}", TaylorSeer(3, k)) for k in (0, 1, 2)]
+    rows += [bench.planned(steps, "taylorseer body 1", TaylorSeer(3, 1, granularity="body"))]
+    rows += [(f"smoothcache {a}", SmoothCache(a).calibrate(profile)) for a in (0.08, 0.18)]
+    rows += [(f"magcache {t}", MagCache(t).calibrate(profile)) for t in (0.06, 0.12)]
+    rows += [(f"teacache {x}x", TeaCache(target_speedup=x).calibrate(profile)) for x in (1.5, 2.0)]
+    prior = partial(storage.load_prior, bench.profile_file(steps))
+    rows += [("eoc on fora 2", Eoc().calibrate(profile, fora, prior))]
+    return results_table(bench.results(rows, bench.sampling(steps)))
+
+
+def fora_steps(bench: Bench, _: int) -> str:
+    """FORA's table 3: the interval against the number of steps."""
+    parts = []
+    for steps, intervals in ((20, (2, 3)), (50, (2, 3, 5)), (100, (2, 3, 6)), (250, (3, 6))):
+        rows = [bench.planned(steps, f"fora {n}", Fora(n)) for n in intervals]
+        parts.append(results_table(bench.results(rows, bench.sampling(steps), fewer_steps=False)))
+    return "\n\n".join(parts)
+
+
+def fora_guidance(bench: Bench, steps: int) -> str:
+    """FORA's table 4 and figure 5: the interval against the guidance scale."""
+    parts = []
+    for guidance in (1.5, 3.0, 4.5):
+        rows = [bench.planned(steps, f"fora {n}", Fora(n)) for n in (2, 3, 5)]
+        told = results_table(bench.results(rows, bench.sampling(steps, guidance), fewer_steps=False))
+        parts.append(f"guidance {guidance}\n{told}")
+    return "\n\n".join(parts)
+
+
+def fora_branches(bench: Bench, steps: int) -> str:
+    """FORA on one kind of branch or all, from both anchors, and EOC's masks."""
+    sites = bench.survey(steps)[0].sites
+    kinds = [(kind,) for kind in dict.fromkeys(key.partition(".")[2] for key in sites)] + [()]
+    rows = [
+        bench.planned(steps, f"{' '.join(kind) or 'all'}, {anchor}", Fora(2, anchor, kind))
+        for kind in kinds
+        for anchor in ("end", "start")
+    ]
+    masks = {"odd steps of the first half": {"*": f"0-{steps // 2}:2,{steps // 2 + 1}-"}, "odd steps": {"*": "0-:2"}}
+    rows += [bench.planned(steps, name, Mask(computed)) for name, computed in masks.items()]
+    return results_table(bench.results(rows, bench.sampling(steps)))
+
+
+def delta(bench: Bench, steps: int) -> str:
+    """Delta-DiT's figures 5, 6 and 7, table 5 and appendix H: which blocks, which boundary, how many."""
+    count = len(bench.survey(steps)[0].blocks)
+    quarters = [f"{i * count // 4}-{(i + 1) * count // 4 - 1}" for i in range(4)]
+    ranges = ("shallow", "middle", "deep", *quarters)
+    rows = [bench.planned(steps, f"delta-cache {r}", DeltaCache(blocks=r)) for r in ranges]
+    for order in ("aligned", "reversed"):
+        boundaries = [round(steps * share / 5) for share in range(6)]
+        rows += [bench.planned(steps, f"{order} b={b}", DeltaDit(boundary=b, order=order)) for b in boundaries]
+    many = sorted({max(1, round(count * share / 8)) for share in range(1, 9)})
+    rows += [bench.planned(steps, f"aligned N_c={n}", DeltaDit(blocks=n)) for n in many]
+    results = bench.results(rows, bench.sampling(steps))
+    kept = {result.name: result.images for result in results}
+    chosen = ("uncached", *(f"delta-cache {r}" for r in ("shallow", "middle", "deep")))
+    save(spectra([(name, kept[name]) for name in chosen]), RESULTS / f"spectrum-{bench.model}.png")
+    return results_table(results)
+
+
+def skipping(bench: Bench, steps: int) -> str:
+    """Delta-DiT's figure 4a: each block left out at every step, with nothing in its place."""
+    sampling, seeds = bench.sampling(steps), range(1000, 1000 + len(bench.conditions))
+    plain = sample(bench.pipeline, bench.conditions, seeds, sampling)
+    judged = {name: judge(plain) for name, judge in bench.judges.items()}
+    rows = [["uncached", "-", *(f"{value:.3f}" for value in judged.values())]]
+    for block in bench.survey(steps)[0].blocks:
+        with left_out(bench.pipeline.transformer, block.module, block.streams, block.returns):
+            made = sample(bench.pipeline, bench.conditions, seeds, sampling)
+        cells = (psnr(made, plain).mean(), *(judge(made) for judge in bench.judges.values()))
+        rows.append([f"without block {block.index}", f"{cells[0]:.1f}", *(f"{value:.3f}" for value in cells[1:])])
+    return table(["", "PSNR dB", *judged], rows)
+
+
+@contextmanager
+def left_out(model: torch.nn.Module, path: str, streams: Sequence[str], returns: Any) -> Iterator[None]:
+    """Let a block give its streams back as they are."""
+    block = model.get_submodule(path)
+    names = list(type(block).forward.__code__.co_varnames[1:])
+
+    def unchanged(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return given[returns] if isinstance(returns, str) else tuple(given[name] if name else None for name in returns)
+
+    with Overrides() as overrides:
+        overrides.set(block, unchanged)
+        yield
+
+
+def eoc(bench: Bench, steps: int) -> str:
+    """EOC's tables: the weight and the first steps on FORA at two intervals, and its other options."""
+    profile, prior = bench.profile(steps), partial(storage.load_prior, bench.profile_file(steps))
+    parts = []
+    for interval in (2, 4):
+        _, base = bench.planned(steps, "", Fora(interval))
+        held = [i for i in range(steps) if i not in base.plan.computed_steps]  # type: ignore[union-attr] # it has one
+        firsts = sorted({held[len(held) // 4], held[len(held) // 2], steps})
+        rows = [(f"fora {interval}", base)]
+        for weight in (0.003, 0.01, 0.1, 0.3, 1.0):
+            for first in firsts:
+                settings = Eoc(weight, first_steps=None if first == steps else first)
+                rows.append((f"weight {weight}, first {first}", settings.calibrate(profile, base, prior)))
+        for weight in (0.1, 0.5, 1.0, 1.5):
+            rows.append((f"add, weight {weight}", Eoc(weight, "add").calibrate(profile, base, prior)))
+        for kind in profile.branches:
+            rows.append((f"{kind} alone, weight 0.01", Eoc(branches=(kind,)).calibrate(profile, base, prior)))
+        for position in (0.0, 2.0):
+            settings = Eoc(position_weight=position, threshold=0.5)
+            rows.append((f"position {position:g}, threshold 0.5", settings.calibrate(profile, base, prior)))
+        parts.append(results_table(bench.results(rows, bench.sampling(steps), fewer_steps=False)))
+    return "\n\n".join(parts)
+
+
+EXPERIMENTS: dict[str, Callable[[Bench, int], str]] = {
+    "methods": methods,
+    "fora-steps": fora_steps,
+    "fora-guidance": fora_guidance,
+    "fora-branches": fora_branches,
+    "delta": delta,
+    "skipping": skipping,
+    "eoc": eoc,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("experiment", choices=(*EXPERIMENTS, "all"))
+    parser.add_argument("--model", default="digits", help="a bundled one [default: digits]")
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=7, help="of timing; 0 times nothing")
+    options = parser.parse_args()
+    for name in EXPERIMENTS if options.experiment == "all" else (options.experiment,):
+        bench = Bench(options.model, options.images, options.rounds if name == "methods" else 0)
+        text = f"{name}: {options.model}, {options.images} images, {options.steps} steps but where stated\n\n"
+        text += EXPERIMENTS[name](bench, options.steps)
+        print(text)  # noqa: T201
+        (RESULTS / f"{name}-{options.model}.txt").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
