@@ -20,7 +20,8 @@ class Pab:
 
     Attributes:
         ranges: Kind of branch to its range: computed once in so many steps. The paper's are 2 for spatial, 4 for
-            temporal and 6 for cross-attention.
+            temporal and 6 for cross-attention. Where the temporal blocks are a list of their own, its name goes before,
+            `temporal_transformer_blocks.attn`, and `attn` is that of the other blocks.
         window: Timesteps, on a scale of 0 to 1000, between which branches are reused, both ends excluded: (450, 930)
             for Open-Sora, (100, 850) for Open-Sora-Plan and CogVideoX, (100, 800) for Latte and in diffusers.
 
@@ -60,18 +61,26 @@ class Pab:
                 "take another sampler, or another method"
             )
         low, high = self.window
-        rules = []
-        for branch, length in self.ranges.items():
-            letters = "".join(
-                "." if i % length and low < t < high else "C"  # counted from the first step, outside the window too
-                for i, t in enumerate(timesteps)
-            )
-            if "." in letters:
-                rules.append(Rule("reuse", letters, branch=branch))
-        plan = Plan(steps, tuple(rules))
+        rules: list[Rule] = []
         try:
-            for branch in self.ranges:
-                Plan(steps, (Rule("reuse", "C" * steps, branch=branch),)).table(anatomy)
+            for branch, length in self.ranges.items():
+                letters = "".join(
+                    "." if i % length and low < t < high else "C"  # counted from the first step, outside the window too
+                    for i, t in enumerate(timesteps)
+                )
+                kind, blocks = self._places(anatomy, branch)
+                rules += [Rule("reuse", letters, blocks=part, branch=kind) for part in blocks]
+            Plan(steps, tuple(rules)).table(anatomy)
         except PlanError as error:
             raise CalibrationError(f"pab: {error}") from None
-        return plan
+        return Plan(steps, tuple(rule for rule in rules if "." in rule.steps))
+
+    def _places(self, anatomy: Anatomy, branch: str) -> tuple[str, list[str]]:
+        """Return the kind of branch that a range is for, and the blocks as rules have them."""
+        paths = {block.path for block in anatomy.blocks}
+        named = {key: path for key in self.ranges for path in paths if key.startswith(f"{path}.")}
+        kind = branch.removeprefix(f"{named[branch]}.") if branch in named else branch
+        wanted = {named[branch]} if branch in named else paths - {p for key, p in named.items() if key == f"{p}.{kind}"}
+        if wanted == paths:
+            return kind, ["*"]
+        return kind, [str(block.index) for block in anatomy.blocks if block.path in wanted]

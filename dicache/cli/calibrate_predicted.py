@@ -130,7 +130,10 @@ def magcache(
 
 @click.command(cls=Command)
 @click.option(
-    "--ranges", required=True, help="Kinds of branch, each computed once in so many steps: attn=2,cross_attn=6."
+    "--ranges",
+    required=True,
+    help="Kinds of branch, each computed once in so many steps: attn=2,cross_attn=6. "
+    "Of one list of blocks: temporal_transformer_blocks.attn=4.",
 )
 @click.option("--window", default="100-800", show_default=True, help="Timesteps between which branches are reused.")
 @subject_options

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from dicache.calibrate import CalibrationError
@@ -27,6 +29,18 @@ def test_steps_are_counted_from_the_first_also_outside_the_window() -> None:
 
 def test_branches_that_are_not_named_are_computed() -> None:
     assert Pab({"attn": 2}).plan(TWO, 10, TIMES).table(TWO)["0.mlp"] == "C" * 10
+
+
+def test_temporal_blocks_in_a_list_of_their_own_have_a_range_of_their_own() -> None:
+    video = replace(TWO, blocks=(TWO.blocks[0], replace(TWO.blocks[1], path="temporal")))
+    ranges = {"attn": 2, "temporal.attn": 3, "mlp": 4}
+    table = Pab(ranges, (100, 800)).plan(video, 10, TIMES).table(video)
+    assert table["0.attn"] == "CCCRCRCRCC"
+    assert table["1.attn"] == "CCRCRRCRCC"
+    assert table["0.mlp"] == table["1.mlp"] == Pab({"mlp": 4}).plan(TWO, 10, TIMES).table(TWO)["0.mlp"]
+    assert Pab({"temporal.attn": 3}).plan(video, 10, TIMES).table(video)["0.attn"] == "C" * 10
+    with pytest.raises(CalibrationError, match="pab: unknown branch 'spatial.attn'"):
+        Pab({"spatial.attn": 2}).plan(video, 10, TIMES)
 
 
 def test_a_range_of_one_computes_everything() -> None:
