@@ -39,7 +39,7 @@ def test_temporal_blocks_in_a_list_of_their_own_have_a_range_of_their_own() -> N
     assert table["1.attn"] == "CCRCRRCRCC"
     assert table["0.mlp"] == table["1.mlp"] == Pab({"mlp": 4}).plan(TWO, 10, TIMES).table(TWO)["0.mlp"]
     assert Pab({"temporal.attn": 3}).plan(video, 10, TIMES).table(video)["0.attn"] == "C" * 10
-    with pytest.raises(CalibrationError, match="pab: unknown branch 'spatial.attn'"):
+    with pytest.raises(CalibrationError, match=r"pab: unknown branch 'spatial\.attn'"):
         Pab({"spatial.attn": 2}).plan(video, 10, TIMES)
 
 
