@@ -1,4 +1,4 @@
-"""`dicache demo`: the main job on the bundled model."""
+"""`dicache demo`: the main job on bundled models."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,20 +13,30 @@ if TYPE_CHECKING:
     from dicache.profiler import Profile
     from dicache.schedules import Schedule
 
+MODELS = ("digits", "scenes")
 SPEEDUPS = (1.5, 2.0)  # of the two TeaCache thresholds
-GUIDANCE = 4.0
+SHOWN = 8  # images of each schedule in the picture
 
 
 @click.command(cls=Command)
+@click.option(
+    "--model", "models", multiple=True, type=click.Choice(MODELS), default=MODELS, show_default=True, help="Repeatable."
+)
 @click.option("--runs", type=click.IntRange(2), default=16, show_default=True, help="Runs to profile.")
-@click.option("--steps", type=click.IntRange(4), default=50, show_default=True, help="Inference steps.")
+@click.option("--steps", type=click.IntRange(4), help="Inference steps.  [default: 50 of digits, 20 of scenes]")
 @click.option("--images", type=click.IntRange(1), default=40, show_default=True, help="Images to judge by.")
 @click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("demo"))
-def demo(runs: int, steps: int, images: int, output: Path) -> None:
-    """Profile the bundled digits model, calibrate FORA and TeaCache, replay them, and judge the outcome.
+def demo(models: tuple[str, ...], runs: int, steps: int | None, images: int, output: Path) -> None:
+    """Profile the bundled models, calibrate FORA and TeaCache, replay them, and judge the outcome.
 
-    Leaves profile, schedules, table and pictures in ./demo.
+    Leaves a table in ./demo, and a folder a model with profile, schedules and pictures.
     """
+    tables = [_demonstrate(model, runs, steps, images, output / model) for model in dict.fromkeys(models)]
+    (output / "results.txt").write_text("\n\n".join(tables) + "\n")
+    click.echo(f"Table, profiles, schedules and pictures are in {output}/")
+
+
+def _demonstrate(model: str, runs: int, steps: int | None, images: int, output: Path) -> str:
     from dicache.cli.evaluate import results_table
     from dicache.evaluate.evaluation import evaluate
     from dicache.models.judges import judges_of
@@ -35,12 +45,12 @@ def demo(runs: int, steps: int, images: int, output: Path) -> None:
     from dicache.profiler import storage
     from dicache.profiler.profiling import profile_pipeline
 
-    sampling = Sampling(steps=steps, guidance=GUIDANCE)
-    pipeline = load("digits")
+    pipeline = load(model)
+    sampling = Sampling(steps).resolved(pipeline)
     file = output / "profile.h5"
     file.unlink(missing_ok=True)
-    click.echo(f"1. Profile: {runs} runs of {steps} steps, uncached")
-    profile_pipeline(pipeline, "digits", file, default_conditions(pipeline, runs), sampling=sampling)
+    click.echo(f"{model}\n1. Profile: {runs} runs of {sampling.steps} steps, uncached")
+    profile_pipeline(pipeline, model, file, default_conditions(pipeline, runs), sampling=sampling)
     profile = storage.load(file)
 
     click.echo("2. Calibrate")
@@ -51,16 +61,16 @@ def demo(runs: int, steps: int, images: int, output: Path) -> None:
 
     click.echo(f"3. Replay: {images} images each, other seeds than the profile's")
     conditions = default_conditions(pipeline, images)
-    judges = judges_of("digits", pipeline, conditions)
+    judges = judges_of(model, pipeline, conditions)
     uncached, cached, fewer = evaluate(
         pipeline, schedules, conditions, sampling=sampling, judges=judges, timing_rounds=7
     )
-    text = results_table([uncached, *cached, *fewer])
-    (output / "results.txt").write_text(text + "\n")
+    text = f"{model}, {sampling.steps} steps, guidance {sampling.guidance:g}, {images} images\n\n"
+    text += results_table([uncached, *cached, *fewer])
     click.echo(f"\n{text}\n")
-
-    _draw(profile, schedules, [(r.name, r.images[:10]) for r in (uncached, *cached)], conditions[:10], output)
-    click.echo(f"Profile, schedules, table and pictures are in {output}/")
+    rows = [(result.name, result.images[:SHOWN]) for result in (uncached, *cached)]
+    _draw(profile, schedules, rows, conditions[:SHOWN], output)
+    return text
 
 
 def _calibrate(profile: "Profile") -> "list[tuple[str, Schedule]]":

@@ -1,10 +1,14 @@
 """`dicache profiles`: look at profiles."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dicache.cli.command import Group, json_option, show_json
+
+if TYPE_CHECKING:
+    from dicache.profiler import Profile
 
 FOLDER = Path("profiles")
 
@@ -25,6 +29,7 @@ def show(file: Path | None, as_json: bool) -> None:
     file = file or newest()
     read = load(file)
     origin, target = read.provenance, read.provenance.target
+    likeness = redundancy(read)
     if as_json:
         show_json(
             {
@@ -36,6 +41,7 @@ def show(file: Path | None, as_json: bool) -> None:
                 "arrays": {name: list(shape) for name, shape in array_shapes(file).items()},
                 "made_for": target.to_json(),
                 "settings": dict(origin.settings),
+                "redundancy": likeness,
                 "versions": dict(origin.versions),
             }
         )
@@ -48,16 +54,8 @@ def show(file: Path | None, as_json: bool) -> None:
     guidance = origin.settings.get("guidance")
     click.echo(f"{target.scheduler}, guidance {guidance} ({origin.layout}), latents {list(target.latents or ())}")
     click.echo(f"{len(read.anatomy.blocks)} blocks, {len(read.anatomy.sites)} sites: {', '.join(read.branches)}")
-    import numpy as np
-
-    with np.errstate(invalid="ignore"):
-        for branch in read.branches:
-            similarity = read.similarity(branch)[:, :, 1:]
-            click.echo(f"  {branch:12} cosine with the step before: mean {np.nanmean(similarity):.4f}")
-        click.echo(f"  {'block delta':12} cosine with the step before: mean {np.nanmean(read.delta_cosine):.4f}")
-        for start, stop in read.anatomy.segments:
-            blocks, error = f"blocks {start}-{stop - 1}", np.nanmean(read.range_error(start, stop))
-            click.echo(f"  {blocks:12} relative change of their delta from step to step: mean {error:.4f}")
+    for name, value in likeness.items():
+        click.echo(f"  {name:18} {'-' if value is None else f'{value:.4f}':>6}  {_meaning(name)}")
     click.echo(f"arrays, {byte_size(file.stat().st_size)} in all:")
     shapes = array_shapes(file)
     priors = [name for name in shapes if name.startswith("/priors/")]
@@ -65,6 +63,34 @@ def show(file: Path | None, as_json: bool) -> None:
         if name not in priors[1:]:
             more = f" and {len(priors) - 1} more" if name in priors[:1] else ""
             click.echo(f"  {name:20} {' x '.join(map(str, shape))}{more}")
+
+
+def redundancy(profile: "Profile") -> dict[str, float | None]:
+    """Return how much a step is like the one before, by name; None where nothing is known.
+
+    Means over runs, guidance passes, steps and blocks; correlations over runs, passes and steps.
+    """
+    import numpy as np
+    from scipy.stats import spearmanr
+
+    found = {name: profile.similarity(name) for name in profile.branches} | {"block delta": profile.delta_cosine}
+    means = {name: np.ma.masked_invalid(cosine).mean() for name, cosine in found.items()}
+    segments = [profile.range_error(start, stop) for start, stop in profile.anatomy.segments]
+    means["change"] = np.mean([np.ma.masked_invalid(change).mean() for change in segments])
+    x, y = (profile.relative_l1(what).ravel() for what in ("input", "output"))
+    known = np.isfinite(x) & np.isfinite(y)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means["correlation"] = np.corrcoef(x[known], y[known])[0, 1]
+    means["rank correlation"] = spearmanr(x[known], y[known]).statistic
+    return {name: round(float(mean), 5) if np.isfinite(mean) else None for name, mean in means.items()}
+
+
+def _meaning(name: str) -> str:
+    return {
+        "change": "relative, of the delta of all blocks that follow one another, from step to step",
+        "correlation": "of the modulated input's change with the model output's",
+        "rank correlation": "of the same",
+    }.get(name, "cosine with the step before")
 
 
 def newest() -> Path:

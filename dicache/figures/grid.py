@@ -6,7 +6,7 @@ from math import ceil
 import numpy as np
 from matplotlib.figure import Figure
 
-from dicache.figures.page import DPI, INK, MARGIN, SMALL, TEXT, text_width
+from dicache.figures.page import DPI, INK, LEADING, MARGIN, SMALL, TEXT, text_width, wrapped
 
 WANTED, LARGEST = 180, 300  # pixels of the page that an image is wide: about, and at most
 GAP = 9  # pixels between images
@@ -18,7 +18,7 @@ def image_grid(rows: Sequence[tuple[str, np.ndarray]], captions: Sequence[str] |
 
     Args:
         rows: Labels and images in [0, 1], each (n, h, w, 3), all of one shape.
-        captions: What stands above the n columns, or None.
+        captions: What stands above the n columns, in as many lines as it takes, or None.
 
     Raises:
         ValueError: If there is no image, shapes differ, values lie outside [0, 1], or captions are not n.
@@ -28,7 +28,12 @@ def image_grid(rows: Sequence[tuple[str, np.ndarray]], captions: Sequence[str] |
     width = min(wide * max(1, round(WANTED / wide)), LARGEST)
     height = round(width * high / wide)
     names = max(text_width(line, TEXT) for name, _ in rows for line in name.split("\n"))
-    left, top = ceil((names + 2 * MARGIN) * DPI), ceil((MARGIN + (0.24 if captions else 0)) * DPI)
+    heads = ["\n".join(wrapped(text, SMALL, "normal", width / DPI)) for text in captions or ()]
+    lines = max((head.count("\n") + 1 for head in heads), default=0)
+    left, top = (
+        ceil((names + 2 * MARGIN) * DPI),
+        ceil((MARGIN + lines * SMALL * LEADING / 72 + 0.06 * bool(lines)) * DPI),
+    )
     page_width = left + n * (width + GAP) + GAP
     page_height = top + len(rows) * (height + GAP) + GAP
     figure = Figure(figsize=(page_width / DPI, page_height / DPI), dpi=DPI, facecolor="white")
@@ -42,8 +47,8 @@ def image_grid(rows: Sequence[tuple[str, np.ndarray]], captions: Sequence[str] |
             axes = figure.add_axes(box)
             axes.imshow(np.clip(image, 0, 1), interpolation="nearest", aspect="auto")
             axes.set_axis_off()
-            if captions and i == 0:
-                axes.set_title(captions[j], fontsize=SMALL, color=INK, pad=4)
+            if heads and i == 0:
+                axes.set_title(heads[j], fontsize=SMALL, color=INK, pad=4, linespacing=1.2)
     return figure
 
 

@@ -31,8 +31,8 @@ def new_page(width: float, height: float, title: str, detail: str) -> Figure:
         title: What is seen.
         detail: What it was measured on, and how to read it.
     """
-    lines = [(line, TITLE, INK, "bold") for line in _wrapped(title, TITLE, "bold", width)]
-    lines += [(line, SMALL, MUTED, "normal") for line in _wrapped(detail, SMALL, "normal", width)]
+    lines = [(line, TITLE, INK, "bold") for line in wrapped(title, TITLE, "bold", width - 2 * MARGIN)]
+    lines += [(line, SMALL, MUTED, "normal") for line in wrapped(detail, SMALL, "normal", width - 2 * MARGIN)]
     heading = MARGIN + sum(size for _, size, _, _ in lines) * LEADING / 72
     total = height + heading
     figure = Figure(figsize=(width, total), dpi=DPI, facecolor="white")
@@ -82,12 +82,12 @@ def show_cells(axes: Axes) -> None:
         spine.set_visible(False)
 
 
-def _wrapped(text: str, size: float, weight: str, width: float) -> list[str]:
-    """Return the text in lines that fit between the margins of a page."""
+def wrapped(text: str, size: float, weight: str, width: float) -> list[str]:
+    """Return the text in lines of at most a width in inches, or of one word."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
-        if lines and text_width(longer, size, weight) <= width - 2 * MARGIN:
+        if lines and text_width(longer, size, weight) <= width:
             lines[-1] = longer
         else:
             lines.append(word)

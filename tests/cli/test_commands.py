@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from dicache.cli import main
+from dicache.profiler.storage import load
 
 
 def dicache(*words: object, fails: bool = False) -> Result:
@@ -49,7 +50,15 @@ def test_a_profile_is_where_the_next_command_looks_for_it(workplace: Path) -> No
     assert (shown["model"], shown["runs"], shown["steps"]) == ("digits", 4, 10)
     assert shown["sites"][:3] == ["0.attn", "0.mlp", "1.attn"]
     assert shown["arrays"]["/sites/diff_l1"] == [4, 1, 10, 24, 3]
-    assert "4 runs of 10 steps, 0 failed" in dicache("profiles", "show").stdout
+    told = dicache("profiles", "show").stdout
+    assert "4 runs of 10 steps, 0 failed" in told
+    likeness = shown["redundancy"]
+    assert list(likeness) == ["attn", "mlp", "block delta", "change", "correlation", "rank correlation"]
+    profile = load("profiles/digits-ddim-10.h5")
+    assert likeness["mlp"] == pytest.approx(np.nanmean(profile.similarity("mlp")), abs=1e-5)
+    x, y = profile.relative_l1("input").ravel(), profile.relative_l1("output").ravel()
+    assert likeness["correlation"] == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-5)
+    assert f"{likeness['change']:.4f}  relative, of the delta" in told
 
 
 def test_schedules_are_shown_as_scripts_expect_them(workplace: Path) -> None:

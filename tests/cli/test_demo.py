@@ -9,11 +9,15 @@ def test_the_demo_leaves_profile_schedules_table_and_pictures(tmp_path: Path) ->
     words = ["demo", "--runs", "3", "--steps", "10", "--images", "2", "-o", str(tmp_path)]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 0, result.output
-    names = {path.name for path in tmp_path.iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"digits", "scenes", "results.txt"}
     pictures = {"delta.png", "similarity.png", "teacache.png", "schedules.png", "images.png"}
     schedules = {"fora-2.json", "fora-3.json", "teacache-1.5x.json", "teacache-2x.json"}
-    assert names == {"profile.h5", "results.txt", *pictures, *schedules}
+    for model in ("digits", "scenes"):
+        names = {path.name for path in (tmp_path / model).iterdir()}
+        assert names == {"profile.h5", *pictures, *schedules}
     table = (tmp_path / "results.txt").read_text()
-    assert table in result.output
-    for row in ("uncached", "fora-2", "fora-3", "teacache-1.5x", "teacache-2x", "steps"):
-        assert row in table
+    assert "digits, 10 steps, guidance 4, 2 images" in table
+    assert "scenes, 10 steps, guidance 4.5, 2 images" in table
+    assert all(part in result.output for part in table.strip().split("\n\n"))
+    for row in ("uncached", "fora-2", "fora-3", "teacache-1.5x", "teacache-2x"):
+        assert table.count(f"\n{row} ") == 2
