@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, T5EncoderModel
 
+from dicache.models.judges import JUDGED_AS
 from dicache.models.zoo import flow_text, scene_data
 from dicache.models.zoo.autoencoders import kept
 from dicache.models.zoo.flow_text import encode_pooled, train_pooled_encoder
-from dicache.models.zoo.saving import JUDGED_AS, save_pipeline
+from dicache.models.zoo.saving import save_pipeline
 from dicache.models.zoo.scene_text import TOKENS, WORDS, train_text_encoder
 from dicache.models.zoo.scenes import (
     CAPTION_DROPOUT,
@@ -38,7 +39,7 @@ from dicache.models.zoo.words import encoded, t5_tokenizer, tokenised
 logger = logging.getLogger(__name__)
 
 EXAMPLE = '--prompt "a small red circle above a large blue square"'  # what to ask `dicache generate` for
-LATENT = 16  # height and width
+LATENT = 16  # height and width; a token holds 2 x 2 places
 TEXT_WIDTH = 64
 HEADS = 3
 HEAD_WIDTH = 32
@@ -128,6 +129,13 @@ def packed(latents: Tensor) -> Tensor:
     return tokens
 
 
+def places(text_tokens: int, device: str) -> tuple[Tensor, Tensor]:
+    """Return the positions of the image's tokens, shape (64, 3), and of the text's, all zero, shape (tokens, 3)."""
+    side = LATENT // 2
+    of_image: Tensor = FluxPipeline._prepare_latent_image_ids(1, side, side, device, torch.float32)
+    return of_image, torch.zeros(text_tokens, 3, device=device)
+
+
 def encode_texts(captions: Sequence[str], encoder: T5EncoderModel, pooled: CLIPTextModel) -> tuple[Tensor, Tensor]:
     """Return features of tokens, shape (n, 16, 64), and pooled features, shape (n, 64)."""
     ids, _ = tokenised(t5_tokenizer(WORDS), captions, TOKENS)
@@ -160,10 +168,11 @@ def train_transformer(
     """
     torch.manual_seed(seed)
     transformer = new_transformer().to(device)
+    if device == "cpu":
+        transformer.compile_repeated_blocks()  # a step takes two thirds of the time; needs a C++ compiler
     latents, features, pooled = (x.to(device) for x in (latents, *texts))
     no_features, no_pooled = (x.to(device) for x in nothing)
-    places = FluxPipeline._prepare_latent_image_ids(1, LATENT // 2, LATENT // 2, device, torch.float32)  # (64, 3)
-    no_places = torch.zeros(features.shape[1], 3, device=device)
+    of_image, of_text = places(features.shape[1], device)
 
     def loss(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (BATCH,), generator=generator)
@@ -178,8 +187,8 @@ def train_transformer(
                 encoder_hidden_states=torch.where(dropped[:, None, None], no_features, features[rows]),
                 pooled_projections=torch.where(dropped[:, None], no_pooled, pooled[rows]),
                 timestep=t,
-                img_ids=places,
-                txt_ids=no_places,
+                img_ids=of_image,
+                txt_ids=of_text,
             ).sample
         return F.mse_loss(predicted.float(), noise - latents[rows])
 

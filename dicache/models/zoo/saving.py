@@ -8,7 +8,6 @@ from diffusers import DiffusionPipeline
 
 from dicache.models.sampling import PROMPTS_FILE
 
-JUDGED_AS = "judged_as.txt"  # holds the name of the bundled model whose judge reads these pictures
 # Of transformers 4 the slow tokenizers need sentencepiece, or files that version 5 does not write.
 FAST = {"T5Tokenizer": "T5TokenizerFast", "CLIPTokenizer": "CLIPTokenizerFast"}
 

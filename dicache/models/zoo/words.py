@@ -42,7 +42,7 @@ def t5_config(words: int, *, width: int, layers: int) -> T5Config:
 
 
 def clip_tokenizer(words: Sequence[str], length: int) -> CLIPTokenizer:
-    """Return a tokenizer of byte pairs that are merged until each word is one token; others fall into letters.
+    """Return a tokenizer of byte pairs that are merged until each word is one token; others fall into pieces.
 
     Args:
         words: What to know, in small letters.
