@@ -16,7 +16,7 @@ from dicache.models.zoo.words import HEADS, clip_tokenizer, tokenised
 
 WIDTH = 64
 LENGTH = TOKENS + 1  # a start comes on top
-STEPS = 1000
+STEPS = 1500
 
 
 def tokenizer() -> CLIPTokenizer:
