@@ -53,7 +53,7 @@ def test_the_pooled_feature_is_that_of_the_end_and_sees_no_padding() -> None:
 
 
 def test_the_recipe_trains_what_the_pipeline_calls(tmp_path: Path) -> None:
-    """The packed latents, positions and times of the training are those that the unmodified pipeline gives the model."""
+    """Latents, positions and times of the training are those that the unmodified pipeline gives the model."""
     torch.manual_seed(0)
     reader, pooled = Reader(width=flow.TEXT_WIDTH, masked=False).eval(), flow_text.PooledReader().eval()
     autoencoder = new_autoencoder((8, 8), 4, shift=0.0)
