@@ -44,7 +44,7 @@ TEXT_WIDTH = 64
 HEADS = 3
 HEAD_WIDTH = 32
 BATCH = 32
-STEPS = 9000
+STEPS = 5000
 AUTOENCODER_STEPS = 2000
 LEARNING_RATE = 1.5e-3
 # Where objects are is decided under much noise, which the usual logit-normal draw of mean 0 hardly visits.
