@@ -1,8 +1,8 @@
-"""How good the bundled models are: `python benchmarks/zoo.py`, and `python benchmarks/zoo.py --model scenes`.
+"""How good the bundled models are: `python benchmarks/zoo.py`, and the same with `--model scenes` or `--model flow`.
 
 Judges uncached samples. Of `digits`, the share that shows the digit that was asked for, and how much the digits of one
-class differ beside real ones; of `scenes`, the share that shows each attribute of captions with held-out combinations.
-Writes the numbers, and of `digits` a grid to look at.
+class differ beside real ones; of `scenes` and `flow`, the share that shows each attribute of captions with held-out
+combinations. Writes the numbers, and a grid to look at.
 """
 
 import argparse
@@ -20,45 +20,49 @@ from dicache.models.sampling import Sampling, default_conditions, sample
 from dicache.models.zoo import digits
 from dicache.models.zoo.judge import load_judge, variety
 from dicache.models.zoo.scene_data import parse
-from dicache.models.zoo.scene_judge import load_judge as load_scene_judge
+from dicache.models.zoo.scene_judge import load_judge as load_judge_of_scenes
 
 BATCH = 50
 
 
-def scenes(samples: int, steps: int, seed: int) -> str:
-    """Return the shares of held-out captions that are shown, attribute by attribute, as a table."""
-    pipeline, judge = load("scenes"), load_scene_judge(zoo.folder("scenes"))
+def scenes(model: str, samples: int, steps: int, seed: int, grid: Path) -> str:
+    """Return the shares of held-out captions that are shown, attribute by attribute, as a table; save the first 48."""
+    pipeline, judge = load(model), load_judge_of_scenes(zoo.folder("scenes"))
     captions = default_conditions(pipeline, samples)
-    starts = tqdm(range(0, samples, BATCH), desc="scenes", leave=False)
-    made = [
-        sample(
-            pipeline, captions[i : i + BATCH], range(seed + i, seed + i + len(captions[i : i + BATCH])), Sampling(steps)
-        )
-        for i in starts
-    ]
-    verdict = judge.judge(np.concatenate(made), captions)
+    sampling = Sampling(steps).usual_for(model).resolved(pipeline)
+    made = np.concatenate(
+        [
+            sample(pipeline, captions[i : i + BATCH], range(seed + i, seed + min(i + BATCH, samples)), sampling)
+            for i in tqdm(range(0, samples, BATCH), desc=model, leave=False)
+        ]
+    )
+    verdict = judge.judge(made, captions)
     two = np.array([parse(caption).second is not None for caption in captions])
     rows = []
     for name, chosen in (("all", two | ~two), ("two objects", two), ("one object", ~two)):
         right = {**vars(verdict), "everything": verdict.everything}
         rows.append([name, str(int(chosen.sum())), *(f"{values[chosen].mean():.3f}" for values in right.values())])
-    return table([f"{steps} steps, default guidance", "n", *right], rows)
+    lines = [np.concatenate(list(made[row : row + 12]), axis=1) for row in range(0, min(48, samples) // 12 * 12, 12)]
+    if lines:
+        save_png(np.concatenate(lines).repeat(3, axis=0).repeat(3, axis=1), grid)
+    return table([f"{steps} steps, guidance {sampling.guidance:g}", "n", *right], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--model", choices=("digits", "scenes"), default="digits")
-    parser.add_argument("--samples", type=int, help="[default: 500 digits, 300 scenes]")
-    parser.add_argument("--steps", type=int, help="[default: 50 of digits, 20 of scenes]")
+    parser.add_argument("--model", choices=("digits", "scenes", "flow"), default="digits")
+    parser.add_argument("--samples", type=int, help="[default: 500 of digits, 300 of the others]")
+    parser.add_argument("--steps", type=int, help="[default: 50 of digits, 20 of the others]")
     parser.add_argument("--seed", type=int, default=5000)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    usual = {"digits": (500, 50), "scenes": (300, 20)}[options.model]
+    usual = (500, 50) if options.model == "digits" else (300, 20)
     options.samples, options.steps = options.samples or usual[0], options.steps or usual[1]
-    if options.model == "scenes":
-        text = scenes(options.samples, options.steps, options.seed)
+    if options.model != "digits":
+        grid = options.output / f"{options.model}-grid.png"
+        text = scenes(options.model, options.samples, options.steps, options.seed, grid)
         print(text)  # noqa: T201
-        (options.output / "zoo-scenes.txt").write_text(text + "\n")
+        (options.output / f"zoo-{options.model}.txt").write_text(text + "\n")
         return
     judge = load_judge(zoo.folder("digits"))
     _, held_out = digits.load()

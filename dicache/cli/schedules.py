@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,13 +138,18 @@ def validate(files: tuple[Path, ...], model: str | None, as_json: bool) -> None:
 
     read = [(file, Schedule.load(file)) for file in files]
     if model is not None:
+        from dicache.anatomy.inputs import capture_inputs
         from dicache.models.loading import load
+        from dicache.models.sampling import Sampling, default_conditions, sample
         from dicache.runtime import apply
+        from dicache.runtime.apply import denoiser
 
         pipeline = load(model)
+        condition = default_conditions(pipeline, 1)
         for _, schedule in read:
-            with apply(pipeline, schedule):
-                pipeline.scheduler.set_timesteps(schedule.target.num_inference_steps or schedule.steps)
+            sampling = Sampling(schedule.target.num_inference_steps or schedule.steps).usual_for(model)
+            with apply(pipeline, schedule):  # refuses when the pipeline sets its timesteps, before the first step
+                capture_inputs(denoiser(pipeline), partial(sample, pipeline, condition, [0], sampling))
     if as_json:
         show_json({"valid": [str(file) for file in files]})
         return

@@ -71,7 +71,7 @@ def schedule_cost(whole: PassCost, anatomy: Anatomy, schedule: Schedule, *, pass
 
 def passes_of(source: ModelConfig, guidance: float | None) -> int:
     """Return how many guidance passes a step takes: pipelines of diffusers leave the second out up to a scale of 1."""
-    embedded = source.config.get("guidance_embeds") is not None
+    embedded = bool(source.config.get("guidance_embeds"))
     return 2 if guidance is not None and guidance > 1 and not embedded else 1
 
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from dicache.models import zoo
 from dicache.models.names import find
 from dicache.models.sampling import class_id
 
+JUDGED_AS = "judged_as.txt"  # in a model's folder: the name of the bundled model whose judge reads its pictures
 FRECHET_NEEDS = 100  # images; the covariance of fewer features than these says nothing
 
 
@@ -17,9 +19,11 @@ def judges_of(name: str, pipeline: Any, conditions: Sequence[str]) -> dict[str, 
 
     `accuracy` is the share of images that show what was asked for, given where the judge can read all conditions;
     `frechet` the distance of their features from those of the real data, given for 100 images or more, and not for
-    fewer than there are features. Models that are not bundled have no judges.
+    fewer than there are features. Models that were not trained here have no judges.
     """
     folder = Path(find(name).location)
+    if (folder / JUDGED_AS).is_file():
+        folder = zoo.folder((folder / JUDGED_AS).read_text().strip())
     judge: Any
     asked: Any
     if (folder / "judge.safetensors").is_file():

@@ -79,6 +79,9 @@ HUB = {
     "wan": Usual("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", steps=50, guidance=5.0),
 }
 
+# What is usual for bundled models, where their pipelines' defaults are those of published ones.
+BUNDLED = {"flow": Usual(str(zoo.folder("flow")), steps=20, guidance=2.0)}
+
 
 class ModelError(ValueError):
     """A model is not known, or cannot be loaded or called as asked."""
@@ -108,7 +111,7 @@ def find(name: str) -> Source:
         ModelError: If it is no known name, no hub id and no folder in diffusers' format.
     """
     if name in zoo.NAMES:
-        return Source(name, str(zoo.folder(name)), bundled=True)
+        return Source(name, str(zoo.folder(name)), bundled=True, usual=BUNDLED.get(name))
     if name in HUB:
         return Source(name, HUB[name].repository, usual=HUB[name])
     folder = Path(name).expanduser()

@@ -80,18 +80,29 @@ class Sampling:
         known = replace(
             self,
             steps=self.steps or default("num_inference_steps"),
-            guidance=default("guidance_scale") if self.guidance is None else self.guidance,
+            guidance=default(guidance_argument(pipeline)) if self.guidance is None else self.guidance,
         )
-        if "video_length" not in parameters:
-            return known
-        # Latte's own defaults are those of one published model, and its transformer takes no other number of frames.
-        size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-        return replace(
-            known,
-            height=self.height or size,
-            width=self.width or size,
-            frames=self.frames or pipeline.transformer.config.video_length,
-        )
+        # Where a transformer knows no size, or a pipeline's defaults are those of one published model, the parts tell.
+        if "video_length" in parameters:
+            size = pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+            frames = self.frames or pipeline.transformer.config.video_length
+            return replace(known, height=self.height or size, width=self.width or size, frames=frames)
+        if type(pipeline).__name__ == "FluxPipeline":
+            size, longest = pipeline.vae.config.sample_size, pipeline.tokenizer_2.model_max_length
+            tokens = self.text_tokens or min(default("max_sequence_length"), longest)
+            return replace(known, height=self.height or size, width=self.width or size, text_tokens=tokens)
+        return known
+
+
+def guidance_argument(pipeline: Any) -> str:
+    """Return what a pipeline calls the scale of guidance that takes a second pass a step, if the model has it.
+
+    Models whose guidance was distilled into them read the scale as an input, with one pass, and some of their pipelines
+    have a `true_cfg_scale` besides; without an input for it, that one is the guidance.
+    """
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    distilled = "transformer" in pipeline.components and pipeline.transformer.config.get("guidance_embeds")
+    return "true_cfg_scale" if "true_cfg_scale" in parameters and not distilled else "guidance_scale"
 
 
 def takes_classes(pipeline: Any) -> bool:
@@ -153,7 +164,7 @@ def sample(
     sampling = sampling.resolved(pipeline)
     arguments: dict[str, Any] = {
         "num_inference_steps": sampling.steps,
-        "guidance_scale": sampling.guidance,
+        guidance_argument(pipeline): sampling.guidance,
         "height": sampling.height,
         "width": sampling.width,
         "video_length" if "video_length" in parameters else "num_frames": sampling.frames,
@@ -170,6 +181,8 @@ def sample(
         arguments["class_labels"] = [class_id(pipeline, condition) for condition in conditions]
     else:
         arguments["prompt"] = list(conditions)
+        if "true_cfg_scale" in arguments:
+            arguments["negative_prompt"] = [""] * len(conditions)  # without one there is no second pass
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with torch.no_grad(), _noise_of(pipeline, seeds):
         out = pipeline(**arguments, generator=generators, output_type=output_type)

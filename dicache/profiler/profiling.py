@@ -172,7 +172,6 @@ def survey_pipeline(pipeline: Any, sampling: Sampling) -> tuple[Anatomy, Target,
     model = denoiser(pipeline)
     condition = default_conditions(pipeline, 1)
     anatomy = survey(model, capture_inputs(model, lambda: sample(pipeline, condition, [0], sampling)))
-    pipeline.scheduler.set_timesteps(sampling.steps)
     return anatomy, Target(num_inference_steps=sampling.steps), len(pipeline.scheduler.timesteps)
 
 

@@ -106,6 +106,7 @@ def test_guidance_takes_a_second_pass(name: str, guidance: float | None, passes:
 
 def test_a_model_whose_guidance_is_embedded_takes_one_pass() -> None:
     assert passes_of(ModelConfig("f", "FluxTransformer2DModel", {"guidance_embeds": True}, {}), 3.5) == 1
+    assert passes_of(ModelConfig("f", "FluxTransformer2DModel", {"guidance_embeds": False}, {}), 3.5) == 2
 
 
 def test_what_cannot_be_counted_is_told_in_a_line() -> None:

@@ -16,6 +16,7 @@ from dicache.models.sampling import Sampling, default_conditions, sample
 from dicache.models.zoo import clip_data, clip_text, clips
 from dicache.models.zoo.clip_data import Clip
 from dicache.models.zoo.clip_judge import Judge, load_judge
+from dicache.models.zoo.words import t5_tokenizer
 
 FOLDER = zoo.folder("clips")
 bundled = pytest.mark.skipif("clips" not in zoo.NAMES, reason="the weights of clips are not bundled")
@@ -95,7 +96,7 @@ def test_a_clip_follows_from_its_index_alone() -> None:
 
 
 def test_every_word_of_the_grammar_is_one_token() -> None:
-    tokenizer = clip_text.tokenizer()
+    tokenizer = t5_tokenizer(clip_text.WORDS)
     for caption in clip_data.captions(100):
         ids = tokenizer(caption).input_ids
         assert len(ids) == len(caption.split()) + 1 <= clip_text.TOKENS

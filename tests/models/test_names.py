@@ -1,10 +1,14 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from dicache.models.loading import load
 from dicache.models.names import ModelError, find
 from dicache.models.sampling import Sampling, class_id, default_conditions, read_conditions, sample
+from tests.models.folders import PIPELINES
 from tests.tiny import dit, pipeline_of
 
 
@@ -87,3 +91,34 @@ def test_a_short_name_brings_how_the_model_is_usually_called() -> None:
     schnell = Sampling(steps=8, guidance=0.0, height=1024, width=1024, text_tokens=256)
     assert Sampling(steps=8).usual_for("flux-schnell") == schnell
     assert Sampling(steps=8).usual_for("digits") == Sampling(steps=8)
+
+
+def calls_of(kind: str, guidance: float | None) -> list[float | None]:
+    """Return the guidance that the transformer was given in each call, of two prompts and one step."""
+    pipeline = PIPELINES[kind]()
+    pipeline.set_progress_bar_config(disable=True)
+    calls: list[float | None] = []
+
+    def called(module: nn.Module, args: Any, kwargs: Any) -> None:
+        assert len(kwargs["hidden_states"]) == 2
+        calls.append(None if kwargs["guidance"] is None else float(kwargs["guidance"][0]))
+
+    pipeline.transformer.register_forward_pre_hook(called, with_kwargs=True)
+    sample(pipeline, ["a fox", "a lake"], [0, 1], Sampling(steps=1, guidance=guidance))
+    return calls
+
+
+def test_guidance_is_an_input_of_a_distilled_model_and_a_second_pass_of_another() -> None:
+    assert calls_of("flux", 2.5) == [2.5]
+    assert calls_of("flux", None) == [3.5]  # the pipeline's own
+    assert calls_of("flux-schnell", 2.5) == [None, None]
+    assert calls_of("flux-schnell", 0.0) == [None]
+    assert calls_of("flux-schnell", None) == [None]
+
+
+def test_flux_is_asked_for_the_size_and_the_text_of_its_parts() -> None:
+    pipeline = PIPELINES["flux"]()
+    pipeline.tokenizer_2.model_max_length = 24
+    known = Sampling().resolved(pipeline)
+    assert (known.height, known.width, known.text_tokens) == (pipeline.vae.config.sample_size,) * 2 + (24,)
+    assert Sampling(height=64, text_tokens=8).resolved(pipeline) == replace(known, height=64, text_tokens=8)

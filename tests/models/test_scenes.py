@@ -17,6 +17,7 @@ from dicache.models.sampling import Sampling, default_conditions, sample
 from dicache.models.zoo import scene_data, scene_text, scenes
 from dicache.models.zoo.scene_data import Item, Scene
 from dicache.models.zoo.scene_judge import Judge, SceneJudge, as_input, load_judge
+from dicache.models.zoo.words import t5_tokenizer
 
 FOLDER = zoo.folder("scenes")
 CAPTION = "a small red circle above a large blue square on a striped background"
@@ -100,7 +101,7 @@ def test_shapes_cover_their_area() -> None:
 
 
 def test_every_word_of_the_grammar_is_one_token() -> None:
-    tokenizer = scene_text.tokenizer()
+    tokenizer = t5_tokenizer(scene_text.WORDS)
     for caption in scene_data.captions(100):
         ids = tokenizer(caption).input_ids
         assert len(ids) == len(caption.split()) + 1 <= scene_text.TOKENS

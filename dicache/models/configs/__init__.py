@@ -64,12 +64,19 @@ def read_config(name: str) -> ModelConfig:
     pixels = _pixels_per_latent(folder)
     size = config.get("sample_size")
     sides = size if isinstance(size, list) else (size, size)
-    usual = _of_pipeline(folder, kind)
-    usual |= {"height": sides[0] and sides[0] * pixels, "width": sides[1] and sides[1] * pixels}
+    usual = _of_pipeline(folder, kind, config)
+    if size is None and kind == "FluxTransformer2DModel":  # it knows none
+        pixel_size = _read(folder / "vae" / "config.json").get("sample_size")
+        usual |= {"height": pixel_size, "width": pixel_size}
+    else:
+        usual |= {"height": sides[0] and sides[0] * pixels, "width": sides[1] and sides[1] * pixels}
+    if source.usual is not None:
+        known = {"steps": source.usual.steps, "guidance": source.usual.guidance}
+        usual |= {key: value for key, value in known.items() if value is not None}
     return ModelConfig(name, kind, config, usual, pixels)
 
 
-def _of_pipeline(folder: Path, kind: str) -> dict[str, Any]:
+def _of_pipeline(folder: Path, kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a pipeline is called with by default: steps, guidance, and the longest prompt."""
     import diffusers
 
@@ -80,12 +87,17 @@ def _of_pipeline(folder: Path, kind: str) -> dict[str, Any]:
         value = parameters[name].default if name in parameters else None
         return None if value is inspect.Parameter.empty else value
 
-    tokens = default("max_sequence_length") or _read(folder / "tokenizer" / "tokenizer_config.json").get(
-        "model_max_length"
-    )
+    limits = [
+        _read(folder / part / "tokenizer_config.json").get("model_max_length") for part in ("tokenizer_2", "tokenizer")
+    ]
+    tokens = default("max_sequence_length") or limits[1]
+    if kind == "FluxTransformer2DModel" and limits[0] is not None:
+        tokens = min(tokens, limits[0])
     if tokens is not None and kind == "SD3Transformer2DModel":
         tokens += CLIP_TOKENS
-    return {"steps": default("num_inference_steps"), "guidance": default("guidance_scale"), "text_tokens": tokens}
+    true = "true_cfg_scale" in parameters and not config.get("guidance_embeds")
+    guidance = default("true_cfg_scale" if true else "guidance_scale")
+    return {"steps": default("num_inference_steps"), "guidance": guidance, "text_tokens": tokens}
 
 
 def _pixels_per_latent(folder: Path) -> int:

@@ -7,7 +7,7 @@ NAMES = {
     "scenes": "text-to-image PixArt of 12 blocks on drawn scenes of one or two objects, 32 x 32",
 }
 
-RECIPES = (*NAMES, "clips")  # what `dicache zoo train` knows; the weights of the last one are not bundled
+RECIPES = (*NAMES, "clips", "flow")  # what `dicache zoo train` knows; the weights of the last ones are not bundled
 
 
 def folder(name: str) -> Path:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dicache.models.zoo import clip_data
+from dicache.models.zoo import clip_data, judging
 from dicache.models.zoo.clip_data import CLASSES, FRAMES, STILL, Clip
-from dicache.models.zoo.judge import frechet_distance
+from dicache.models.zoo.judging import frechet_distance, load_network, save_network, stage
 
 FILE = "clip_judge.safetensors"
 
@@ -21,10 +20,6 @@ class ClipJudge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-
-        def stage(into: int, out: int) -> list[nn.Module]:
-            return [nn.Conv2d(into, out, 3, padding=1, bias=False), nn.GroupNorm(8, out), nn.SiLU(), nn.MaxPool2d(2)]
-
         self.body = nn.Sequential(*stage(3, 16), *stage(16, 32), *stage(32, 32))  # (n * 8, 32, 4, 4)
         self.frame = nn.Linear(32 * 16, 64)
         self.features = nn.Linear(FRAMES * 64, 96)
@@ -43,7 +38,7 @@ class ClipJudge(nn.Module):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(judging.Verdict):
     """Whether clips show what their captions ask for, clip by clip, each of shape (n,).
 
     What a caption does not say counts as right; so does any speed where the object is to stand still, since the
@@ -55,16 +50,6 @@ class Verdict:
     direction: np.ndarray
     speed: np.ndarray
     background: np.ndarray
-
-    @property
-    def everything(self) -> np.ndarray:
-        """Return whether all attributes are right, shape (n,)."""
-        right: np.ndarray = self.shape & self.colour & self.direction & self.speed & self.background
-        return right
-
-    def shares(self) -> dict[str, float]:
-        """Return the share of clips in which each attribute is right, and in which everything is."""
-        return {name: float(right.mean()) for name, right in (*vars(self).items(), ("everything", self.everything))}
 
 
 @dataclass(frozen=True)
@@ -111,11 +96,7 @@ class Judge:
 
     @torch.no_grad()
     def frechet(self, clips: np.ndarray) -> float:
-        """Return the Frechet distance between the features of these clips and of real ones.
-
-        References:
-            Heusel et al., arXiv 1706.08500, equation 6, with this network's 96 features instead of Inception's.
-        """
+        """Return the Frechet distance between the features of these clips and of real ones."""
         return frechet_distance(self.network.embed(as_input(clips)), self.mean, self.covariance)
 
 
@@ -127,18 +108,11 @@ def as_input(clips: np.ndarray) -> Tensor:
 @torch.no_grad()
 def save_judge(network: ClipJudge, clips: Tensor, folder: Path) -> None:
     """Write the network and the statistics of real clips, bytes of shape (n, 8, 3, 32, 32), to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    features = torch.cat([network.embed(clip_data.as_input(part)) for part in clips.split(250)]).double()
-    statistics = {"real.mean": features.mean(dim=0), "real.covariance": torch.cov(features.T)}
-    weights = {name: tensor.half() for name, tensor in network.state_dict().items()}
-    save_file({**weights, **statistics}, folder / FILE)
+    features = torch.cat([network.embed(clip_data.as_input(part)) for part in clips.split(250)])
+    save_network(network, features, folder / FILE, half=True)
 
 
 def load_judge(folder: Path) -> Judge:
     """Read the judge that lies beside a bundled model."""
-    tensors = load_file(folder / FILE)
-    statistics = {name: tensors.pop(f"real.{name}").numpy() for name in ("mean", "covariance")}
     network = ClipJudge()
-    network.load_state_dict(tensors)
-    network.eval()
-    return Judge(network, **statistics)
+    return Judge(network, **load_network(network, folder / FILE))

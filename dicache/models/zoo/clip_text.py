@@ -14,29 +14,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5EncoderModel
 
 from dicache.models.zoo import clip_data
 from dicache.models.zoo.clip_data import CLASSES
-from dicache.models.zoo.scene_text import UNKNOWN_WORD
 from dicache.models.zoo.training import fit
+from dicache.models.zoo.words import t5_config, t5_tokenizer, tokenised
 
 WIDTH = 64
 TOKENS = 11  # the longest caption has 10 and an end
 STEPS = 800
-
-
-def tokenizer() -> T5Tokenizer:
-    """Return a tokenizer with one piece for each word of the grammar."""
-    said = ["a", "standing", "moving", "on", "background", *(word for known in CLASSES.values() for word in known)]
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", UNKNOWN_WORD)]
-    return T5Tokenizer(vocab=[*special, *((f"\u2581{word}", -1.0) for word in said)], extra_ids=0)
-
-
-def tokenised(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return token ids and the mask of those that are no padding, both of shape (n, 11)."""
-    out = tokenizer()(list(captions), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-    return out.input_ids, out.attention_mask
+WORDS = ("a", "standing", "moving", "on", "background", *(word for known in CLASSES.values() for word in known))
 
 
 class Reader(nn.Module):
@@ -44,19 +32,7 @@ class Reader(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        config = T5Config(
-            vocab_size=len(tokenizer()),
-            d_model=WIDTH,
-            d_kv=16,
-            d_ff=2 * WIDTH,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
-        self.encoder = T5EncoderModel(config)
+        self.encoder = T5EncoderModel(t5_config(len(t5_tokenizer(WORDS)), width=WIDTH, layers=2))
         self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, len(classes)) for name, classes in CLASSES.items()})
 
     def loss(self, ids: Tensor, mask: Tensor, said: dict[str, Tensor]) -> Tensor:
@@ -79,9 +55,10 @@ def train_text_encoder(captions: Sequence[str], work: Path, *, seed: int) -> T5E
     """Train the encoder on captions of the grammar."""
     torch.manual_seed(seed)
     reader = Reader()
-    ids, mask = tokenised(captions)
+    tokenizer = t5_tokenizer(WORDS)
+    ids, mask = tokenised(tokenizer, captions, TOKENS)
     said = clip_data.attributes([clip_data.parse(caption) for caption in captions])
-    empty_ids, empty_mask = tokenised([""])
+    empty_ids, empty_mask = tokenised(tokenizer, [""], TOKENS)
 
     def loss(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(ids), (64,), generator=generator)
@@ -89,7 +66,7 @@ def train_text_encoder(captions: Sequence[str], work: Path, *, seed: int) -> T5E
         return reader.loss(torch.cat([ids[rows], empty_ids]), torch.cat([mask[rows], empty_mask]), nothing)
 
     fit("text-encoder", reader, loss, steps=STEPS, learning_rate=2e-3, work=work, seed=seed)
-    special, words = tokenizer(), reader.encoder.get_input_embeddings().weight
+    words = reader.encoder.get_input_embeddings().weight
     with torch.no_grad():
-        words[special.pad_token_id] = words[special.eos_token_id]
+        words[tokenizer.pad_token_id] = words[tokenizer.eos_token_id]
     return reader.encoder

@@ -5,7 +5,6 @@ places of a frame and blocks over the frames of a place, in turn, denoises eight
 small T5 encoder.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -19,13 +18,14 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from dicache.models.sampling import PROMPTS_FILE
-from dicache.models.zoo import clip_data, clip_text
+from dicache.models.zoo import clip_data
+from dicache.models.zoo.autoencoders import autoencoder_loss, kept, new_autoencoder, normalise_latents
 from dicache.models.zoo.clip_judge import ClipJudge, Judge, load_judge, save_judge
-from dicache.models.zoo.clip_text import train_text_encoder
-from dicache.models.zoo.digits import SCHEDULER, TRAIN_TIMESTEPS, normalise_latents
-from dicache.models.zoo.scene_data import SIZE
+from dicache.models.zoo.clip_text import TOKENS, WIDTH, WORDS, train_text_encoder
+from dicache.models.zoo.digits import SCHEDULER, TRAIN_TIMESTEPS
+from dicache.models.zoo.saving import save_pipeline
 from dicache.models.zoo.training import fit
+from dicache.models.zoo.words import encoded, t5_tokenizer, tokenised
 
 logger = logging.getLogger(__name__)
 
@@ -91,39 +91,21 @@ def report(judge: Judge, autoencoder: AutoencoderKL) -> None:
     pictures = frames.permute(0, 1, 3, 4, 2).numpy() / 255
     shares = judge.judge(pictures, [clip.caption() for clip in clips]).shares()
     logger.info("the judge is right of %d held-out clips in %s", len(clips), shares)
-    device = next(autoencoder.parameters()).device
-    batch = clip_data.as_input(frames[:100].flatten(0, 1)).to(device)
-    error = (autoencoder.decode(autoencoder.encode(batch).latent_dist.mean).sample - batch).square().mean()
-    logger.info("the autoencoder returns held-out frames at %.1f dB", 10 * torch.log10(4 / error))
+    decibels = kept(autoencoder, clip_data.as_input(frames[:100].flatten(0, 1)))
+    logger.info("the autoencoder returns held-out frames at %.1f dB", decibels)
 
 
 def train_autoencoder(frames: Tensor, work: Path, *, seed: int, device: str) -> AutoencoderKL:
     """Train on single frames of clips, bytes of shape (n, 8, 3, 32, 32)."""
     torch.manual_seed(seed)
-    autoencoder = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 32),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=SIZE,
-        scaling_factor=1.0,
-    ).to(device)
+    autoencoder = new_autoencoder((16, 32, 32), 4).to(device)
     pictures = frames.flatten(0, 1)
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def batch(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(pictures), (32,), generator=generator)
-        batch = clip_data.as_input(pictures[rows]).to(device)
-        posterior = autoencoder.encode(batch).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        decoded = autoencoder.decode(posterior.mean + posterior.std * noise).sample
-        likeness = F.mse_loss(decoded.float(), batch) + 0.1 * F.l1_loss(decoded.float(), batch)
-        error: Tensor = likeness + 1e-6 * posterior.kl().mean()
-        return error
+        return clip_data.as_input(pictures[rows])
 
+    loss = partial(autoencoder_loss, autoencoder, batch)
     fit("autoencoder", autoencoder, loss, steps=AUTOENCODER_STEPS, learning_rate=2e-3, work=work, seed=seed)
     normalise_latents(autoencoder, clip_data.as_input(pictures[:2000]).to(device))
     return autoencoder
@@ -189,7 +171,7 @@ def train_transformer(
         sample_size=latents.shape[-1],
         patch_size=2,
         cross_attention_dim=HEADS * HEAD_WIDTH,
-        caption_channels=clip_text.WIDTH,
+        caption_channels=WIDTH,
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
         attention_bias=True,
@@ -320,32 +302,19 @@ def encode_frames(frames: Tensor, autoencoder: AutoencoderKL) -> Tensor:
 @torch.no_grad()
 def encode_texts(captions: Sequence[str], encoder: T5EncoderModel) -> tuple[Tensor, Tensor]:
     """Return features, shape (n, 11, 64), and masks of tokens, shape (n, 11)."""
-    ids, masks = clip_text.tokenised(captions)
-    features = [
-        encoder(input_ids=i, attention_mask=m).last_hidden_state
-        for i, m in zip(ids.split(500), masks.split(500), strict=True)
-    ]
-    return torch.cat(features), masks
+    ids, masks = tokenised(t5_tokenizer(WORDS), captions, TOKENS)
+    return encoded(encoder, ids, masks), masks
 
 
 def save(
     folder: Path, autoencoder: AutoencoderKL, transformer: LatteTransformer3DModel, encoder: T5EncoderModel
 ) -> None:
-    """Write the pipeline in diffusers' format, in half precision but for the text encoder.
-
-    Transformers keeps the precision of the file and diffusers does not, so that a text encoder in half precision could
-    not be loaded beside the others without naming one.
-    """
+    """Write the pipeline in diffusers' format, in half precision but for the text encoder."""
     pipeline = LattePipeline(
-        clip_text.tokenizer(),
-        encoder.float(),
-        autoencoder.half(),
-        transformer.half(),
+        t5_tokenizer(WORDS),
+        encoder,
+        autoencoder,
+        transformer,
         DDIMScheduler(**V_SCHEDULER),
     )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    index = folder / "model_index.json"
-    content = json.loads(index.read_text())
-    content["tokenizer"] = ["transformers", "T5TokenizerFast"]  # of transformers 4, the other one needs sentencepiece
-    index.write_text(json.dumps(content, indent=2) + "\n")
-    (folder / PROMPTS_FILE).write_text("\n".join(clip_data.captions(PROMPTS)) + "\n")
+    save_pipeline(pipeline, folder, clip_data.captions(PROMPTS))

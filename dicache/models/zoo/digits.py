@@ -9,6 +9,7 @@ import copy
 import json
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
+from dicache.models.zoo.autoencoders import autoencoder_loss, new_autoencoder, normalise_latents
 from dicache.models.zoo.judge import DigitJudge, save_judge
 from dicache.models.zoo.training import fit
 
@@ -119,50 +121,16 @@ def train_judge(digits: Digits, work: Path, *, seed: int) -> DigitJudge:
 
 
 def train_autoencoder(digits: Digits, work: Path, *, seed: int, device: str) -> AutoencoderKL:
-    autoencoder = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 32),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=32,
-        scaling_factor=1.0,
-    ).to(device)
+    autoencoder = new_autoencoder((16, 32, 32), 4).to(device)
 
-    def loss(generator: torch.Generator) -> Tensor:
+    def batch(generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(digits), (32,), generator=generator)
-        batch = as_rgb(jitter(digits.images[rows], generator, degrees=4, scale=0.04, shift=0.04)).to(device)
-        posterior = autoencoder.encode(batch).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        decoded = autoencoder.decode(posterior.mean + posterior.std * noise).sample
-        likeness = F.mse_loss(decoded, batch) + 0.1 * F.l1_loss(decoded, batch)
-        error: Tensor = likeness + 1e-6 * posterior.kl().mean()
-        return error
+        return as_rgb(jitter(digits.images[rows], generator, degrees=4, scale=0.04, shift=0.04))
 
+    loss = partial(autoencoder_loss, autoencoder, batch)
     fit("autoencoder", autoencoder, loss, steps=1200, learning_rate=2e-3, work=work, seed=seed)
     normalise_latents(autoencoder, as_rgb(digits.images).to(device))
     return autoencoder
-
-
-@torch.no_grad()
-def normalise_latents(autoencoder: AutoencoderKL, images: Tensor) -> None:
-    """Fold the latents' mean and deviation per channel into the 1 x 1 convolutions.
-
-    DiTPipeline knows a scaling factor but no shift, and one factor for all channels.
-    """
-    mean = autoencoder.encode(images).latent_dist.mean  # (n, 4, 8, 8)
-    shift = mean.mean(dim=(0, 2, 3))
-    scale = mean.std(dim=(0, 2, 3))
-    into, out = autoencoder.quant_conv, autoencoder.post_quant_conv
-    channels = len(shift)
-    into.weight[:channels] /= scale[:, None, None, None]
-    into.bias[:channels] = (into.bias[:channels] - shift) / scale
-    into.bias[channels:] -= 2 * scale.log()  # the other half is the log variance
-    out.bias += out.weight[:, :, 0, 0] @ shift
-    out.weight *= scale[None, :, None, None]
 
 
 def train_transformer(

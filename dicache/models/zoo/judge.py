@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dicache.models.zoo.judging import frechet_distance, load_network, save_network, stage
+
 if TYPE_CHECKING:
     from dicache.models.zoo.digits import Digits
 
@@ -19,10 +21,6 @@ class DigitJudge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-
-        def stage(into: int, out: int) -> list[nn.Module]:
-            return [nn.Conv2d(into, out, 3, padding=1, bias=False), nn.GroupNorm(8, out), nn.SiLU(), nn.MaxPool2d(2)]
-
         self.body = nn.Sequential(
             *stage(1, 16), *stage(16, 32), *stage(32, 64), nn.Conv2d(64, 64, 3, padding=1), nn.SiLU()
         )  # (n, 64, 4, 4)
@@ -61,22 +59,8 @@ class Judge:
 
     @torch.no_grad()
     def frechet(self, images: np.ndarray) -> float:
-        """Return the Frechet distance between the features of these images and of the real digits.
-
-        References:
-            Heusel et al., arXiv 1706.08500, equation 6, with this classifier's 64 features instead of Inception's.
-        """
+        """Return the Frechet distance between the features of these images and of the real digits."""
         return frechet_distance(self.classifier.embed(as_input(images)), self.mean, self.covariance)
-
-
-def frechet_distance(features: Tensor, mean: np.ndarray, covariance: np.ndarray) -> float:
-    """Return the Frechet distance between Gaussians: one fitted to features, shape (n, d), and a known one."""
-    from scipy.linalg import sqrtm
-
-    found = features.double().numpy()
-    found_mean, found_covariance = found.mean(axis=0), np.cov(found, rowvar=False)
-    root = np.asarray(sqrtm(found_covariance @ covariance))
-    return float(((found_mean - mean) ** 2).sum() + np.trace(found_covariance + covariance - 2 * root.real))
 
 
 def as_input(images: np.ndarray) -> Tensor:
@@ -97,31 +81,12 @@ def variety(images: np.ndarray, labels: np.ndarray) -> float:
 @torch.no_grad()
 def save_judge(classifier: DigitJudge, digits: "Digits", folder: Path) -> None:
     """Write the classifier and the real digits' statistics to `folder`."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    features = classifier.embed(digits.images).double()
     real = variety(digits.images[:, 0].numpy(), digits.labels.numpy())
-    statistics = {
-        "real.mean": features.mean(dim=0),
-        "real.covariance": torch.cov(features.T),
-        "real.variety": torch.tensor(real),
-    }
-    save_file({**classifier.state_dict(), **statistics}, folder / FILE)
+    save_network(classifier, classifier.embed(digits.images), folder / FILE, variety=torch.tensor(real))
 
 
 def load_judge(folder: Path) -> Judge:
     """Read the judge that lies beside a bundled model."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / FILE)
-    statistics = {name: tensors.pop(f"real.{name}") for name in ("mean", "covariance", "variety")}
     classifier = DigitJudge()
-    classifier.load_state_dict(tensors)
-    classifier.eval()
-    return Judge(
-        classifier,
-        mean=statistics["mean"].numpy(),
-        covariance=statistics["covariance"].numpy(),
-        variety=float(statistics["variety"]),
-    )
+    real = load_network(classifier, folder / FILE)
+    return Judge(classifier, real["mean"], real["covariance"], float(real["variety"]))

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dicache.models.zoo import scene_data
-from dicache.models.zoo.judge import frechet_distance
+from dicache.models.zoo import judging, scene_data
+from dicache.models.zoo.judging import frechet_distance, load_network, save_network, stage
 from dicache.models.zoo.scene_data import CLASSES, Item, Scene
 
 FILE = "scene_judge.safetensors"
@@ -21,10 +20,6 @@ class SceneJudge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-
-        def stage(into: int, out: int) -> list[nn.Module]:
-            return [nn.Conv2d(into, out, 3, padding=1, bias=False), nn.GroupNorm(8, out), nn.SiLU(), nn.MaxPool2d(2)]
-
         self.body = nn.Sequential(
             *stage(3, 24), *stage(24, 48), *stage(48, 96), nn.Conv2d(96, 64, 3, padding=1), nn.SiLU()
         )  # (n, 64, 4, 4)
@@ -57,7 +52,7 @@ class SceneJudge(nn.Module):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(judging.Verdict):
     """Whether pictures show what their captions ask for, picture by picture, each of shape (n,).
 
     What a caption does not say counts as right.
@@ -75,16 +70,6 @@ class Verdict:
     size: np.ndarray
     relation: np.ndarray
     background: np.ndarray
-
-    @property
-    def everything(self) -> np.ndarray:
-        """Return whether all attributes are right, shape (n,)."""
-        right: np.ndarray = self.shape & self.colour & self.size & self.relation & self.background
-        return right
-
-    def shares(self) -> dict[str, float]:
-        """Return the share of pictures in which each attribute is right, and in which everything is."""
-        return {name: float(right.mean()) for name, right in (*vars(self).items(), ("everything", self.everything))}
 
 
 @dataclass(frozen=True)
@@ -135,11 +120,7 @@ class Judge:
 
     @torch.no_grad()
     def frechet(self, images: np.ndarray) -> float:
-        """Return the Frechet distance between the features of these images and of real scenes.
-
-        References:
-            Heusel et al., arXiv 1706.08500, equation 6, with this network's 128 features instead of Inception's.
-        """
+        """Return the Frechet distance between the features of these images and of real scenes."""
         return frechet_distance(self.network.embed(as_input(images)), self.mean, self.covariance)
 
 
@@ -176,17 +157,10 @@ def as_input(images: np.ndarray) -> Tensor:
 @torch.no_grad()
 def save_judge(network: SceneJudge, images: Tensor, folder: Path) -> None:
     """Write the network and the statistics of real scenes, images in [-1, 1], shape (n, 3, 32, 32), to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    features = network.embed(images).double()
-    statistics = {"real.mean": features.mean(dim=0), "real.covariance": torch.cov(features.T)}
-    save_file({**network.state_dict(), **statistics}, folder / FILE)
+    save_network(network, network.embed(images), folder / FILE)
 
 
 def load_judge(folder: Path) -> Judge:
     """Read the judge that lies beside a bundled model."""
-    tensors = load_file(folder / FILE)
-    statistics = {name: tensors.pop(f"real.{name}").numpy() for name in ("mean", "covariance")}
     network = SceneJudge()
-    network.load_state_dict(tensors)
-    network.eval()
-    return Judge(network, **statistics)
+    return Judge(network, **load_network(network, folder / FILE))

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5EncoderModel
 
 from dicache.models.zoo import scene_data
 from dicache.models.zoo.scene_data import CLASSES, PLACES, Scene
 from dicache.models.zoo.training import fit
+from dicache.models.zoo.words import t5_config, t5_tokenizer, tokenised
 
 WIDTH = 96
 TOKENS = 16  # the longest caption has 15 and an end
@@ -28,44 +29,22 @@ OWN = {
     "shape": CLASSES["first_shape"],
 }
 EVERYWHERE = ("layout", "background")
-UNKNOWN_WORD = -4.0  # log probability; a whole word has -1, and is always preferred to its letters
-
-
-def tokenizer() -> T5Tokenizer:
-    """Return a tokenizer with one piece for each word of the grammar."""
-    relations = " ".join(scene_data.RELATIONS).split()
-    words = ["a", "on", "background", *scene_data.SIZES, *scene_data.COLOURS, *scene_data.SHAPES, *relations]
-    pieces = [f"\u2581{word}" for word in dict.fromkeys([*words, *scene_data.BACKGROUNDS])]
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", UNKNOWN_WORD)]
-    return T5Tokenizer(vocab=[*special, *((piece, -1.0) for piece in pieces)], extra_ids=0)
-
-
-def tokenised(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return token ids and the mask of those that are no padding, both of shape (n, 16)."""
-    out = tokenizer()(list(captions), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-    return out.input_ids, out.attention_mask
+WORDS = (
+    *("a", "on", "background", *scene_data.SIZES, *scene_data.COLOURS, *scene_data.SHAPES),
+    *(" ".join(scene_data.RELATIONS).split()),
+    *scene_data.BACKGROUNDS,
+)
 
 
 class Reader(nn.Module):
     """The encoder with the heads that are only there while it is trained."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, width: int = WIDTH, masked: bool = True) -> None:
         super().__init__()
-        config = T5Config(
-            vocab_size=len(tokenizer()),
-            d_model=WIDTH,
-            d_kv=24,
-            d_ff=2 * WIDTH,
-            num_layers=3,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            is_encoder_decoder=False,
-            use_cache=False,
-        )
-        self.encoder = T5EncoderModel(config)
-        self.own = nn.ModuleDict({name: nn.Linear(WIDTH, len(classes)) for name, classes in OWN.items()})
-        self.scene = nn.ModuleDict({name: nn.Linear(WIDTH, len(classes)) for name, classes in CLASSES.items()})
+        self.masked = masked
+        self.encoder = T5EncoderModel(t5_config(len(t5_tokenizer(WORDS)), width=width, layers=3))
+        self.own = nn.ModuleDict({name: nn.Linear(width, len(classes)) for name, classes in OWN.items()})
+        self.scene = nn.ModuleDict({name: nn.Linear(width, len(classes)) for name, classes in CLASSES.items()})
 
     def loss(self, ids: Tensor, mask: Tensor, own: dict[str, Tensor], shown: dict[str, Tensor]) -> Tensor:
         """Return the cross-entropy of what each token should know.
@@ -76,8 +55,9 @@ class Reader(nn.Module):
             own: Class numbers by name in `OWN`, shape (n, 16), -1 where a token has none.
             shown: Class numbers by name in `CLASSES`, shape (n,), -1 where the caption does not say it.
         """
-        features = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (n, 16, 96)
-        last = features[torch.arange(len(ids)), mask.sum(dim=1) - 1]  # (n, 96)
+        seen = mask if self.masked else None
+        features = self.encoder(input_ids=ids, attention_mask=seen).last_hidden_state  # (n, 16, width)
+        last = features[torch.arange(len(ids)), mask.sum(dim=1) - 1]  # (n, width)
         errors = [
             F.cross_entropy(head(features).flatten(0, 1), own[name].flatten(), ignore_index=-1)
             for name, head in self.own.items()
@@ -107,11 +87,21 @@ def own_classes(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     return out
 
 
-def train_text_encoder(captions: Sequence[str], work: Path, *, seed: int) -> T5EncoderModel:
-    """Train the encoder on captions of the grammar."""
+def train_text_encoder(
+    captions: Sequence[str], work: Path, *, seed: int, width: int = WIDTH, masked: bool = True
+) -> T5EncoderModel:
+    """Train the encoder on captions of the grammar.
+
+    Args:
+        captions: What to train on.
+        work: Folder of the checkpoints.
+        seed: Seeds weights and batches.
+        width: Of the features.
+        masked: Whether padding is hidden from the other tokens; FluxPipeline does not hide it.
+    """
     torch.manual_seed(seed)
-    reader = Reader()
-    ids, mask = tokenised(captions)
+    reader = Reader(width=width, masked=masked)
+    ids, mask = tokenised(t5_tokenizer(WORDS), captions, TOKENS)
     scenes = [scene_data.parse(caption) for caption in captions]
     own, shown = own_classes(scenes), scene_data.attributes(scenes)
 

@@ -4,10 +4,10 @@ An AutoencoderKL brings images of 32 x 32 to latents of 8 x 8 x 8; a PixArtTrans
 pixel denoises those under cross-attention to a small T5 encoder.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,14 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from dicache.models.sampling import PROMPTS_FILE
-from dicache.models.zoo import scene_data, scene_text
-from dicache.models.zoo.digits import SCHEDULER, TRAIN_TIMESTEPS, normalise_latents
+from dicache.models.zoo import scene_data
+from dicache.models.zoo.autoencoders import autoencoder_loss, kept, new_autoencoder, normalise_latents
+from dicache.models.zoo.digits import SCHEDULER, TRAIN_TIMESTEPS
+from dicache.models.zoo.saving import save_pipeline
 from dicache.models.zoo.scene_judge import Judge, SceneJudge, load_judge, save_judge
-from dicache.models.zoo.scene_text import train_text_encoder
+from dicache.models.zoo.scene_text import TOKENS, WIDTH, WORDS, train_text_encoder
 from dicache.models.zoo.training import fit
+from dicache.models.zoo.words import encoded, t5_tokenizer, tokenised
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +82,7 @@ def report(autoencoder: AutoencoderKL, judge: Judge) -> None:
     images = scene_data.drawn(scenes, seed=1)
     verdict = judge.judge(as_pictures(images), [scene.caption() for scene in scenes])
     logger.info("the judge reads %.2f %% of 1000 held-out scenes entirely right", 100 * verdict.everything.mean())
-    decoded = autoencoder.decode(encode_images(images, autoencoder).to(autoencoder.device)).sample.clamp(-1, 1).cpu()
-    logger.info("the autoencoder keeps them at %.1f dB", 10 * torch.log10(4 / (decoded - images).square().mean()))
+    logger.info("the autoencoder keeps them at %.1f dB", kept(autoencoder, images))
 
 
 def as_pictures(images: Tensor) -> np.ndarray:
@@ -90,33 +91,44 @@ def as_pictures(images: Tensor) -> np.ndarray:
     return pictures
 
 
-def train_autoencoder(images: Tensor, work: Path, *, seed: int, device: str) -> AutoencoderKL:
-    """Train on images in [-1, 1], shape (n, 3, 32, 32)."""
+def train_autoencoder(
+    images: Tensor,
+    work: Path,
+    *,
+    seed: int,
+    device: str,
+    widths: tuple[int, ...] = (16, 32, 64),
+    channels: int = 8,
+    shift: float | None = None,
+    steps: int = AUTOENCODER_STEPS,
+) -> AutoencoderKL:
+    """Train on images in [-1, 1], shape (n, 3, 32, 32).
+
+    Args:
+        images: What to train on.
+        work: Folder of the checkpoints.
+        seed: Seeds weights and batches.
+        device: Where to train.
+        widths: Channels of the stages; each but the first halves height and width.
+        channels: Of the latents.
+        shift: What the pipeline adds to latents; None where it knows none.
+        steps: Optimiser steps, each on 32 images.
+    """
     torch.manual_seed(seed)
-    autoencoder = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        latent_channels=8,
-        norm_num_groups=8,
-        sample_size=scene_data.SIZE,
-        scaling_factor=1.0,
-    ).to(device)
+    autoencoder = new_autoencoder(widths, channels, shift=shift).to(device)
 
-    def loss(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(images), (32,), generator=generator)
-        batch = images[rows].to(device)
-        posterior = autoencoder.encode(batch).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        decoded = autoencoder.decode(posterior.mean + posterior.std * noise).sample
-        likeness = F.mse_loss(decoded.float(), batch) + 0.1 * F.l1_loss(decoded.float(), batch)
-        error: Tensor = likeness + 1e-6 * posterior.kl().mean()
-        return error
+    def batch(generator: torch.Generator) -> Tensor:
+        return images[torch.randint(len(images), (32,), generator=generator)]
 
-    fit("autoencoder", autoencoder, loss, steps=AUTOENCODER_STEPS, learning_rate=2e-3, work=work, seed=seed)
+    fit(
+        "autoencoder",
+        autoencoder,
+        partial(autoencoder_loss, autoencoder, batch),
+        steps=steps,
+        learning_rate=2e-3,
+        work=work,
+        seed=seed,
+    )
     normalise_latents(autoencoder, images[:2000].to(device))
     return autoencoder
 
@@ -181,7 +193,7 @@ def train_transformer(
         sample_size=8,
         patch_size=1,
         cross_attention_dim=128,
-        caption_channels=scene_text.WIDTH,
+        caption_channels=WIDTH,
         use_additional_conditions=False,
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
@@ -255,32 +267,19 @@ def encode_images(images: Tensor, autoencoder: AutoencoderKL) -> Tensor:
 @torch.no_grad()
 def encode_texts(captions: Sequence[str], encoder: T5EncoderModel) -> tuple[Tensor, Tensor]:
     """Return features, shape (n, 16, 96), and masks of tokens, shape (n, 16)."""
-    ids, masks = scene_text.tokenised(captions)
-    features = [
-        encoder(input_ids=i, attention_mask=m).last_hidden_state
-        for i, m in zip(ids.split(500), masks.split(500), strict=True)
-    ]
-    return torch.cat(features), masks
+    ids, masks = tokenised(t5_tokenizer(WORDS), captions, TOKENS)
+    return encoded(encoder, ids, masks), masks
 
 
 def save(
     folder: Path, autoencoder: AutoencoderKL, transformer: PixArtTransformer2DModel, encoder: T5EncoderModel
 ) -> None:
-    """Write the pipeline in diffusers' format, in half precision but for the text encoder.
-
-    Transformers keeps the precision of the file and diffusers does not, so that a text encoder in half precision could
-    not be loaded beside the others without naming one.
-    """
+    """Write the pipeline in diffusers' format, in half precision but for the text encoder."""
     pipeline = PixArtAlphaPipeline(
-        scene_text.tokenizer(),
-        encoder.float(),
-        autoencoder.half(),
-        transformer.half(),
+        t5_tokenizer(WORDS),
+        encoder,
+        autoencoder,
+        transformer,
         DDIMScheduler(**SCHEDULER),
     )
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    index = folder / "model_index.json"
-    content = json.loads(index.read_text())
-    content["tokenizer"] = ["transformers", "T5TokenizerFast"]  # of transformers 4, the other one needs sentencepiece
-    index.write_text(json.dumps(content, indent=2) + "\n")
-    (folder / PROMPTS_FILE).write_text("\n".join(scene_data.captions(PROMPTS)) + "\n")
+    save_pipeline(pipeline, folder, scene_data.captions(PROMPTS))
