@@ -1,4 +1,4 @@
-"""`dicache calibrate taylorseer | faster-diffusion | smoothcache | magcache | pab | tgate | eoc`: methods with a plan."""
+"""`dicache calibrate taylorseer | faster-diffusion | smoothcache | magcache | pab | tgate | eoc`: they make plans."""
 
 from functools import partial
 from pathlib import Path

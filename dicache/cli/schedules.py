@@ -67,7 +67,9 @@ def show(file: Path, as_json: bool) -> None:
         click.echo(draw([*alike(schedule.table(context)), *_passes(schedule)], _page_width()))
     click.echo(f"\n{LEGEND}")
     if schedule.collapse_guidance_from is not None:
-        click.echo(f"{PASSES}: how many guidance passes are computed, where there is guidance; else it is one throughout")
+        click.echo(
+            f"{PASSES}: how many guidance passes are computed, where there is guidance; else it is one throughout"
+        )
 
 
 @schedules.command()

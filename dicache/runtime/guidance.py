@@ -230,8 +230,8 @@ def _is_of_samples(tensor: Tensor, batch: int) -> bool:
 
 
 def _same_parts(tensor: Tensor, parts: int) -> bool:
-    rows = tensor.reshape(parts, -1)
-    return all(torch.equal(rows[0], row) for row in rows[1:])
+    first, *others = tensor.chunk(parts)
+    return all(torch.equal(first, other) for other in others)
 
 
 def _all_same(one: Iterator[Tensor], other: Iterator[Tensor]) -> bool:
