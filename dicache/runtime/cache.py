@@ -11,7 +11,7 @@ from dicache.anatomy.overrides import Overrides
 from dicache.runtime.adaptive import Adaptive
 from dicache.runtime.executor import Executor, Installer
 from dicache.runtime.generation import Call, Generation
-from dicache.runtime.guidance import Action, Collapse, twice
+from dicache.runtime.guidance import WHOLE, Collapse, twice
 from dicache.runtime.naming import PassNames
 from dicache.runtime.replay import Replay
 from dicache.runtime.requests import Request, Requests
@@ -234,40 +234,39 @@ class Cache:
             # Image-to-image begins in the middle.
             generation.step = getattr(self._clock.scheduler, "begin_index", None) or 0
         name, lane = generation.lane(context, call)
-        action: Action = "whole"
         runs = (name, call.batch)  # whose kept outputs the call goes on from
-        if (collapse := generation.collapse) is not None:
-            action = collapse.action(runs, generation.lanes, call, generation.step)
-            runs = collapse.leader if action == "lead" else runs
-        if collapse is not None and action == "answer":
-            out = collapse.answer
-            stats.collapsed_passes += 1
-        else:
-            lane = generation.lanes[runs]
-            try:
+        collapse, action = generation.collapse, WHOLE
+        try:
+            if collapse is not None:
+                action = collapse.action(runs, generation.lanes, call, generation.step)
+                runs = collapse.leader if action == "lead" else runs
+                lane = generation.lanes[runs]
+            if collapse is not None and action == "answer":
+                out = collapse.answer
+            else:
                 executor.prepare(lane, runs[0], generation)
                 if collapse is not None and action == "half":
                     args, kwargs = collapse.first_half(args, kwargs, call.batch)
                     out = twice(self._forward(*args, **kwargs), call.batch)
-                    stats.collapsed_passes += 1
                 else:
                     out = self._forward(*args, **kwargs)
                 executor.finish(lane)
-            except BaseException:
-                lane.clear()  # half a step is of no use to the next one
-                self._installer.uninstall()
-                raise
-            finally:
-                executor.leave()
             if collapse is not None and action == "lead":
                 collapse.ran(call, out)
+        except BaseException:
+            lane.clear()  # half a step is of no use to the next one
+            self._installer.uninstall()
+            raise
+        finally:
+            executor.leave()
         stats.held(self._requests.bytes_held())
         if generation.step == generation.steps - 1:  # nothing comes after it, whatever a policy has kept
             lane.clear()
             stats.held(self._requests.bytes_held())
             self._installer.uninstall()
         stats.calls += 1
-        letter = executor.letter if action == "whole" else "."
+        stats.collapsed_passes += action in ("half", "answer")
+        letter = executor.letter if action == WHOLE else "."
         generation.letters[name] = generation.letters.get(name, "").ljust(generation.step, "-") + letter
         return out
 

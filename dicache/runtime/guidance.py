@@ -16,6 +16,7 @@ from dicache.schedules import ScheduleError
 # What to do with a call: run it as it is, run the first half of its batch, run it with what the leader of the two
 # passes keeps, or return what the other pass has given.
 Action = Literal["whole", "half", "lead", "answer"]
+WHOLE: Action = "whole"
 
 TIMES = re.compile(r"timestep|^(t|sigma)$")  # arguments that say how noisy the latents are
 TABLES = re.compile(r"rope|rotary|(^|_)ids$")  # arguments that have a row for each token, and none for each sample
@@ -70,7 +71,7 @@ class Collapse:
         """
         lane = lanes[key]
         if step < self._start - 1:
-            return "whole"
+            return WHOLE
         if lane.single == "shares" and self._asked is not None:
             if not self._sure and self._are_two(call, self._asked) is None:
                 raise ScheduleError(
@@ -92,7 +93,7 @@ class Collapse:
         if lane.single == "undecided":
             self._look_for_twins(key, lanes, call)
         actions: dict[str, Action] = {"halves": "half", "shares": "lead"}
-        return actions.get(lane.single, "whole")
+        return actions.get(lane.single, WHOLE)
 
     def _look_for_twins(self, key: Key, lanes: Mapping[Key, Lane], call: Call) -> None:
         lanes[key].twins = []
@@ -110,12 +111,12 @@ class Collapse:
         if len(twins) + halves > 1 or any(lanes[other].batch != lane.batch for other in twins):
             raise ScheduleError(
                 f"this schedule lets two passes of guidance collapse into one from step {self._start} on, but the "
-                f"model is called for the same latents more than twice a step. Calibrate without that, "
-                "such as tgate --after-gate guided"
+                "model is called for the same latents more than twice a step. Calibrate without a collapse, such as "
+                "tgate --after-gate guided"
             )
         if halves:
-            lane.single = "halves"
             lane.entries.update(_means([lane.entries], lambda x: _mean_of_halves(x, call.batch)))
+            lane.single = "halves"
         elif not twins:
             lane.single = "no"
         else:
@@ -146,7 +147,7 @@ class Collapse:
         rows = min(one.batch, other.batch)
         if max(one.batch, other.batch) not in (rows, 2 * rows) or not same(one.latents[:rows], other.latents[:rows]):
             return None
-        differ = one.batch != other.batch
+        differ = one.batch != other.batch or one.tensors.keys() != other.tensors.keys()
         for key in one.given.keys() & other.given.keys():
             if one.given[key] is one.latents:
                 continue

@@ -642,6 +642,24 @@ def test_a_generation_that_was_broken_off_behind_the_gate_leaves_nothing_behind(
     assert torch.equal(got, reference(pipeline_of(pixart), batch=2))
 
 
+def test_kept_outputs_that_have_no_mean_are_refused_and_forgotten() -> None:
+    model = pixart()
+    with apply(model, tgate(anatomy_of(pixart), TGate(2, 1, 1, 0), 3)) as cache:
+        cache.begin_generation()
+        for step in range(3):
+            cache.begin_step()
+            given = guided_call(model, step)
+            lane = next(iter(cache._requests.current().generation.lanes.values()), None)  # type: ignore[union-attr]
+            if step == 2:
+                assert lane is not None
+                lane.entries["1.cross_attn"] = torch.zeros(3, 1, 1)
+                with pytest.raises(ScheduleError, match=r"shape \(3, 1, 1\) was kept of a batch of 2"):
+                    step_of(model, given)
+                assert lane.entries == {}
+            else:
+                step_of(model, given)
+
+
 def test_deltas_of_blocks_are_averaged_too() -> None:
     plan = Plan(4, (Rule("skip", "CC..", "1-2"),), 2)
     model = pixart()
