@@ -8,10 +8,11 @@ from dicache.anatomy import Anatomy
 from dicache.calibrate.delta_cache import DeltaCache
 from dicache.calibrate.delta_dit import DeltaDit
 from dicache.calibrate.fora import Fora
+from dicache.calibrate.tgate import TGate
 from dicache.evaluate.cost import planned_cost
 from dicache.evaluate.counting import Macs, PassCost, Size
 from dicache.models.configs import read_config
-from dicache.schedules import Plan, Rule
+from dicache.schedules import Plan
 
 T, G = 1e12, 1e9
 WITHIN = 1e-3  # relative: papers' counters add some of what is neither a linear layer nor a convolution, such as norms
@@ -81,8 +82,8 @@ def _uncached(name: str, steps: int, passes: int = 2) -> float:
     return _of(name).total.papers * steps * passes / T
 
 
-def _planned(name: str, plan: Plan, passes: int = 2, single_from: int | None = None) -> float:
-    macs: Macs = planned_cost(_of(name), _anatomy(name), plan, passes=passes, single_from=single_from)
+def _planned(name: str, plan: Plan, passes: int = 2) -> float:
+    macs: Macs = planned_cost(_of(name), _anatomy(name), plan, passes=passes)
     return macs.papers / T
 
 
@@ -139,11 +140,8 @@ def _delta_dit_rows() -> list[Row]:
 
 
 def _tgate_rows() -> list[Row]:
-    def gated(gate: int, steps: int) -> Plan:
-        return Plan(steps, (Rule("reuse", "C" * gate + "." * (steps - gate), branch="cross_attn"),))
-
     def row(what: str, published: float, gate: int, steps: int, name: str, passes: int) -> Row:
-        found = _planned(name, gated(gate, steps), passes, single_from=gate)
+        found = _planned(name, TGate(gate, 1, 1, 0).plan(_anatomy(name), steps), passes)
         return Row(TGATE, f"{what}, {steps} steps, gate {gate}", published, found)
 
     return [

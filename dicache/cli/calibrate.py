@@ -214,11 +214,13 @@ def _subject(profile_file: Path | None, model: str | None, steps: int | None, de
     return Subject(model, *survey_pipeline(pipeline, sampling), sampling, pipeline=pipeline)
 
 
-def _write(schedule: "Schedule", told: str, model: str, output: Path | None, as_json: bool) -> None:
+def _write(
+    schedule: "Schedule", told: str, model: str, output: Path | None, as_json: bool, *, guided: bool = True
+) -> None:
     """Write the schedule, and tell what was found on the way to it and how good it is."""
     output = output or Path(f"{schedule.method}.json")
     schedule.save(output)
-    fraction = schedule.macs_fraction()
+    fraction = schedule.macs_fraction(guided=guided)
     fit = schedule.measured.get("fit")
     if as_json:
         show_json({"schedule": str(output), "macs_fraction": fraction, **schedule.to_json()["measured"]})

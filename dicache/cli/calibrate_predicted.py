@@ -1,4 +1,4 @@
-"""`dicache calibrate taylorseer | faster-diffusion | smoothcache | magcache | pab | eoc`: methods with a plan."""
+"""`dicache calibrate taylorseer | faster-diffusion | smoothcache | magcache | pab | tgate | eoc`: they make plans."""
 
 from functools import partial
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from dicache.cli.calibrate import _subject, _write, output_option, profile_option
-from dicache.cli.calibrate_ranges import subject_options
+from dicache.cli.calibrate_ranges import _of, subject_options
 from dicache.cli.command import Command, json_option
 from dicache.cli.profiles import newest
 
@@ -170,6 +170,50 @@ def pab(
     plan = settings.plan(subject.anatomy, subject.steps, times)
     schedule = Schedule("pab", asdict(settings), subject.anatomy, subject.target, subject.steps, plan)
     _write(schedule, "", subject.model, output, as_json)
+
+
+@click.command(cls=Command)
+@click.option("--gate", type=int, default=10, show_default=True, help="First step at which cross-attention is held.")
+@click.option(
+    "--sp-interval", type=int, default=5, show_default=True, help="Steps between self-attentions before the gate."
+)
+@click.option("--fi-interval", type=int, default=1, show_default=True, help="The same from the gate on; 1 is always.")
+@click.option("--warm-up", type=int, default=2, show_default=True, help="Steps at the start that are computed.")
+@click.option(
+    "--after-gate",
+    type=click.Choice(["single", "guided"]),
+    default="single",
+    show_default=True,
+    help="Where there is guidance: one pass with the mean of what both held, or both as before.",
+)
+@subject_options
+@output_option
+@json_option
+def tgate(
+    gate: int,
+    sp_interval: int,
+    fi_interval: int,
+    warm_up: int,
+    after_gate: Any,
+    profile_file: Path | None,
+    model: str | None,
+    steps: int | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Hold cross-attention from a gate on, and compute one guidance pass from there (arXiv 2404.02747).
+
+    For models with cross-attention, such as PixArt. Published are --gate 15 --sp-interval 3 for 25 steps of PixArt, and
+    --gate 1 --sp-interval 1 --warm-up 0 for 4 steps of its LCM.
+    """
+    from dicache.calibrate.methods import planned_schedule
+    from dicache.calibrate.tgate import TGate
+
+    settings = TGate(gate, sp_interval, fi_interval, warm_up, after_gate)
+    subject = _of(profile_file, model, steps)
+    schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
+    guidance = subject.sampling.guidance
+    _write(schedule, "", subject.model, output, as_json, guided=guidance is None or guidance > 1)
 
 
 @click.command(cls=Command)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dicache.schedules import Schedule
 
 LEGEND = "C computed, R reused, S skipped with its block; step 0 is the noisiest"
+PASSES = "passes"  # line of a drawing with the number of guidance passes at each step
 
 
 # What a policy makes of x outside the fitted range, and of a negative p(x).
@@ -64,8 +65,12 @@ def show(file: Path, as_json: bool) -> None:
             click.echo(f"{_pass(context)}, {_macs(schedule.macs_fraction(context))}")
         elif schedule.adaptive:
             click.echo("expected from its profile")
-        click.echo(draw(alike(schedule.table(context)), _page_width()))
+        click.echo(draw([*alike(schedule.table(context)), *_passes(schedule)], _page_width()))
     click.echo(f"\n{LEGEND}")
+    if schedule.collapse_guidance_from is not None:
+        click.echo(
+            f"{PASSES}: how many guidance passes are computed, where there is guidance; else it is one throughout"
+        )
 
 
 @schedules.command()
@@ -98,6 +103,13 @@ def diff(one: Path, other: Path, as_json: bool) -> None:
             for name, pair in pairs.items():
                 click.echo(f"  {name.ljust(width)}  {in_words(pair)}")
     click.echo()
+    if a.collapse_guidance_from != b.collapse_guidance_from:
+        ends = [
+            f"{letter} from step {schedule.collapse_guidance_from}"
+            for letter, schedule in (("A", a), ("B", b))
+            if schedule.collapse_guidance_from is not None
+        ]
+        click.echo(f"One guidance pass is computed in the place of two: {', '.join(ends)}.\n")
     if found.not_compared:
         click.echo(f"What is computed at which step is not compared: {found.not_compared}.")
     elif a.steps != b.steps:
@@ -171,6 +183,9 @@ def _as_json(schedule: "Schedule") -> dict[str, Any]:
         "measured": dict(schedule.measured),
         "sites": schedule.table(),
     }
+    if schedule.collapse_guidance_from is not None:
+        content["collapse_guidance_from"] = schedule.collapse_guidance_from
+        content["macs_fraction_unguided"] = _known(schedule.macs_fraction(guided=False))
     if schedule.contexts:  # what stands above is for the passes without rules of their own
         content["macs_fraction_by_context"] = {c: _known(schedule.macs_fraction(c)) for c in schedule.contexts}
         content["sites_by_context"] = {c: schedule.table(c) for c in schedule.contexts}
@@ -185,6 +200,11 @@ def _page_width() -> int:
     return shutil.get_terminal_size().columns
 
 
+def _passes(schedule: "Schedule") -> list[tuple[str, str]]:
+    start = schedule.collapse_guidance_from
+    return [] if start is None else [(PASSES, "2" * start + "1" * (schedule.steps - start))]
+
+
 def _pass(context: str | None) -> str:
     return "any other pass" if context is None else f"pass {context}"
 
@@ -194,7 +214,10 @@ def _share(schedule: "Schedule") -> str:
         return "passes treated differently"
     if schedule.adaptive and "macs_fraction" not in schedule.measured:
         return "how much of the MACs is decided at run time"
-    return _macs(schedule.macs_fraction()) + (" expected" if schedule.adaptive else "")
+    share = _macs(schedule.macs_fraction())
+    if schedule.collapse_guidance_from is not None:
+        return f"{share} with guidance, {_macs(schedule.macs_fraction(guided=False))} without"
+    return share + (" expected" if schedule.adaptive else "")
 
 
 def _macs(fraction: float) -> str:

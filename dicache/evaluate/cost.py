@@ -14,9 +14,7 @@ CONVENTIONS = {
 }
 
 
-def planned_cost(
-    whole: PassCost, anatomy: Anatomy, plan: Plan, *, passes: int = 2, single_from: int | None = None
-) -> Macs:
+def planned_cost(whole: PassCost, anatomy: Anatomy, plan: Plan, *, passes: int = 2) -> Macs:
     """Return what a generation of one image costs with a plan.
 
     Args:
@@ -24,12 +22,12 @@ def planned_cost(
         anatomy: The model's.
         plan: What is computed.
         passes: Guidance passes a step: 2 with guidance, 1 without.
-        single_from: First step with a single pass, where guidance ends early.
     """
     contexts = ("cond", "uncond") if {"cond", "uncond"} & set(plan.contexts) else ("batched", "batched")
     macs = Macs(0.0, 0.0)
     for number, context in enumerate(contexts[:passes]):
-        steps = plan.steps if single_from is None or number == 0 else min(single_from, plan.steps)
+        stop = plan.collapse_guidance_from if number else None
+        steps = plan.steps if stop is None else stop
         macs = _sum(macs, _pass_cost(whole, anatomy, plan.table(anatomy, context), steps))
     return macs
 

@@ -92,6 +92,8 @@ def _share(schedule: Schedule) -> str:
         return "decides at run time; what to expect is not known"
     fraction = schedule.macs_fraction()
     share = "MACs not known" if math.isnan(fraction) else f"{100 * fraction:.0f} % of the MACs"
+    if schedule.collapse_guidance_from is not None:
+        return f"{share}; one guidance pass from step {schedule.collapse_guidance_from} on"
     return f"{share} expected; decides at run time" if schedule.adaptive else share
 
 

@@ -11,6 +11,7 @@ from dicache.anatomy.overrides import Overrides
 from dicache.runtime.adaptive import Adaptive
 from dicache.runtime.executor import Executor, Installer
 from dicache.runtime.generation import Call, Generation
+from dicache.runtime.guidance import WHOLE, Collapse, twice
 from dicache.runtime.naming import PassNames
 from dicache.runtime.replay import Replay
 from dicache.runtime.requests import Request, Requests
@@ -184,6 +185,8 @@ class Cache:
         if levels not in self._executors:
             self._executors[levels] = self._executor_of(schedule)
         generation = Generation(schedule.steps, self._executors[levels])
+        if schedule.collapse_guidance_from is not None:
+            generation.collapse = Collapse(schedule.collapse_guidance_from, self._model)
         if self._pipeline is not None:
             generation.begin_step()
         request = self._requests.current()
@@ -231,10 +234,25 @@ class Cache:
             # Image-to-image begins in the middle.
             generation.step = getattr(self._clock.scheduler, "begin_index", None) or 0
         name, lane = generation.lane(context, call)
+        runs = (name, call.batch)  # whose kept outputs the call goes on from
+        collapse, action = generation.collapse, WHOLE
         try:
-            executor.prepare(lane, name, generation)
-            out = self._forward(*args, **kwargs)
-            executor.finish(lane)
+            if collapse is not None:
+                action = collapse.action(runs, generation.lanes, call, generation.step)
+                runs = collapse.leader if action == "lead" else runs
+                lane = generation.lanes[runs]
+            if collapse is not None and action == "answer":
+                out = collapse.answer
+            else:
+                executor.prepare(lane, runs[0], generation)
+                if collapse is not None and action == "half":
+                    args, kwargs = collapse.first_half(args, kwargs, call.batch)
+                    out = twice(self._forward(*args, **kwargs), call.batch)
+                else:
+                    out = self._forward(*args, **kwargs)
+                executor.finish(lane)
+            if collapse is not None and action == "lead":
+                collapse.ran(call, out)
         except BaseException:
             lane.clear()  # half a step is of no use to the next one
             self._installer.uninstall()
@@ -247,7 +265,9 @@ class Cache:
             stats.held(self._requests.bytes_held())
             self._installer.uninstall()
         stats.calls += 1
-        generation.letters[name] = generation.letters.get(name, "").ljust(generation.step, "-") + executor.letter
+        stats.collapsed_passes += action in ("half", "answer")
+        letter = executor.letter if action == WHOLE else "."
+        generation.letters[name] = generation.letters.get(name, "").ljust(generation.step, "-") + letter
         return out
 
     def _check_model(self) -> None:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,22 +12,28 @@ from dicache.anatomy.inputs import latents_of
 
 if TYPE_CHECKING:
     from dicache.runtime.executor import Executor
+    from dicache.runtime.guidance import Collapse
 
 Signature = tuple[Any, ...]
+Key = tuple[str, int]  # of a lane: name of the guidance pass, and batch size
+Single = Literal["undecided", "no", "halves", "shares"]
 
 
 class Call:
     """What tells one call of a model from another.
 
     Attributes:
-        tensors: The tensors among its arguments, by name or place.
+        given: Its arguments, by name or place.
+        tensors: The tensors among them.
         latents: Those that are denoised.
         signature: Shape, dtype and device of each tensor.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given = (*enumerate(args), *kwargs.items())
-        self.tensors: dict[Hashable, Tensor] = {key: value for key, value in given if isinstance(value, Tensor)}
+        self.given: dict[Hashable, Any] = dict((*enumerate(args), *kwargs.items()))
+        self.tensors: dict[Hashable, Tensor] = {
+            k: value for k, value in self.given.items() if isinstance(value, Tensor)
+        }
         self.latents = latents_of(args, kwargs)
         self.signature: Signature = tuple((x.shape, x.dtype, x.device) for x in self.tensors.values())
 
@@ -52,6 +58,9 @@ class Lane:
         bytes_held: Memory of the entries.
         marks: Arguments that told this pass from the others of its first step.
         latest: Arguments of its call in the step that runs.
+        single: Whether guidance has collapsed in it: `halves`, its batch holds both passes and the first half of it is
+            computed; `shares`, it is one of two passes of which one is computed; `no`, it is alone.
+        twins: Of the lanes called in its latest step, those that look like the other pass of the same samples.
     """
 
     signature: Signature
@@ -64,9 +73,12 @@ class Lane:
     bytes_held: int = 0
     marks: dict[Hashable, Tensor] = field(default_factory=dict)
     latest: dict[Hashable, Tensor] = field(default_factory=dict)
+    single: Single = "undecided"
+    twins: list[Key] = field(default_factory=list)
 
     def clear(self) -> None:
         self.entries.clear()
+        self.single = "undecided"
         self.since = -1
         self.accumulated = 0.0
         self.bytes_held = 0
@@ -82,13 +94,15 @@ class Generation:
         step: The one that runs, -1 before the first.
         lanes: By name of the guidance pass and batch size.
         letters: For each pass, a letter a step: `C` all computed, `.` not all, `-` not called.
+        collapse: Ends guidance in it, if the schedule says so.
     """
 
     steps: int
     executor: "Executor | None" = None
     step: int = -1
-    lanes: dict[tuple[str, int], Lane] = field(default_factory=dict)
+    lanes: dict[Key, Lane] = field(default_factory=dict)
     letters: dict[str, str] = field(default_factory=dict)
+    collapse: "Collapse | None" = None
     _calls: Counter[str] = field(default_factory=Counter)
 
     def begin_step(self) -> None:
@@ -96,6 +110,8 @@ class Generation:
         self._calls.clear()
         for lane in self.lanes.values():
             lane.latest = {}
+        if self.collapse is not None:
+            self.collapse.begin_step()
         if self.finished:
             self.lanes.clear()
 
@@ -148,13 +164,13 @@ class Generation:
             if lane.named or peer.named or batch != call.batch or not peer.latest:
                 continue
             for key in call.tensors.keys() & peer.latest.keys():
-                if not _same(call.tensors[key], peer.latest[key]):
+                if not same(call.tensors[key], peer.latest[key]):
                     lane.marks[key], peer.marks[key] = call.tensors[key], peer.latest[key]
 
 
 def _any_same(marks: Mapping[Hashable, Tensor], tensors: Mapping[Hashable, Tensor]) -> bool:
-    return any(key in tensors and _same(mark, tensors[key]) for key, mark in marks.items())
+    return any(key in tensors and same(mark, tensors[key]) for key, mark in marks.items())
 
 
-def _same(one: Tensor, two: Tensor) -> bool:
+def same(one: Tensor, two: Tensor) -> bool:
     return one is two or (one.shape == two.shape and one.dtype == two.dtype and torch.equal(one, two))

@@ -1,11 +1,12 @@
 """What stands in for an output that is not computed, made from those that are kept."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dicache.runtime.nested import each, tensors_of
 from dicache.runtime.stats import Stats
 from dicache.schedules import Corrections, ScheduleError
 from dicache.schedules.corrections import name_of
@@ -19,25 +20,13 @@ def foretell(outputs: Sequence[Any], coefficients: Sequence[float]) -> Any:
         coefficients: With which their differences are weighed, one fewer than outputs.
     """
     if not isinstance(outputs[0], Tensor):
-        return _each(outputs, lambda parts: foretell(parts, coefficients))
+        return each(outputs, lambda parts: foretell(parts, coefficients))
     last, *older = outputs
     # The differences are taken first: of two half-precision numbers that are close, the difference is exact.
     total = torch.add(last, last - older[0], alpha=coefficients[0])
     for newer, before, coefficient in zip(older, older[1:], coefficients[1:], strict=False):
         total.add_(newer - before, alpha=coefficient)
     return total
-
-
-def _each(outputs: Sequence[Any], act: Callable[[Sequence[Any]], Any]) -> Any:
-    """Return what a function makes of the tensors at each place of equally nested outputs."""
-    first = outputs[0]
-    if isinstance(first, Tensor):
-        return act(outputs)
-    if isinstance(first, dict):
-        return {key: _each([out[key] for out in outputs], act) for key in first}
-    if isinstance(first, (tuple, list)):
-        return type(first)(_each(parts, act) for parts in zip(*outputs, strict=True))
-    return first
 
 
 class Corrector:
@@ -78,7 +67,7 @@ class Corrector:
         Raises:
             ScheduleError: If the trend is for another batch or another size.
         """
-        tensors = _tensors(out)
+        tensors = list(tensors_of(out))
         known = (batch, tensors[0].shape, tensors[0].dtype, tensors[0].device)
         if known not in self._known:
             self._check(tensors, batch)
@@ -95,7 +84,7 @@ class Corrector:
             rows = tensor.reshape(self._parts, samples, *factor.shape[1:])
             return act(rows, factor[:, None]).view(tensor.shape)
 
-        return _each([out], correct)
+        return each([out], correct)
 
     def _check(self, tensors: list[Tensor], batch: int) -> None:
         parts, tokens, channels = self._trend.shape
@@ -126,11 +115,3 @@ class Corrector:
 def _tokens(tensor: Tensor, batch: int) -> int:
     """Return how many tokens a tensor has for each sample."""
     return tensor.numel() // (batch * tensor.shape[-1])
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [tensor for part in value.values() for tensor in _tensors(part)]
-    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, (tuple, list)) else []

@@ -66,11 +66,12 @@ class Replay:
         stats.reused_sites += step.reused
         stats.skipped_sites += step.skipped
         stats.computed_sites += step.computed
-        stats.macs += step.macs
+        stats.macs += step.macs / 2 if lane.single == "halves" else step.macs
         if step.changes:  # what a step leaves behind depends on nothing but the step and the shapes
-            if lane.signature not in step.bytes_held:
-                step.bytes_held[lane.signature] = bytes_of(lane.entries)
-            lane.bytes_held = step.bytes_held[lane.signature]
+            shapes = (lane.signature, lane.single == "halves")
+            if shapes not in step.bytes_held:
+                step.bytes_held[shapes] = bytes_of(lane.entries)
+            lane.bytes_held = step.bytes_held[shapes]
 
     def leave(self) -> None:
         """Forget the call that ran, also when it failed."""
@@ -222,7 +223,7 @@ class _Step:
         ended = (entry for entry in inner if entry[0] in row.release)
         self.released = (*row.release, *row.release_delta, *row.release_older, *ended)
         self.changes = bool(self.released or row.keep or row.keep_delta)
-        self.bytes_held: dict[Signature, int] = {}
+        self.bytes_held: dict[tuple[Signature, bool], int] = {}
         self.computed = self.reused = self.skipped = saved = 0
         for block in anatomy.blocks:
             skipped = any(start <= block.index < stop for start, stop in row.skip)

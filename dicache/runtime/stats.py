@@ -11,12 +11,14 @@ class Stats:
     """Planned and achieved work of an attached schedule, over all its generations so far.
 
     Attributes:
-        planned_macs_fraction: Share of the model's multiply-accumulates that the schedule means to compute.
+        planned_macs_fraction: Share of the model's multiply-accumulates that the schedule means to compute; where it
+            lets guidance collapse, with guidance.
         generations: Generations begun.
         calls: Calls of the model inside a generation.
         computed_sites: Branches that ran.
         reused_sites: Branches whose kept output was given instead.
         skipped_sites: Branches inside a range of blocks that was replaced by its delta.
+        collapsed_passes: Guidance passes that were not computed, because another stood for them.
         macs: Multiply-accumulates done, in units of one call's.
         steps: For each guidance pass of the latest generation, a letter a step: C all computed, `.` not all.
         bytes_held: Of the kept tensors at the end of the latest call.
@@ -30,6 +32,7 @@ class Stats:
     computed_sites: int = 0
     reused_sites: int = 0
     skipped_sites: int = 0
+    collapsed_passes: int = 0
     macs: float = 0.0
     steps: dict[str, str] = field(default_factory=dict)
     bytes_held: int = 0

@@ -108,10 +108,14 @@ class Plan:
     Attributes:
         steps: Number of steps, as the step clock counts them.
         rules: Applied together: a site is reused where any rule says so, and a skipped block runs none of its sites.
+        collapse_guidance_from: The step from which on, where a step has two guidance passes, only the first of them is
+            computed and stands for both, so that guidance does nothing. It goes on from the mean of what the two
+            have kept. None leaves guidance alone; so does a generation without guidance.
     """
 
     steps: int
     rules: tuple[Rule, ...] = ()
+    collapse_guidance_from: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -121,6 +125,17 @@ class Plan:
                 raise PlanError(
                     f"a rule has {len(rule.steps)} letters for a plan of {self.steps} steps: {rule.steps!r}"
                 )
+        if self.collapse_guidance_from is None:
+            return
+        if not 1 <= self.collapse_guidance_from < self.steps:
+            raise PlanError(
+                f"guidance can collapse from step 1 to the last, {self.steps - 1}, found {self.collapse_guidance_from}"
+            )
+        if self.contexts:
+            raise PlanError(
+                f"guidance cannot collapse where a pass has rules of its own, found some for {self.contexts[0]}; "
+                "one pass has to stand for the others"
+            )
 
     def table(self, anatomy: Anatomy, context: str | None = None) -> dict[str, str]:
         """Return, for every site, a letter a step: C computed, R reused, S skipped with its block.
@@ -198,11 +213,15 @@ class Plan:
 
     @property
     def computed_steps(self) -> tuple[int, ...]:
-        """Steps at which no rule acts."""
-        return tuple(i for i in range(self.steps) if all(rule.steps[i] == COMPUTE for rule in self.rules))
+        """Steps at which no rule acts, and all guidance passes are computed."""
+        stop = self.steps if self.collapse_guidance_from is None else self.collapse_guidance_from
+        return tuple(i for i in range(stop) if all(rule.steps[i] == COMPUTE for rule in self.rules))
 
     def to_json(self) -> dict[str, Any]:
-        return {"steps": self.steps, "rules": [rule.to_json() for rule in self.rules]}
+        content = {"steps": self.steps, "rules": [rule.to_json() for rule in self.rules]}
+        if self.collapse_guidance_from is not None:
+            content["collapse_guidance_from"] = self.collapse_guidance_from
+        return content
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Plan":
@@ -211,12 +230,13 @@ class Plan:
         Raises:
             PlanError: If a key is unknown or missing, or a value is not of its kind.
         """
-        _check(content, {"steps": int, "rules": list}, needed={"steps", "rules"})
+        known = {"steps": int, "rules": list, "collapse_guidance_from": int}
+        _check(content, known, needed={"steps", "rules"})
         kinds: dict[str, type] = dict.fromkeys(("action", "steps", "blocks", "branch", "context", "predictor"), str)
         kinds["order"] = int
         for rule in content["rules"]:
             _check(rule, kinds, needed={"action", "steps"})
-        return cls(steps=content["steps"], rules=tuple(Rule(**rule) for rule in content["rules"]))
+        return cls(**{**content, "rules": tuple(Rule(**rule) for rule in content["rules"])})
 
 
 def _enter(by_step: dict[int, StandIn], rule: Rule, what: str) -> None:

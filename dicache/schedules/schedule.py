@@ -138,6 +138,11 @@ class Schedule:
         if self.corrections is not None:
             if self.plan is None:
                 raise ScheduleError("corrections are of outputs that a plan holds, but the schedule has a policy")
+            if self.plan.collapse_guidance_from is not None:
+                raise ScheduleError(
+                    "corrections are of the single guidance passes, but the plan lets guidance collapse from step "
+                    f"{self.plan.collapse_guidance_from} on; a schedule can do one of the two"
+                )
             self.corrections.check(self.plan, self.anatomy)
         expected = self.measured.get("expected_steps", COMPUTE * self.steps)
         letters = isinstance(expected, str) and len(expected) == self.steps and not set(expected) - {COMPUTE, ACT}
@@ -173,7 +178,12 @@ class Schedule:
         """Guidance passes that the plan treats differently from the others."""
         return () if self.plan is None else self.plan.contexts
 
-    def macs_fraction(self, context: str | None = None) -> float:
+    @property
+    def collapse_guidance_from(self) -> int | None:
+        """The step from which on one guidance pass stands for both, if the plan has one."""
+        return None if self.plan is None else self.plan.collapse_guidance_from
+
+    def macs_fraction(self, context: str | None = None, *, guided: bool = True) -> float:
         """Return the share of the model's multiply-accumulates that is computed in a guidance pass.
 
         Passes are told apart only while they run, and how many there are is up to the pipeline, so a plan that treats
@@ -182,10 +192,17 @@ class Schedule:
 
         Args:
             context: The guidance pass; None is for those that the plan has no rules of their own for.
+            guided: Whether a step has two passes, so that one of them is saved where the plan lets guidance collapse;
+                the share is then that of both together.
         """
         if self.plan is None:
             return float(self.measured.get("macs_fraction", 1.0))
-        return macs_fraction(self.anatomy, self.plan.table(self.anatomy, context))
+        table, stop = self.plan.table(self.anatomy, context), self.plan.collapse_guidance_from
+        whole = macs_fraction(self.anatomy, table)
+        if stop is None or not guided:
+            return whole
+        second = macs_fraction(self.anatomy, {key: letters[:stop] for key, letters in table.items()})
+        return (whole + second * stop / self.steps) / 2
 
     def resampled(self, noise_levels: tuple[float, ...], num_inference_steps: int | None) -> "Schedule":
         """Return the schedule for another number of steps.
@@ -320,7 +337,8 @@ def _resampled(plan: Plan, mine: tuple[float, ...], theirs: tuple[float, ...]) -
     """Return the plan for the noise levels `theirs`, falling, instead of `mine`."""
     old, new = np.asarray(mine), np.asarray(theirs)
     nearest = np.abs(old[:, None] - new[None, :]).argmin(axis=1)  # new step of each old one
-    acting = [i for i in range(plan.steps) if any(rule.steps[i] == ACT for rule in plan.rules)]
+    collapsed = plan.steps if plan.collapse_guidance_from is None else plan.collapse_guidance_from
+    acting = [i for i in range(plan.steps) if i >= collapsed or any(rule.steps[i] == ACT for rule in plan.rules)]
 
     def comes_from(step: int) -> list[int]:
         """Return the old steps that a new step stands for; none if it is to compute."""
@@ -336,7 +354,10 @@ def _resampled(plan: Plan, mine: tuple[float, ...], theirs: tuple[float, ...]) -
     def letters(rule: Rule) -> str:
         return "".join(ACT if s and all(rule.steps[i] == ACT for i in s) else COMPUTE for s in sources)
 
-    return Plan(len(new), tuple(replace(rule, steps=letters(rule)) for rule in plan.rules))
+    guided = [step for step, s in enumerate(sources) if not s or any(i < collapsed for i in s)]
+    start = guided[-1] + 1  # the first step is among them
+    rules = tuple(replace(rule, steps=letters(rule)) for rule in plan.rules)
+    return Plan(len(new), rules, start if start < len(new) else None)
 
 
 def macs_fraction(anatomy: Anatomy, table: Mapping[str, str]) -> float:

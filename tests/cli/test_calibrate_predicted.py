@@ -1,4 +1,4 @@
-"""The commands of TaylorSeer, SmoothCache, MagCache, PAB and EOC, on the bundled model."""
+"""The commands of TaylorSeer, SmoothCache, MagCache, PAB, T-GATE and EOC, on the bundled model."""
 
 import json
 import os
@@ -99,3 +99,61 @@ def test_images_are_generated_with_each_of_them(workplace: Path) -> None:
     plain = np.asarray(Image.open("plain/7-0.png")).astype(float)
     assert all(0 < np.abs(picture - plain).mean() < 40 for picture in pictures.values())
     assert not np.array_equal(pictures["eoc"], pictures["base"])
+
+
+def test_tgate(workplace: Path) -> None:
+    words = ("--gate", 5, "--sp-interval", 3, "--fi-interval", 2, "--warm-up", 1)
+    scenes = ("--model", "scenes", "--steps", 8)
+    told = dicache("calibrate", "tgate", *scenes, *words).stdout
+    schedule = Schedule.load("tgate.json")
+    assert f"{schedule.macs_fraction():.3f} of the MACs" in told
+    found = rows("tgate.json")
+    assert (found["3.attn"], found["3.cross_attn"], found["3.mlp"]) == ("CCRCCRCR", "CCCCCRRR", "CCCCCCCC")
+    shown = dicache("schedules", "show", "tgate.json").stdout
+    assert f"{schedule.macs_fraction():.3f} of the MACs with guidance, " in shown
+    assert "passes           22222111\n" in shown
+    said = json.loads(dicache("schedules", "show", "tgate.json", "--json").stdout)
+    assert said["collapse_guidance_from"] == 5
+    assert said["macs_fraction"] < said["macs_fraction_unguided"] == schedule.macs_fraction(guided=False)
+
+    dicache("calibrate", "tgate", *scenes, *words, "--after-gate", "guided", "-o", "guided.json")
+    told = dicache("schedules", "diff", "tgate.json", "guided.json").stdout
+    assert "One guidance pass is computed in the place of two: A from step 5." in told
+
+    cost = ("cost", "--model", "scenes", "--json")
+    by_file = json.loads(dicache(*cost, "--schedule", "tgate.json").stdout)
+    by_name = json.loads(dicache(*cost, "--steps", 8, "--method", "tgate", *words).stdout)
+    assert by_file["macs"] == by_name["macs"]
+    assert by_file["fraction"] == pytest.approx(schedule.macs_fraction(), abs=1e-6)
+    unguided = json.loads(dicache(*cost, "--guidance", 1, "--schedule", "tgate.json").stdout)
+    assert unguided["fraction"] == pytest.approx(schedule.macs_fraction(guided=False), abs=1e-6)
+
+
+def test_tgate_for_a_model_without_guidance_counts_one_pass(workplace: Path) -> None:
+    words = ("--model", "pixart-lcm", "--gate", 1, "--sp-interval", 1, "--warm-up", 0)
+    told = json.loads(dicache("calibrate", "tgate", *words, "--json").stdout)
+    assert told["macs_fraction"] == Schedule.load("tgate.json").macs_fraction(guided=False)
+    assert told["macs_fraction"] > 0.9
+
+
+def test_what_is_evaluated_costs_what_was_planned(workplace: Path) -> None:
+    dicache("calibrate", "tgate", "--model", "scenes", "--steps", 4, "--gate", 2, "--warm-up", 0)
+    words = ("--model", "scenes", "--schedule", "tgate.json", "--runs", 3, "--timing-rounds", 0, "--json")
+    (result,) = json.loads(dicache("evaluate", *words).stdout)["results"]
+    assert result["macs_fraction"] == pytest.approx(Schedule.load("tgate.json").macs_fraction())
+    assert result["computed_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--model", "digits", "--steps", 20), "DiTTransformer2DModel has no cross-attention to hold"),
+        (("--model", "sd3"), "SD3Transformer2DModel has no cross-attention to hold"),
+        (("--model", "pixart", "--gate", 20), "1 to 19 of 20 steps, found 20"),
+        (("--model", "pixart", "--gate", 0), "the gate must be step 1 or later, found 0"),
+        (("--model", "pixart", "--gate", 2), "the warm-up must be shorter than the gate, 0 to 1 steps, found 2"),
+        (("--model", "pixart", "--sp-interval", 0), "sp_interval must be 1"),
+    ],
+)
+def test_tgate_refuses_what_cannot_be(workplace: Path, words: tuple[object, ...], said: str) -> None:
+    assert said in refused("calibrate", "tgate", *words)

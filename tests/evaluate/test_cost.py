@@ -68,7 +68,7 @@ def test_a_reused_branch_saves_its_own_layers() -> None:
 
 def test_guidance_that_ends_early_costs_one_pass_from_there_on() -> None:
     whole = counted(dit)
-    macs = planned_cost(whole, whole.anatomy(), Plan(4), passes=2, single_from=1)
+    macs = planned_cost(whole, whole.anatomy(), Plan(4, collapse_guidance_from=1), passes=2)
     assert macs == Macs(5 * whole.total.all, 5 * whole.total.papers)
 
 

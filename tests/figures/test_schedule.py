@@ -74,6 +74,13 @@ def test_a_rule_for_one_guidance_pass_is_drawn_for_that_pass() -> None:
     assert uncond.get_title(loc="left") == "pass, pass uncond"
 
 
+def test_where_guidance_collapses_is_said() -> None:
+    schedule = synthetic.planned("gated", 1, Rule("reuse", "CC.."))
+    plan = replace(schedule.plan, collapse_guidance_from=2)  # type: ignore[type-var]
+    (axes,) = schedule_strip([("gated", replace(schedule, plan=plan))]).axes
+    assert axes.get_title(loc="left").endswith("% of the MACs; one guidance pass from step 2 on")
+
+
 def test_schedules_of_different_lengths_are_drawn_one_under_the_other() -> None:
     schedules = [
         (name, synthetic.planned("fora", 2, Rule("reuse", steps))) for name, steps in (("a", "C."), ("b", "C.."))

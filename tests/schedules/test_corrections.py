@@ -139,3 +139,8 @@ def test_two_schedules_with_other_trends_differ() -> None:
     assert schedule() != other
     assert set(compare(schedule(), other).sections["corrections"]) == {"sha256"}
     assert compare(schedule(), schedule()).equal
+
+
+def test_a_plan_in_which_guidance_collapses_is_not_corrected() -> None:
+    with pytest.raises(ScheduleError, match="the plan lets guidance collapse from step 2 on; a schedule can do one"):
+        replace(schedule(), plan=replace(PLAN, collapse_guidance_from=2))

@@ -130,6 +130,25 @@ def test_a_plan_survives_being_written_as_json_and_read(rules: tuple[Rule, ...])
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
+def test_a_collapse_of_guidance_survives_being_written_and_is_left_out_where_there_is_none() -> None:
+    plan = Plan(4, (EXPANDED,), 2)
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert plan.to_json()["collapse_guidance_from"] == 2
+    assert plan.computed_steps == (0,)  # of the two that the rule leaves, one has both passes
+    assert "collapse_guidance_from" not in Plan(4, (EXPANDED,)).to_json()
+
+
+@pytest.mark.parametrize("step", [-1, 0, 4, 9])
+def test_guidance_collapses_at_a_step_after_the_first(step: int) -> None:
+    with pytest.raises(PlanError, match=f"can collapse from step 1 to the last, 3, found {step}"):
+        Plan(4, (), step)
+
+
+def test_guidance_cannot_collapse_where_its_passes_are_treated_differently() -> None:
+    with pytest.raises(PlanError, match="where a pass has rules of its own, found some for uncond"):
+        Plan(4, (Rule("skip", "C.C.", context="uncond"),), 2)
+
+
 def test_a_rule_may_leave_out_what_is_usual() -> None:
     read = Plan.from_json({"steps": 2, "rules": [{"action": "reuse", "steps": "C."}]})
     assert read == Plan(2, (Rule("reuse", "C.", blocks="*", branch="*", context="*", predictor="hold"),))
@@ -144,6 +163,8 @@ def test_a_rule_may_leave_out_what_is_usual() -> None:
         ({"steps": "2", "rules": []}, "steps must be of type int, found '2'"),
         ({"steps": True, "rules": []}, "steps must be of type int, found True"),
         ({"steps": 2.0, "rules": []}, r"steps must be of type int, found 2\.0"),
+        ({"steps": 2, "rules": [], "collapse_guidance_from": 2}, "from step 1 to the last, 1, found 2"),
+        ({"steps": 2, "rules": [], "collapse_guidance_from": None}, "collapse_guidance_from must be of type int"),
         ({"steps": 2, "rules": {}}, r"rules must be of type list, found \{\}"),
         ({"steps": 2, "rules": ["C."]}, r"found 'C\.', needed an object"),
         ({"steps": 2, "rules": [{"steps": "C."}]}, "unknown or missing key 'action'"),

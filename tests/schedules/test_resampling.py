@@ -1,5 +1,7 @@
 """Schedules mapped to other step counts on the axis of noise levels."""
 
+from dataclasses import replace
+
 import pytest
 
 from dicache.schedules import Plan, Rule, Schedule, ScheduleError, Target, TeaCachePolicy
@@ -110,3 +112,17 @@ def test_a_rule_keeps_its_predictor() -> None:
     made = schedule(*rules).resampled(falling(8), 8)
     assert made.plan is not None
     assert [(rule.predictor, rule.order) for rule in made.plan.rules] == [("taylor", 2), ("hold", 0)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "start"),
+    [(8, 4), (16, 7), (4, 2), (24, 11), (2, 1), (1, None)],  # a new step between two old ones does as that which acts
+)
+def test_guidance_collapses_at_the_noise_level_where_the_rules_of_the_gate_act(steps: int, start: int | None) -> None:
+    base = schedule(Rule("reuse", "CCCC....", branch="attn"))
+    assert base.plan is not None
+    base = replace(base, plan=replace(base.plan, collapse_guidance_from=4))
+    made = base.resampled(falling(steps), steps).plan
+    assert made is not None
+    assert made.collapse_guidance_from == start
+    assert made.rules[0].steps == "C" * (start or steps) + "." * (steps - (start or steps))

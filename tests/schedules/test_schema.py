@@ -22,6 +22,7 @@ SCHEDULES = [
     Schedule("x", {}, anatomy_of(dit), Target(), 4, Plan(4, (Rule("reuse", "CC..", predictor="taylor", order=2),))),
     Schedule("x", {}, anatomy_of(dit), Target(), 4, Plan(4, (Rule("skip", "CC..", "0-1", predictor="feature"),))),
     Schedule("teacache", {"threshold": 0.1}, anatomy_of(dit), TARGET, 4, policy=TEACACHE),
+    Schedule("x", {}, anatomy_of(pixart), Target(), 4, Plan(4, (Rule("reuse", "CC..", branch="cross_attn"),), 2)),
     Schedule(
         "x",
         {},
@@ -64,6 +65,9 @@ def broken() -> list[Any]:
         {**fora, "plan": {**fora["plan"], "rules": [{**rule, "predictor": "feature"}]}},
         {**fora, "plan": {**fora["plan"], "rules": [{**rule, "order": 1}]}},
         {**fora, "plan": {**fora["plan"], "rules": [{**rule, "predictor": "taylor", "order": 5}]}},
+        {**fora, "plan": {**fora["plan"], "collapse_guidance_from": 0}},
+        {**fora, "plan": {**fora["plan"], "collapse_guidance_from": True}},
+        {**fora, "plan": {**fora["plan"], "collapse_guidance_from": None}},
         {**fora, "corrections": {"form": "multiply"}},
         {**fora, "plan": {**fora["plan"], "rules": [{**rule, "blocks": "a-b"}]}},
         {**fora, "made_for": {**fora["made_for"], "mood": 1}},
