@@ -94,7 +94,9 @@ def _check_calls(model: nn.Module, calls: list[BlockCall], lists: Mapping[str, n
         if not isinstance(_enters(call), Tensor) or not all(isinstance(out, Tensor) for out in call.outputs):
             raise AnatomyError(f"{call.path}: {type(call.module).__name__} takes or returns what is not supported")
         if len(call.outputs) != 1:
-            raise AnatomyError(f"{call.path}: {type(call.module).__name__} returns {len(call.outputs)} tensors, not one")
+            raise AnatomyError(
+                f"{call.path}: {type(call.module).__name__} returns {len(call.outputs)} tensors, not one"
+            )
 
 
 def _stream(call: BlockCall) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dicache import CacheError, Schedule, apply
+from dicache.runtime.apply import denoiser
 from dicache.schedules import Rule
 from tests.counting import BrokenError, attributes, broken
 from tests.tiny import (
@@ -73,10 +74,10 @@ def test_an_exception_inside_a_block_passes_and_every_module_is_restored(build: 
 def test_an_exception_in_a_late_step_of_a_pipeline_restores_model_and_scheduler(build: Build, method: str) -> None:
     pipe = pipeline_of(build)
     want = generate(pipe)
-    before, keys = attributes(pipe.transformer), set(pipe.scheduler.__dict__)
-    with broken(pipe.transformer.transformer_blocks[0], call=STEPS - 1), apply(pipe, schedule_of(build, method)):
+    before, keys = attributes(denoiser(pipe)), set(pipe.scheduler.__dict__)
+    with broken(denoiser(pipe).transformer_blocks[0], call=STEPS - 1), apply(pipe, schedule_of(build, method)):
         generate(pipe)
-    after = attributes(pipe.transformer)
+    after = attributes(denoiser(pipe))
     assert {path: set(values) for path, values in after.items()} == {path: set(v) for path, v in before.items()}
     assert after == before
     assert set(pipe.scheduler.__dict__) == keys
@@ -87,17 +88,17 @@ def test_an_exception_in_a_late_step_of_a_pipeline_restores_model_and_scheduler(
 def test_detach_restores_once_and_again_does_nothing(build: Build) -> None:
     pipe = pipeline_of(build)
     generate(pipe)  # some pipelines hang something on their model
-    before, keys = attributes(pipe.transformer), set(pipe.scheduler.__dict__)
+    before, keys = attributes(denoiser(pipe)), set(pipe.scheduler.__dict__)
     cache = apply(pipe, schedule_of(build, "reuse"))
     cache.detach()
-    assert attributes(pipe.transformer) == before
+    assert attributes(denoiser(pipe)) == before
     assert not {"step", "set_timesteps"} & set(pipe.scheduler.__dict__) - keys
     other = apply(pipe, schedule_of(build, "reuse"))
     cache.detach()  # of the first: must not take the second one off
     generate(pipe)
     assert other.stats.reused_sites > 0
     other.detach()
-    assert attributes(pipe.transformer) == before
+    assert attributes(denoiser(pipe)) == before
 
 
 @every_model
