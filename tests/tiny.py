@@ -234,6 +234,18 @@ def time_of(model: nn.Module, timestep: int, batch: int = BATCH) -> Tensor:
     return torch.full((batch,), timestep)
 
 
+def block_of(model: nn.Module, build: Build, index: int) -> nn.Module:
+    """Return one of a model's blocks."""
+    return model.get_submodule(anatomy_of(build).blocks[index].module)
+
+
+def some_blocks(build: Build) -> str:
+    """Return a range of blocks that can be skipped: two, or those inside a U-Net's second skip connection."""
+    anatomy = anatomy_of(build)
+    start, stop = anatomy.enclosed(1) if anatomy.links else (1, 3)
+    return f"{start}-{stop - 1}"
+
+
 def entrance(model: nn.Module, build: Build) -> nn.Module:
     """Return the module that runs first in the first branch: its input is the modulated one."""
     first = anatomy_of(build).blocks[0]

@@ -122,7 +122,7 @@ def _links(model: nn.Module, calls: list[BlockCall]) -> Links:
             continue
         rest = given[:, before.shape[1] :]
         # A later maker first: an attention that adds nothing makes what the block before it made.
-        makers = [m for m in range(index - 2, -2, -1) if rest.shape == made[m + 1].shape]
+        makers = [m for m in range(index - 1, -2, -1) if rest.shape == made[m + 1].shape]
         maker = next((m for m in makers if torch.equal(rest, made[m + 1])), None)
         if maker is None or not torch.equal(given[:, : before.shape[1]], before):
             raise AnatomyError(
@@ -175,7 +175,7 @@ def _transformers(
                 inside[f"{path}.{position}.{TRANSFORMER}"] = found
             elif path.endswith(".attentions"):
                 raise AnatomyError(
-                    f"{path}.{position} is a {type(block).__name__} without {TRANSFORMER}; such U-Nets are not supported"
+                    f"{path}.{position} is a {type(block).__name__} without {TRANSFORMER}, which is not supported"
                 )
     calls = watch(model, inside, inputs) if inside else []
     by_path: dict[str, list[tuple[BlockCall, Returns]]] = {}

@@ -20,8 +20,8 @@ class DeepCache:
     """Compute everything each `interval` steps; in between, only what lies outside of one skip connection.
 
     Branch b is the U-Net's skip connection b, 0 the outermost, from the output of its first convolution: what makes
-    skip connections 0 to b runs, and what takes them. In the released code's count of a U-Net that has n residual blocks a
-    stage down and a sampler behind them, that is its layer b % (n + 1) of block b // (n + 1); with Stable Diffusion's
+    skip connections 0 to b runs, and what takes them. In the released code that is layer b % (n + 1) of block
+    b // (n + 1) of a U-Net that has n residual blocks a stage down and a sampler behind them; with Stable Diffusion's
     n = 2, b % 3 and b // 3. Held is the feature map that enters the upper blocks behind the skipped ones.
 
     A step is one of the sampler's, never a timestep's value: solvers that repeat timesteps or take two evaluations
@@ -73,8 +73,8 @@ class DeepCache:
         assert center is not None
         if not 0 <= center < steps:
             raise CalibrationError(
-                f"deepcache: the center must be one of the steps 0 to {steps - 1}, found {center}; leave it out for even "
-                "intervals"
+                f"deepcache: the center must be one of the steps 0 to {steps - 1}, found {center}; leave it out for "
+                "even intervals"
             )
         many = math.ceil(steps / self.interval)
         power = POWER if self.power is None else self.power

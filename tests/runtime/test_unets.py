@@ -122,7 +122,7 @@ def calls(model: nn.Module, batch: int = BATCH, **extra: Any) -> list[dict[str, 
 
 def made_by_hand(hand: ByHand, given: list[dict[str, Any]], interval: int, **options: Any) -> list[Tensor]:
     with torch.no_grad():
-        return [hand(full=step % interval == 0, **options, **one) for step, one in enumerate(given)]
+        return [hand(full=step % interval == 0, **{**options, **one}) for step, one in enumerate(given)]
 
 
 def of(build: Build, settings: DeepCache | DeltaCache | Fora, steps: int = STEPS) -> Schedule:
@@ -193,7 +193,7 @@ def test_held_are_one_feature_map_and_shapes(build: Build) -> None:
     model, anatomy = build(), anatomy_of(build)
     with apply(model, of(build, DeepCache(3, 1))) as cache:
         replay(model, cache, calls(model))
-        start, stop = anatomy.enclosed(1)
+        _, stop = anatomy.enclosed(1)
         channels, height, width = anatomy.blocks[stop - 1].shapes[1]
         feature = 4 * BATCH * channels * height * width
         assert feature <= cache.stats.peak_bytes_held < feature + 200
@@ -279,7 +279,7 @@ def test_steps_are_counted_and_not_looked_up_by_their_timestep(
     hand, step = ByHand(pipe.unet, 1), iter(range(steps))
 
     def forward(x: Tensor, t: Tensor, *, encoder_hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor]:
-        given = {"sample": x, "timestep": t, "encoder_hidden_states": encoder_hidden_states}
+        given: dict[str, Any] = {"sample": x, "timestep": t, "encoder_hidden_states": encoder_hidden_states}
         return (hand(full=next(step) % 3 == 0, added_cond_kwargs=kwargs.get("added_cond_kwargs"), **given),)
 
     with monkeypatch.context() as patch:
@@ -353,17 +353,17 @@ def test_a_range_and_branches_outside_of_it_together(build: Build) -> None:
 
 def test_what_cannot_be_skipped_is_refused() -> None:
     anatomy = anatomy_of(unet)
-    with pytest.raises(PlanError, match="blocks 0-5 .* what block 1 makes also enters block 28, through a skip conn"):
+    with pytest.raises(PlanError, match=r"blocks 0-5 .* what block 1 makes also enters block 28, through a skip conn"):
         Plan(2, (Rule("skip", "C.", blocks="0-5"),)).table(anatomy)
-    with pytest.raises(PlanError, match="blocks 4-25 .* enters them is 8 x 8 x 8, what leaves them 16 x 8 x 8"):
+    with pytest.raises(PlanError, match=r"blocks 4-25 .* enters them is 8 x 8 x 8, what leaves them 16 x 8 x 8"):
         Plan(2, (Rule("skip", "C.", blocks="4-25"),)).table(anatomy)
     assert Plan(2, (Rule("skip", "C.", blocks="4-25", predictor="feature"),)).table(anatomy)
 
 
 def test_a_schedule_for_another_u_net_is_refused() -> None:
-    with pytest.raises(ScheduleError, match="made for a model with|blocks in"):
+    with pytest.raises(ScheduleError, match=r"made for a model with|blocks in"):
         apply(unet_xl(), of(unet, DeepCache()))
-    with pytest.raises(ScheduleError, match="made for"):
+    with pytest.raises(ScheduleError, match=r"made for"):
         apply(unet(layers_per_block=1), of(unet, DeepCache()))
 
 
