@@ -19,6 +19,9 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from torch import Tensor, nn
 
@@ -111,8 +114,48 @@ def flux(single_layers: int = 2, **config: Any) -> nn.Module:
     )
 
 
+def unet(**config: Any) -> nn.Module:
+    """Three stages down and up, as in Stable Diffusion 1.5: attention in the first two, none in the last."""
+    return randomised(
+        UNet2DConditionModel(
+            **{
+                "sample_size": SIZE,
+                "in_channels": CHANNELS,
+                "out_channels": CHANNELS,
+                "block_out_channels": (8, 16, 16),
+                "layers_per_block": 2,
+                "norm_num_groups": 4,
+                "cross_attention_dim": CAPTION,
+                "attention_head_dim": 2,
+                "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+                **config,
+            }
+        )
+    )
+
+
+def unet_xl() -> nn.Module:
+    """As in Stable Diffusion XL: no attention in the first stage, several transformer blocks in a row in the others.
+
+    It is told the size of the picture and the whole text's embedding.
+    """
+    return unet(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4, 8),
+        transformer_layers_per_block=(1, 2, 3),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=2,
+        projection_class_embeddings_input_dim=POOLED + 6 * 2,
+    )
+
+
 both_models = pytest.mark.parametrize("build", [dit, pixart])
-every_model = pytest.mark.parametrize("build", [dit, pixart, sd3, sd35, flux])
+every_transformer = pytest.mark.parametrize("build", [dit, pixart, sd3, sd35, flux])
+both_unets = pytest.mark.parametrize("build", [unet, unet_xl])
+every_model = pytest.mark.parametrize("build", [dit, pixart, sd3, sd35, flux, unet, unet_xl])
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -138,6 +181,8 @@ def scheduled(build: Build, *rules: Rule, **made_for: Any) -> Schedule:
 
 def adaptive(build: Build, threshold: float, steps: int = STEPS, **settings: Any) -> Schedule:
     """Return a schedule of TeaCache's policy that adds up the changes as they are measured."""
+    if anatomy_of(build).links:
+        pytest.skip("a policy skips a row of blocks, which a U-Net does not have")
     policy = TeaCachePolicy(threshold, coefficients=(1.0, 0.0), input_range=(0.0, 100.0), **settings)
     return Schedule("teacache", {}, anatomy_of(build), Target(), steps, policy=policy)
 
@@ -150,6 +195,16 @@ def arguments(model: nn.Module, *, batch: int = BATCH, seed: int = 0, timestep: 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
+    if isinstance(model, UNet2DConditionModel):
+        given: dict[str, Any] = {
+            "sample": noise(batch, CHANNELS, SIZE, SIZE),
+            "timestep": time_of(model, timestep, batch),
+            "encoder_hidden_states": noise(batch, TEXT_TOKENS, CAPTION),
+        }
+        if model.config["addition_embed_type"] == "text_time":
+            sizes = torch.tensor([[SIZE, SIZE, 0, 0, SIZE, SIZE]] * batch).to(dtype)
+            given["added_cond_kwargs"] = {"text_embeds": noise(batch, POOLED), "time_ids": sizes}
+        return given
     packed = isinstance(model, FluxTransformer2DModel)
     given = {
         "hidden_states": noise(batch, TOKENS, 4 * CHANNELS) if packed else noise(batch, CHANNELS, SIZE, SIZE),
@@ -177,6 +232,18 @@ def time_of(model: nn.Module, timestep: int, batch: int = BATCH) -> Tensor:
     if isinstance(model, FluxTransformer2DModel):
         return torch.full((batch,), timestep / 1000, dtype=model.dtype)
     return torch.full((batch,), timestep)
+
+
+def block_of(model: nn.Module, build: Build, index: int) -> nn.Module:
+    """Return one of a model's blocks."""
+    return model.get_submodule(anatomy_of(build).blocks[index].module)
+
+
+def some_blocks(build: Build) -> str:
+    """Return a range of blocks that can be skipped: two, or those inside a U-Net's second skip connection."""
+    anatomy = anatomy_of(build)
+    start, stop = anatomy.enclosed(1) if anatomy.links else (1, 3)
+    return f"{start}-{stop - 1}"
 
 
 def entrance(model: nn.Module, build: Build) -> nn.Module:
@@ -209,8 +276,9 @@ def denoise(
             cache.begin_step()
         given["timestep"] = time_of(model, 900 - 800 * step // steps, batch)
         out = predict(model, given)
-        latents = given["hidden_states"]
-        given["hidden_states"] = latents - out[:, : latents.shape[1]] / steps  # the rest is a variance
+        name = "sample" if "sample" in given else "hidden_states"
+        latents = given[name]
+        given[name] = latents - out[:, : latents.shape[1]] / steps  # the rest is a variance
         yield out
 
 
@@ -240,6 +308,12 @@ def pipeline_of(build: Build) -> Any:
     elif isinstance(transformer, SD3Transformer2DModel):
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
         pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, None, None, None, None, None, None)
+    elif isinstance(transformer, UNet2DConditionModel):
+        ddim = DDIMScheduler(clip_sample=False, steps_offset=1)
+        if transformer.config["addition_embed_type"] == "text_time":
+            pipe = StableDiffusionXLPipeline(vae, None, None, None, None, transformer, ddim, add_watermarker=False)
+        else:
+            pipe = StableDiffusionPipeline(vae, None, None, transformer, ddim, None, None, None, False)
     elif isinstance(transformer, FluxTransformer2DModel):
         pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, transformer)
     else:
@@ -259,11 +333,13 @@ def generate(pipe: Any, *, steps: int = STEPS, batch: int = 1, seed: int = 0, **
         return images
     options |= {"height": SIZE, "width": SIZE, "output_type": "latent"}
     made = torch.Generator().manual_seed(1)
-    dtype = pipe.transformer.dtype
+    dtype = (pipe.unet if hasattr(pipe, "unet") else pipe.transformer).dtype
     text = torch.randn(2, batch, TEXT_TOKENS, CAPTION, generator=made).to(dtype)
     pooled = torch.randn(2, batch, POOLED, generator=made).to(dtype)
     options["prompt_embeds"] = text[0]
-    if isinstance(pipe, PixArtAlphaPipeline):
+    if isinstance(pipe, StableDiffusionPipeline):
+        options["negative_prompt_embeds"] = text[1]
+    elif isinstance(pipe, PixArtAlphaPipeline):
         mask = torch.ones(batch, TEXT_TOKENS, dtype=torch.long)
         options |= {
             "prompt_attention_mask": mask,
@@ -274,7 +350,7 @@ def generate(pipe: Any, *, steps: int = STEPS, batch: int = 1, seed: int = 0, **
         }
     else:
         options["pooled_prompt_embeds"] = pooled[0]
-    if isinstance(pipe, StableDiffusion3Pipeline):
+    if isinstance(pipe, (StableDiffusion3Pipeline, StableDiffusionXLPipeline)):
         options |= {"negative_prompt_embeds": text[1], "negative_pooled_prompt_embeds": pooled[1]}
     latents: Tensor = pipe(**options).images
     return latents

@@ -74,7 +74,17 @@ def example_inputs(model: nn.Module) -> Inputs:
         return nn.functional.pad(grid, (axes - 2, 0)).to(reference)
 
     text = config.get("caption_channels") or config.get("joint_attention_dim") or config.get("cross_attention_dim")
+    text = text[-1] if isinstance(text, (tuple, list)) else text  # one for each stage of a U-Net, all alike
+    sized = config.get("addition_embed_type") == "text_time"  # SDXL
+
+    def text_and_time() -> dict[str, Tensor]:
+        """Return what SDXL is told: the whole text's embedding, and six numbers of sizes and crops."""
+        channels = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        pixels = torch.tensor([[8.0 * height, 8.0 * width, 0, 0, 8.0 * height, 8.0 * width]] * 2)
+        return {"text_embeds": noise(2, channels), "time_ids": pixels.to(reference)}
+
     known: dict[str, Callable[[], Any]] = {
+        "sample": lambda: noise(2, config["in_channels"], height, width),
         "hidden_states": lambda: (
             noise(2, rows * columns, config["in_channels"])
             if packed
@@ -86,13 +96,14 @@ def example_inputs(model: nn.Module) -> Inputs:
         "class_labels": lambda: torch.zeros(2, dtype=torch.long, device=reference.device),
         "encoder_hidden_states": lambda: noise(2, TEXT_TOKENS, int(text or 0)),
         "pooled_projections": lambda: noise(2, config["pooled_projection_dim"]),
-        "added_cond_kwargs": lambda: {"resolution": None, "aspect_ratio": None},
+        "added_cond_kwargs": lambda: text_and_time() if sized else {"resolution": None, "aspect_ratio": None},
         "img_ids": image_ids,
         "txt_ids": lambda: reference.new_zeros(TEXT_TOKENS, len(config["axes_dims_rope"])),
         "guidance": lambda: torch.full((2,), 3.5).to(reference),
     }
     needed = {
         "class_labels": config.get("norm_type") == "ada_norm_zero",
+        "added_cond_kwargs": sized or "sample" not in names,
         "encoder_hidden_states": text is not None,
         "pooled_projections": config.get("pooled_projection_dim") is not None,
         "guidance": bool(config.get("guidance_embeds")),

@@ -1,4 +1,4 @@
-"""The parts of a diffusion transformer, as plain data that a file can carry."""
+"""The parts of a diffusion transformer or U-Net, as plain data that a file can carry."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-BRANCHES = ("attn", "cross_attn", "joint_attn", "mlp", "fused")
+BRANCHES = ("attn", "cross_attn", "joint_attn", "mlp", "fused", "conv")
 ROLES = ("main", "refiner")
 
 
@@ -37,7 +37,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block as it is called once."""
+    """One transformer block, or one residual block, transformer or sampler of a U-Net, as it is called once."""
 
     index: int  # execution order, over all main blocks
     path: str  # container inside the model: "transformer_blocks"
@@ -47,6 +47,7 @@ class Block:
     sites: tuple[Site, ...]
     norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # path inside the block -> all branches it feeds
     macs: int = 0  # of one call, its sites included
+    shapes: tuple[tuple[int, ...], ...] = ()  # of a U-Net: of its stream as it enters and as it leaves, without batch
 
     @property
     def module(self) -> str:
@@ -73,6 +74,8 @@ class Anatomy:
         segments: Runs of blocks `(start, stop)`, half open, that one delta per stream may replace.
         macs: Multiply-accumulates of one call of the model, at the size it was surveyed with.
         latents: Shape of that call's latents without the batch.
+        links: Skip connections of a U-Net `(maker, taker)`, the outermost first: what block `maker` made enters block
+            `taker` besides the output of the block before it. -1 makes what enters the first block.
     """
 
     model: str
@@ -80,6 +83,7 @@ class Anatomy:
     segments: tuple[tuple[int, int], ...]
     macs: int = 0
     latents: tuple[int, ...] = ()
+    links: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
@@ -99,12 +103,47 @@ class Anatomy:
         """Return the segment `(start, stop)` that holds a block."""
         return next(segment for segment in self.segments if segment[0] <= block < segment[1])
 
+    def enclosed(self, branch: int) -> tuple[int, int]:
+        """Return the blocks [start, stop) of a U-Net that lie inside its skip connection `branch`, 0 the outermost."""
+        maker, taker = self.links[branch]
+        return maker + 1, taker
+
+    def inside(self, start: int, stop: int) -> tuple[str, ...]:
+        """Return the paths of the modules of a U-Net that run between the first and the last of blocks [start, stop).
+
+        A stage, all of whose blocks are there, is one module.
+        """
+        inner = self.blocks[start + 1 : stop - 1]
+        stages = [block.path.rpartition(".")[0] for block in self.blocks]
+        whole = {s for s in stages if stages.count(s) == sum(block.path.rpartition(".")[0] == s for block in inner)}
+        paths = ((block.path.rpartition(".")[0], block.module) for block in inner)
+        return tuple(dict.fromkeys(stage if stage in whole else module for stage, module in paths))
+
+    def obstacle(self, start: int, stop: int, *, delta: bool) -> str:
+        """Say why one tensor cannot stand for blocks [start, stop) of a U-Net; empty if it can.
+
+        Args:
+            start: First block.
+            stop: The block behind the last.
+            delta: Whether it is to be added to what enters the range, and not to take the place of what leaves it.
+        """
+        for maker, taker in self.links:
+            if start <= maker < stop <= taker:
+                return f"what block {maker} makes also enters block {taker}, through a skip connection"
+        if delta and self.links and self.blocks[start].shapes[0] != self.blocks[stop - 1].shapes[1]:
+            enters, leaves = (
+                " x ".join(map(str, shape)) for shape in (self.blocks[start].shapes[0], self.blocks[stop - 1].shapes[1])
+            )
+            return f"what enters them is {enters}, what leaves them {leaves}, and they have no difference"
+        return ""
+
     def to_json(self) -> dict[str, Any]:
         """Return the description that `from_json` reads: equal neighbours are written once."""
 
         def shape(block: Block) -> tuple[Any, ...]:
             norms = tuple(sorted(block.norms.items()))
-            return block.index - block.position, block.path, block.kind, block.returns, block.sites, norms, block.macs
+            where = (block.index - block.position, block.path, block.kind, block.returns)
+            return *where, block.sites, norms, block.macs, block.shapes
 
         blocks = []
         for _, run in groupby(self.blocks, key=shape):
@@ -119,6 +158,7 @@ class Anatomy:
                     "sites": {site.branch: _written(site) for site in first.sites},
                     "norms": {path: list(feeds) for path, feeds in first.norms.items()},
                     "macs": first.macs,
+                    **({"shapes": [list(shape) for shape in first.shapes]} if first.shapes else {}),
                 }
             )
         return {
@@ -126,6 +166,7 @@ class Anatomy:
             "macs": self.macs,
             "latents": list(self.latents),
             "segments": [span(start, stop - 1) for start, stop in self.segments],
+            **({"links": [list(link) for link in self.links]} if self.links else {}),
             "blocks": blocks,
         }
 
@@ -136,7 +177,7 @@ class Anatomy:
         Raises:
             AnatomyError: If a key is missing or unknown, or a value is not of its kind.
         """
-        check_keys("anatomy", content, {"model", "macs", "latents", "segments", "blocks"})
+        check_keys("anatomy", content, {"model", "macs", "latents", "segments", "blocks"}, optional={"links"})
         blocks: list[Block] = []
         try:
             for entry in content["blocks"]:
@@ -148,6 +189,7 @@ class Anatomy:
                 segments=segments,
                 macs=int(content["macs"]),
                 latents=tuple(int(n) for n in content["latents"]),
+                links=tuple((int(maker), int(taker)) for maker, taker in content.get("links", ())),
             )
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             if isinstance(error, AnatomyError):
@@ -159,6 +201,13 @@ class Anatomy:
                 f"the anatomy's blocks and segments must both count 0 to {len(blocks) - 1} in order, "
                 f"but its segments are {content['segments']}"
             )
+        if any(not -1 <= maker < taker < len(blocks) for maker, taker in anatomy.links) or (
+            anatomy.links and any(len(block.shapes) != 2 for block in blocks)
+        ):
+            raise AnatomyError(
+                f"the anatomy's links must each go from a block to a later one of 0 to {len(blocks) - 1}, and its "
+                f"blocks have the shape of what enters and of what leaves them; found links {content['links']}"
+            )
         return anatomy
 
 
@@ -168,7 +217,8 @@ def _written(site: Site) -> dict[str, Any]:
 
 
 def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
-    check_keys("anatomy block", entry, {"blocks", "module", "class", "returns", "sites", "norms", "macs"})
+    keys = {"blocks", "module", "class", "returns", "sites", "norms", "macs"}
+    check_keys("anatomy block", entry, keys, optional={"shapes"})
     first, last = parse_span(entry["blocks"])
     path, _, positions = entry["module"].rpartition(".")
     start, end = parse_span(positions)
@@ -194,6 +244,7 @@ def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
             sites=tuple(sites),
             norms={norm: tuple(feeds) for norm, feeds in entry["norms"].items()},
             macs=int(entry["macs"]),
+            shapes=tuple(tuple(int(n) for n in shape) for shape in entry.get("shapes", ())),
         )
         for offset in range(last - first + 1)
     ]

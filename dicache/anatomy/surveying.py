@@ -11,18 +11,19 @@ from dicache.anatomy.parts import Anatomy, AnatomyError, Block
 from dicache.anatomy.probing import norms_of
 from dicache.anatomy.recognising import containers
 from dicache.anatomy.streams import check_streams, segments, streams
+from dicache.anatomy.unets import is_unet, unet_blocks, without_additions
 from dicache.anatomy.watching import BlockCall, Returns, refiners, watch
 
 
 def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
-    """Return the anatomy of a diffusion transformer.
+    """Return the anatomy of a diffusion transformer or U-Net.
 
     The model is called a few times without gradients. What its blocks take and return, tensor object by tensor
     object, tells the streams and which blocks follow one another directly; replacing a module's output by NaN tells
     what it feeds; operators are counted, not guessed.
 
     Args:
-        model: A transformer in evaluation mode, as diffusers builds it.
+        model: A transformer or U-Net in evaluation mode, as diffusers builds it.
         inputs: Arguments of one call; made up from the model's configuration when left out.
 
     Raises:
@@ -31,6 +32,18 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
     if model.training:
         raise AnatomyError(f"the {type(model).__name__} is in training mode, where it draws at random; call its eval()")
     inputs = inputs or example_inputs(model)
+    if is_unet(model):
+        inputs = without_additions(inputs)
+        blocks, links = unet_blocks(model, inputs)
+        blocks, macs = _measure(model, blocks, inputs)
+        return Anatomy(
+            model=type(model).__name__,
+            blocks=tuple(blocks),
+            segments=((0, len(blocks)),),
+            macs=macs,
+            latents=tuple(latents_of(inputs.args, inputs.kwargs).shape[1:]),
+            links=links,
+        )
     lists = containers(model)
     if not lists:
         raise AnatomyError(

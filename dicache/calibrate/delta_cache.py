@@ -17,20 +17,24 @@ USUAL_SHARE = 0.75  # of the blocks, in a named range: 21 of 28 in the paper
 class DeltaCache:
     """Compute everything each `interval` steps, and skip a range of blocks in between.
 
+    Of a U-Net it skips what lies inside one skip connection, wherever what enters that has the shape of what leaves it.
+
     Attributes:
         interval: Steps from one full computation to the next; 1 computes everything. Steps that are left over at the
             end, less than an interval, are computed, as the paper's count of operations has it.
         blocks: `shallow`, `middle` or `deep`, three quarters of the blocks; a range such as `7-27`, both ends
             included; or how many, such as `21`.
         start: First block of so many; the first of all when left out.
+        branch: In the place of both, of a U-Net: the skip connection, 0 the outermost, as DeepCache counts them.
 
     References:
-        Delta-DiT, arXiv 2406.01125, section 3.2.
+        Delta-DiT, arXiv 2406.01125, section 3.2; of a U-Net, appendix G.
     """
 
     interval: int = 2
     blocks: str = "deep"
     start: int | None = None
+    branch: int | None = None
 
     def __post_init__(self) -> None:
         check_interval("delta-cache", self.interval)
@@ -44,12 +48,23 @@ class DeltaCache:
                 f"delta-cache: a first block goes with a number of blocks, found {self.start} and {self.blocks!r}; "
                 f"leave it out, or write 21 for the blocks"
             )
+        if self.branch is not None and (self.blocks != DeltaCache.blocks or self.start is not None):
+            raise CalibrationError(f"delta-cache: give either the blocks, found {self.blocks!r}, or a U-Net's branch")
 
     def plan(self, anatomy: Anatomy, steps: int) -> Plan:
         letters = interval_letters("delta-cache", self.interval, steps)
         if self.interval == 1:
             return Plan(steps)
-        return Plan(steps, (Rule("skip", letters, blocks=checked_span("delta-cache", anatomy, *self._range(anatomy))),))
+        if self.branch is not None:
+            blocks = enclosed_span("delta-cache", anatomy, self.branch, delta=True)
+        elif anatomy.links and self.blocks in RANGES:
+            raise CalibrationError(
+                f"delta-cache: {anatomy.model} is a U-Net, of which no {self.blocks} blocks can be skipped; "
+                f"give a branch, {_branches(anatomy, delta=True)}"
+            )
+        else:
+            blocks = checked_span("delta-cache", anatomy, *self._range(anatomy))
+        return Plan(steps, (Rule("skip", letters, blocks=blocks),))
 
     def _range(self, anatomy: Anatomy) -> tuple[int, int]:
         """Return the first block, and how many."""
@@ -83,7 +98,7 @@ def interval_letters(name: str, interval: int, steps: int) -> str:
     return "".join("." if i % interval and i < whole else "C" for i in range(steps))
 
 
-def checked_span(name: str, anatomy: Anatomy, first: int, many: int) -> str:
+def checked_span(name: str, anatomy: Anatomy, first: int, many: int, *, delta: bool = True) -> str:
     """Return a range of blocks as a rule has it.
 
     Raises:
@@ -105,4 +120,52 @@ def checked_span(name: str, anatomy: Anatomy, first: int, many: int) -> str:
             f"{name}: no one delta stands for blocks {first}-{last}, which lie in several segments of {anatomy.model}; "
             f"choose them within {within}"
         )
+    if obstacle := anatomy.obstacle(first, last + 1, delta=delta):
+        raise CalibrationError(
+            f"{name}: blocks {span(first, last)} of {anatomy.model} cannot be skipped: {obstacle}. What can be is what "
+            f"lies inside a skip connection: {', '.join(_enclosed(anatomy, delta).values())}"
+        )
     return span(first, last)
+
+
+def enclosed_span(name: str, anatomy: Anatomy, branch: int, *, delta: bool) -> str:
+    """Return the blocks inside one skip connection of a U-Net as a rule has them.
+
+    Raises:
+        CalibrationError: If the model is no U-Net, or has no such connection, or nothing can stand for its inside.
+    """
+    if not anatomy.links:
+        way_out = "fora or faster-diffusion" if name == "deepcache" else "the blocks"
+        raise CalibrationError(
+            f"{name}: a branch is a skip connection of a U-Net, and {anatomy.model} has none; take {way_out} instead"
+        )
+    known = _enclosed(anatomy, delta)
+    if branch in known:
+        return known[branch]
+    why = ""
+    if 0 <= branch < len(anatomy.links):
+        obstacle = anatomy.obstacle(*anatomy.enclosed(branch), delta=delta)
+        why = f" (blocks {_span_of(anatomy, branch)}: {obstacle})" if obstacle else ""
+    raise CalibrationError(
+        f"{name}: found branch {branch}{why}, needed one of {anatomy.model}: {_branches(anatomy, delta=delta)}"
+    )
+
+
+def _enclosed(anatomy: Anatomy, delta: bool) -> dict[int, str]:
+    """Return the branches whose inside can be skipped, with its blocks."""
+    inside = {branch: anatomy.enclosed(branch) for branch in range(len(anatomy.links))}
+    return {
+        branch: _span_of(anatomy, branch)
+        for branch, (start, stop) in inside.items()
+        if start < stop and not anatomy.obstacle(start, stop, delta=delta)
+    }
+
+
+def _span_of(anatomy: Anatomy, branch: int) -> str:
+    start, stop = anatomy.enclosed(branch)
+    return span(start, stop - 1)
+
+
+def _branches(anatomy: Anatomy, *, delta: bool) -> str:
+    known = [str(branch) for branch in _enclosed(anatomy, delta)]
+    return f"{', '.join(known[:-1])} or {known[-1]}" if len(known) > 1 else "".join(known)

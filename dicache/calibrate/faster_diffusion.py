@@ -34,7 +34,7 @@ class FasterDiffusion:
     def plan(self, anatomy: Anatomy, steps: int) -> Plan:
         letters = interval_letters("faster-diffusion", self.interval, steps)
         many = max(1, len(anatomy.blocks) // 2) if self.blocks is None else self.blocks
-        blocks = checked_span("faster-diffusion", anatomy, 0, many)
+        blocks = checked_span("faster-diffusion", anatomy, 0, many, delta=False)
         if "." not in letters:
             return Plan(steps)
         return Plan(steps, (Rule("skip", letters, blocks=blocks, predictor="feature"),))

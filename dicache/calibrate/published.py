@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from dicache.anatomy import Anatomy
+from dicache.calibrate.deepcache import DeepCache
 from dicache.calibrate.delta_cache import DeltaCache
 from dicache.calibrate.delta_dit import DeltaDit
 from dicache.calibrate.fora import Fora
@@ -17,19 +18,6 @@ from dicache.schedules import Plan
 T, G = 1e12, 1e9
 WITHIN = 1e-3  # relative: papers' counters add some of what is neither a linear layer nor a convolution, such as norms
 DELTA, TGATE, FORA, DIT = "Delta-DiT", "T-GATE", "FORA", "DiT"
-
-# What DeepCache computes of the U-Net at a step in between if all but the uppermost skip connection is cached.
-UPPERMOST = (
-    "conv_in",
-    "time_embedding",
-    "down_blocks.0.resnets.0",
-    "down_blocks.0.attentions.0",
-    "up_blocks.3.resnets.1",
-    "up_blocks.3.attentions.1",
-    "up_blocks.3.resnets.2",
-    "up_blocks.3.attentions.2",
-    "conv_out",
-)
 
 
 @dataclass(frozen=True)
@@ -101,8 +89,8 @@ def _delta_dit_rows() -> list[Row]:
         Row(DELTA, f"PixArt-LCM, 4 steps, N_c = {blocks}", published, skipping("pixart-lcm", pixart, 4, blocks, 1))
         for blocks, published in ((4, 7.953), (6, 7.647), (11, 6.883), (16, 6.118))
     ]
-    unet = _of("sd15")
-    between = unet.of_layers(UPPERMOST)
+    unet = _anatomy("sd15")
+    branch = "branch 1: computes one of two blocks down and two of three up at the highest resolution in between"
     return [
         Row(DELTA, "PixArt-alpha 1024, 20 steps", 85.651, _uncached("pixart", 20)),
         Row(DELTA, "PixArt-alpha 1024, 13 steps", 55.673, _uncached("pixart", 13)),
@@ -131,10 +119,17 @@ def _delta_dit_rows() -> list[Row]:
         Row(DELTA, "SD1.5 512, 20 steps", 13.553, _uncached("sd15", 20)),
         Row(
             DELTA,
-            "SD1.5 512, 20 steps, N = 2, deep branch cached",
+            "SD1.5 512, 20 steps, DeepCache, N = 2",
             7.923,
-            (unet.total.papers + between) * 20 / T,
-            note="computes one of two blocks down and two of three up at the highest resolution in between",
+            _planned("sd15", DeepCache(2, branch=1).plan(unet, 20)),
+            note=branch,
+        ),
+        Row(
+            DELTA,
+            "SD1.5 512, 20 steps, Delta-Cache, N = 2",
+            7.923,
+            _planned("sd15", DeltaCache(2, branch=1).plan(unet, 20)),
+            note=branch,
         ),
     ]
 

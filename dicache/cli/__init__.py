@@ -6,6 +6,7 @@ from dicache import __version__
 from dicache.cli.calibrate import calibrate
 from dicache.cli.calibrate_predicted import eoc, faster_diffusion, magcache, pab, smoothcache, taylorseer, tgate
 from dicache.cli.calibrate_ranges import delta_cache, delta_dit, mask
+from dicache.cli.calibrate_unets import deepcache
 from dicache.cli.command import Group
 from dicache.cli.cost import cost
 from dicache.cli.demo import demo
@@ -31,7 +32,7 @@ def main() -> None:
 
 for command in (demo, models, zoo, profile, profiles, calibrate, schedules, generate, evaluate, cost, plot):
     main.add_command(command)
-for method in (mask, delta_cache, delta_dit):
+for method in (mask, delta_cache, delta_dit, deepcache):
     calibrate.add_command(method)
 for method in (taylorseer, faster_diffusion, smoothcache, magcache, pab, tgate, eoc):
     calibrate.add_command(method)

@@ -100,6 +100,7 @@ def mask(
     help="What is skipped in between: shallow, middle or deep, three quarters of the blocks; 7-27; or how many.",
 )
 @click.option("--start", type=click.IntRange(0), help="With a number of blocks: the first of them.  [default: 0]")
+@click.option("--branch", type=int, help="Instead, of a U-Net: what lies inside this skip connection, 0 the outermost.")
 @subject_options
 @output_option
 @json_option
@@ -107,6 +108,7 @@ def delta_cache(
     interval: int,
     blocks: str,
     start: int | None,
+    branch: int | None,
     profile_file: Path | None,
     model: str | None,
     steps: int | None,
@@ -117,7 +119,7 @@ def delta_cache(
     from dicache.calibrate.delta_cache import DeltaCache
     from dicache.calibrate.methods import planned_schedule
 
-    settings = DeltaCache(interval, blocks, start)
+    settings = DeltaCache(interval, blocks, start, branch)
     subject = _of(profile_file, model, steps)
     schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
     _write(schedule, "", subject.model, output, as_json)
@@ -199,6 +201,7 @@ def _of(profile_file: Path | None, model: str | None, steps: int | None) -> Subj
     """Return what a plan is for; where a configuration is in the package, without the weights of the model."""
     from dicache.evaluate.counting import PassCost, Size
     from dicache.models.configs import NAMES, read_config
+    from dicache.models.names import HUB
     from dicache.models.sampling import Sampling
     from dicache.schedules import Target
 
@@ -209,7 +212,8 @@ def _of(profile_file: Path | None, model: str | None, steps: int | None) -> Subj
     steps = steps or usual["steps"]
     sampling = Sampling(steps, usual["guidance"], usual["height"], usual["width"], text_tokens=usual["text_tokens"])
     size = Size(usual["height"], usual["width"], usual["text_tokens"])
-    return Subject(model, PassCost(source, size).anatomy(), Target(num_inference_steps=steps), steps, sampling)
+    evaluations = steps + (HUB[model].extra_steps if model in HUB else 0)
+    return Subject(model, PassCost(source, size).anatomy(), Target(num_inference_steps=steps), evaluations, sampling)
 
 
 def _share_of(budget: Budget, subject: Subject) -> float:

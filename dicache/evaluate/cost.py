@@ -10,7 +10,7 @@ from dicache.schedules import Plan, Schedule
 CONVENTIONS = {
     "all": "all matrix products, convolutions and attention, of the whole model",
     "papers": "linear and convolution layers only; a skipped block counts as one of equal shares of the whole model, "
-    "as in Delta-DiT",
+    "as in Delta-DiT, and one of a U-Net as what it has",
 }
 
 
@@ -39,7 +39,8 @@ def _pass_cost(whole: PassCost, anatomy: Anatomy, table: Mapping[str, str], step
         letters = {site.branch: table[block.key(site)][:steps] for site in block.sites}
         skipped = [any(row[step] == "S" for row in letters.values()) for step in range(steps)]
         saved_all += block.macs * sum(skipped)
-        saved_papers += share * sum(skipped)
+        if any(skipped):
+            saved_papers += (whole.of_layers([block.module]) if anatomy.links else share) * sum(skipped)
         for site in block.sites:
             reused = sum(letter == "R" and not out for letter, out in zip(letters[site.branch], skipped, strict=True))
             saved_all += site.macs * reused

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from dicache.anatomy import Anatomy, AnatomyError, Block, survey
 from dicache.anatomy.inputs import Inputs, example_inputs, latents_of
 from dicache.anatomy.macs import TOTAL, count_macs
+from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.recognising import containers
+from dicache.anatomy.unets import is_unet
 from dicache.models.configs import ModelConfig
 
 COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SHALLOW = 2  # blocks of each list in the copy that is surveyed: a last block may differ from the others
 COPIED_WHOLE = 2e8  # parameters, 0.8 GB, up to which a copy of all blocks is surveyed where a shallow one does not do
+NARROW = 8  # channels of a U-Net's first stage in the copy
 SMALL = 8  # height and width of the latents that it is surveyed with
 
 
@@ -91,9 +94,15 @@ class PassCost:
         whole is described by the one there that is built from the same modules. A small model is copied whole if
         blocks of its middle are like none at its ends.
 
+        A U-Net's copy has all blocks, of fewer channels.
+
         Raises:
             AnatomyError: If there are no blocks, or some that none of those that are surveyed describes.
         """
+        if is_unet(self.model):
+            copied = _with_numbers(self.source, _narrow_config(self.source))
+            small = survey(copied, example_inputs(copied))
+            return self._measured(small, self._shaped(small.blocks))
         small, blocks, unlike = self._described(_shallow_config(self.source, self.model))
         if unlike and sum(parameter.numel() for parameter in self.model.parameters()) <= COPIED_WHOLE:
             small, blocks, unlike = self._described(dict(self.source.config))
@@ -117,6 +126,27 @@ class PassCost:
                 blocks.append(replace(known, index=len(blocks), path=path, position=position))
         return small, blocks, ""
 
+    def _shaped(self, blocks: Sequence[Block]) -> list[Block]:
+        """Return a U-Net's blocks with the shapes of what enters and leaves them in the whole."""
+        shapes: dict[str, tuple[tuple[int, ...], ...]] = {}
+
+        def watched(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                returned = forward(*args, **kwargs)
+                entering = args[0] if args else kwargs[block.streams[0]]
+                leaving = returned[0] if isinstance(returned, tuple) else returned
+                shapes[block.module] = (tuple(entering.shape[1:]), tuple(leaving.shape[1:]))
+                return returned
+
+            return run
+
+        with Overrides() as overrides:
+            for block in blocks:
+                module = self.model.get_submodule(block.module)
+                overrides.set(module, watched(block, module.forward))
+            self._count({})
+        return [replace(block, shapes=shapes[block.module]) for block in blocks]
+
     def _measured(self, small: Anatomy, blocks: list[Block]) -> Anatomy:
         paths = [block.module for block in blocks]
         paths += [f"{block.module}.{path}" for block in blocks for site in block.sites for path in site.modules]
@@ -136,9 +166,10 @@ class PassCost:
         return Anatomy(
             model=small.model,
             blocks=tuple(measured),
-            segments=_segments(small, blocks),
+            segments=small.segments if small.links else _segments(small, blocks),
             macs=macs[TOTAL],
             latents=tuple(latents.shape[1:]),
+            links=small.links,
         )
 
 
@@ -165,9 +196,6 @@ def _latents(source: ModelConfig, size: Size) -> tuple[int, ...]:
 def _inputs(model: nn.Module, source: ModelConfig, size: Size) -> Inputs:
     """Return arguments of one pass of one image, on the meta device."""
     channels, height, width = _latents(source, size)
-    if "UNet" in source.kind:
-        text = _empty(1, _tokens(source, size), source.config["cross_attention_dim"])
-        return Inputs((_empty(1, channels, height, width), _empty(1)), {"encoder_hidden_states": text})
     given = example_inputs(model)
     kwargs = {name: _first(value) for name, value in given.kwargs.items()}
     if "img_ids" in kwargs:  # patches of two by two latents, packed before the model
@@ -176,7 +204,7 @@ def _inputs(model: nn.Module, source: ModelConfig, size: Size) -> Inputs:
         kwargs["img_ids"] = _empty(patches, given.kwargs["img_ids"].shape[-1])
         kwargs["txt_ids"] = _empty(_tokens(source, size), given.kwargs["txt_ids"].shape[-1])
     else:
-        kwargs["hidden_states"] = _empty(1, channels, height, width)
+        kwargs["sample" if "sample" in kwargs else "hidden_states"] = _empty(1, channels, height, width)
     if "encoder_hidden_states" in kwargs:
         kwargs["encoder_hidden_states"] = _empty(1, _tokens(source, size), kwargs["encoder_hidden_states"].shape[-1])
     return Inputs((), kwargs)
@@ -220,13 +248,26 @@ def _layers(model: nn.Module) -> Iterator[Counter[str]]:
 
 def _shallow_config(source: ModelConfig, model: nn.Module) -> dict[str, Any]:
     lengths = {len(blocks) for blocks in containers(model).values()}
-    if not lengths or "UNet" in source.kind:
+    if not lengths:
         raise AnatomyError(f"{source.name} is a {source.kind}, which has no row of transformer blocks to cache")
     config = copy.deepcopy(dict(source.config))
     for name, value in config.items():
         if ("layers" in name or "depth" in name) and isinstance(value, int) and value in lengths:
             config[name] = min(value, SHALLOW)
     return {**config, "sample_size": SMALL} if "sample_size" in config else config
+
+
+def _narrow_config(source: ModelConfig) -> dict[str, Any]:
+    """Return a U-Net's configuration with few channels, equal where they were equal."""
+    config = copy.deepcopy(dict(source.config))
+    channels = config["block_out_channels"]
+    order = sorted(set(channels))
+    config["block_out_channels"] = [NARROW * (order.index(count) + 1) for count in channels]
+    config["norm_num_groups"] = NARROW // 2
+    for name in ("attention_head_dim", "num_attention_heads"):
+        if config.get(name) is not None:  # both are numbers of heads, by an old mistake of diffusers that stays
+            config[name] = [2] * len(channels) if isinstance(config[name], (list, tuple)) else 2
+    return {**config, "sample_size": max(SMALL, 2 ** len(channels))}
 
 
 def _with_numbers(source: ModelConfig, config: Mapping[str, Any]) -> nn.Module:

@@ -19,6 +19,7 @@ class Usual:
         frames: Of a video.
         dtype: It was trained for, or is stable in.
         sampler: Class of the scheduler that the repository is configured with, for those to read who choose one.
+        extra_steps: Evaluations of the denoiser that this sampler makes beyond one for each inference step.
         text_tokens: Longest prompt, where the pipeline's own default is longer than the model was made for.
     """
 
@@ -30,6 +31,7 @@ class Usual:
     dtype: str = "bfloat16"
     sampler: str | None = None
     text_tokens: int | None = None
+    extra_steps: int = 0
 
 
 DPM = "DPMSolverMultistepScheduler"
@@ -67,6 +69,15 @@ HUB = {
     ),
     "qwen-image": Usual("Qwen/Qwen-Image", steps=50, size=1024),
     "sana": Usual("Efficient-Large-Model/Sana_1600M_1024px_diffusers", steps=20, guidance=4.5, size=1024),
+    "sd15": Usual(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        steps=50,
+        guidance=7.5,
+        size=512,
+        dtype="float16",
+        sampler="PNDMScheduler",
+        extra_steps=1,
+    ),
     "sd3": Usual(
         "stabilityai/stable-diffusion-3-medium-diffusers",
         steps=28,
@@ -76,6 +87,14 @@ HUB = {
         sampler=FLOW,
     ),
     "sd3.5": Usual("stabilityai/stable-diffusion-3.5-large", steps=28, guidance=3.5, size=1024, sampler=FLOW),
+    "sdxl": Usual(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        steps=50,
+        guidance=5.0,
+        size=1024,
+        dtype="float16",
+        sampler="EulerDiscreteScheduler",
+    ),
     "wan": Usual("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", steps=50, guidance=5.0),
 }
 

@@ -19,6 +19,7 @@ from dicache.anatomy import Anatomy, StepClock, survey
 from dicache.anatomy.clock import noise_levels, timesteps
 from dicache.anatomy.fingerprint import fingerprint
 from dicache.anatomy.inputs import Inputs, capture_inputs, latents_of
+from dicache.anatomy.unets import is_unet
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, default_conditions, sample
 from dicache.profiler import storage
@@ -133,6 +134,11 @@ def profile_pipeline(
         if not resume:
             raise ProfileError(f"{output} exists, with {len(done)} runs; pass --resume to go on with it, or another -o")
     model = denoiser(pipeline)
+    if is_unet(model):
+        raise ProfileError(
+            f"a profile measures what a row of blocks adds to one stream, and {type(model).__name__} is a U-Net, whose "
+            "stream changes its shape; take a method that needs no profile, such as `dicache calibrate deepcache`"
+        )
     inputs = capture_inputs(model, lambda: sample(pipeline, conditions[:1], [seed], sampling))
     anatomy = survey(model, inputs)
     steps_kept = _steps_of_priors(priors, anatomy, len(pipeline.scheduler.timesteps))

@@ -9,6 +9,7 @@ from dicache.anatomy import Anatomy
 from dicache.anatomy.standins import pass_on, view_of_zero
 from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane, Signature
+from dicache.runtime.nested_ranges import Nested, shape_keys
 from dicache.runtime.predictors import Corrector, foretell
 from dicache.runtime.stats import Stats, bytes_of
 from dicache.runtime.streams import Streams, Tensors, add, delta, replace
@@ -47,6 +48,7 @@ class Replay:
         for block in anatomy.blocks:
             module = model.get_submodule(block.module)
             self._streams[block.index] = Streams(block, module, installer.original(module))
+        self._nested = Nested(model, anatomy, installer, self._streams, lambda: self._entries, self._push)
 
     def prepare(self, lane: Lane, context: str, generation: Generation) -> None:
         """Put the forwards of this step's row in place for a call of `lane`."""
@@ -77,6 +79,7 @@ class Replay:
         """Forget the call that ran, also when it failed."""
         self._entries = {}
         self._inputs.clear()
+        self._nested.clear()
 
     @property
     def letter(self) -> str:
@@ -135,6 +138,13 @@ class Replay:
             for path, feeds in block.norms.items():
                 if reused.issuperset(feeds):
                     program[self._model.get_submodule(f"{block.module}.{path}")] = pass_on
+        for part in row.skip if self._anatomy.links else ():
+            stand_in = self._stand_in(part, predict.get(part, ()), None)
+            program |= self._nested.skip(part, stand_in, feature=part in row.features)
+        for part in row.keep_delta if self._anatomy.links else ():
+            program |= self._nested.keep(part, program, older.get(part, 0), feature=part in row.features)
+        if self._anatomy.links:
+            return program
         for part in row.skip:
             for index in range(*part):
                 streams = self._streams[index]
@@ -221,7 +231,8 @@ class _Step:
         self.program = program
         inner = [(block.key(site), path) for block in anatomy.blocks for site in block.sites for path in site.inner]
         ended = (entry for entry in inner if entry[0] in row.release)
-        self.released = (*row.release, *row.release_delta, *row.release_older, *ended)
+        shapes = (key for part in row.release_delta for key in shape_keys(anatomy, part))
+        self.released = (*row.release, *row.release_delta, *row.release_older, *ended, *shapes)
         self.changes = bool(self.released or row.keep or row.keep_delta)
         self.bytes_held: dict[tuple[Signature, bool], int] = {}
         self.computed = self.reused = self.skipped = saved = 0

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from dicache.anatomy.parts import BRANCHES, Anatomy, AnatomyError, parse_span
+from dicache.anatomy.parts import BRANCHES, Anatomy, AnatomyError, parse_span, span
 
 Action = Literal["reuse", "skip"]
 Predictor = Literal["hold", "taylor", "feature"]
@@ -186,8 +186,11 @@ class Plan:
                 if part[0] < part[1]:
                     _enter(found.setdefault(part, {}), rule, f"blocks {rule.blocks}")
         for (first, stop), by_step in found.items():
-            if len({predictor == "feature" for predictor, _ in by_step.values()}) > 1:
+            feature = {predictor == "feature" for predictor, _ in by_step.values()}
+            if len(feature) > 1:
                 raise PlanError(f"blocks {first}-{stop - 1} are replaced by their delta and by their feature map")
+            if obstacle := anatomy.obstacle(first, stop, delta=feature == {False}):
+                raise PlanError(f"blocks {span(first, stop - 1)} of {anatomy.model} cannot be skipped: {obstacle}")
         return found
 
     def _rules_for(self, anatomy: Anatomy, context: str | None) -> Iterator[tuple[Rule, list[tuple[int, str]]]]:

@@ -130,6 +130,11 @@ class Schedule:
             raise ScheduleError(f"a schedule needs at least one step, found {self.steps}")
         if not self.anatomy.sites:
             raise ScheduleError(f"a schedule needs a model with at least one site, found none in {self.anatomy.model}")
+        if self.policy is not None and self.anatomy.links:
+            raise ScheduleError(
+                f"a policy decides in the first block whether to skip a row of blocks, and {self.anatomy.model} is a "
+                "U-Net; needed a plan, such as that of `dicache calibrate deepcache`"
+            )
         if self.plan is not None:
             if self.plan.steps != self.steps:
                 raise ScheduleError(f"the plan has {self.plan.steps} steps, the schedule {self.steps}")

@@ -8,7 +8,7 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from torch import nn
 
 from dicache.anatomy.fingerprint import fingerprint
-from tests.tiny import Build, dit, every_model, pixart, randomised
+from tests.tiny import Build, block_of, dit, every_model, pixart, randomised
 
 
 @every_model
@@ -22,7 +22,7 @@ def test_equal_weights_have_equal_fingerprints_of_sixteen_digits(build: Build) -
 def test_any_changed_weight_of_a_block_changes_the_fingerprint(build: Build) -> None:
     model = build()
     before = fingerprint(model)
-    for parameter in model.get_submodule("transformer_blocks.1").parameters():
+    for parameter in block_of(model, build, 1).parameters():
         with torch.no_grad():
             kept = parameter.clone()
             parameter.add_(0.1)

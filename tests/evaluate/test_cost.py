@@ -4,7 +4,6 @@ from typing import Any
 import pytest
 from torch import nn
 
-from dicache.anatomy import AnatomyError
 from dicache.evaluate.cost import passes_of, planned_cost, schedule_cost
 from dicache.evaluate.counting import CostError, Macs, PassCost, Size
 from dicache.models.configs import ModelConfig, read_config
@@ -117,8 +116,31 @@ def test_what_cannot_be_counted_is_told_in_a_line() -> None:
         PassCost(read_config("pixart"), Size(1024, 1024))
     with pytest.raises(CostError, match="installed diffusers does not have"):
         PassCost(replace(source, kind="NoTransformer"), Size(8, 8))
-    with pytest.raises(AnatomyError, match="UNet2DConditionModel, which has no row of transformer blocks"):
-        PassCost(read_config("sd15"), Size(512, 512, 77)).anatomy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "blocks", "transformers", "shapes", "same"),
+    [
+        ("sd15", 44, 16, {0: (320, 64, 64), 3: (320, 32, 32), 11: (1280, 8, 8)}, [0, 1, 4, 7, 8, 9, 10, 11]),
+        ("sdxl", 32, 70, {0: (320, 128, 128), 3: (320, 64, 64), 8: (1280, 32, 32)}, [0, 1, 4, 7, 8]),
+    ],
+)
+def test_published_u_nets_are_surveyed_without_their_weights(
+    name: str, blocks: int, transformers: int, shapes: dict[int, tuple[int, ...]], same: list[int]
+) -> None:
+    usual = read_config(name).usual
+    whole = PassCost(read_config(name), Size(usual["height"], usual["width"], usual["text_tokens"]))
+    anatomy = whole.anatomy()
+    assert len(anatomy.blocks) == blocks
+    assert sum(key.partition(".")[2].startswith("attn") for key in anatomy.sites) == transformers
+    assert len(anatomy.links) == 3 * len(
+        whole.source.config["block_out_channels"]
+    )  # 2 blocks and a sampler, or conv_in
+    assert {branch: anatomy.blocks[anatomy.enclosed(branch)[0]].shapes[0] for branch in shapes} == shapes
+    assert sum(block.macs for block in anatomy.blocks) > 0.99 * anatomy.macs
+    both = [b for b in range(len(anatomy.links)) if not anatomy.obstacle(*anatomy.enclosed(b), delta=True)]
+    assert both == same  # where a delta can be taken
 
 
 def test_a_schedule_for_a_whole_generation_is_the_sum_of_its_passes() -> None:

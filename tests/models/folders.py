@@ -21,8 +21,10 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
 )
 from transformers import (
     CLIPTextConfig,
@@ -34,7 +36,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from tests.tiny import dit, randomised
+from tests.tiny import dit, randomised, unet
 
 SIZE = 16  # of the images, in pixels; the latents are half of it
 CHANNELS = 4  # of the latents
@@ -121,11 +123,25 @@ def _flux(*, guidance: bool) -> Any:
     )
 
 
+def _sd15() -> Any:
+    return StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=randomised(CLIPTextModel(_clip_config())),
+        tokenizer=_clip_tokenizer(),
+        unet=unet(cross_attention_dim=TEXT // 2),
+        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "dit": _dit,
     "pixart": _pixart,
     "pixart-lcm": lambda: _pixart(scheduler=LCMScheduler),
     "pixart-sigma": lambda: _pixart(PixArtSigmaPipeline),
+    "sd15": _sd15,
     "sd3": _sd3,
     "flux": lambda: _flux(guidance=True),
     "flux-schnell": lambda: _flux(guidance=False),

@@ -19,7 +19,7 @@ from dicache.profiler.recorder import Recorder
 from dicache.runtime.apply import denoiser
 from dicache.runtime.streams import Streams, Tensors
 from dicache.schedules import Target
-from tests.tiny import every_model, flux, generate, pipeline_of
+from tests.tiny import every_transformer, flux, generate, pipeline_of
 
 STEPS = 4
 LAGS = 2
@@ -111,7 +111,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.double().flatten() for tensor in tensors])
 
 
-@every_model
+@every_transformer
 def test_site_statistics_are_those_of_the_outputs(build: Any) -> None:
     profile, seen = measured(build)
     assert len(profile.provenance.contexts) == 1
@@ -132,7 +132,7 @@ def test_site_statistics_are_those_of_the_outputs(build: Any) -> None:
                 assert found["dot"][lag - 1] == pytest.approx((out[step] @ before).item(), abs=1e-6 * size)
 
 
-@every_model
+@every_transformer
 def test_the_delta_of_any_range_follows_from_the_products_of_blocks(build: Any) -> None:
     profile, seen = measured(build)
     anatomy = profile.anatomy
@@ -162,7 +162,7 @@ def test_no_delta_stands_for_blocks_of_two_segments() -> None:
     assert np.isnan(profile.arrays["delta/gram"][:, :, :, :stop, stop:end]).all()
 
 
-@every_model
+@every_transformer
 def test_the_magnitude_is_that_of_the_residuals_tokens(build: Any) -> None:
     profile, seen = measured(build)
     for step in range(1, STEPS):
@@ -175,7 +175,7 @@ def test_the_magnitude_is_that_of_the_residuals_tokens(build: Any) -> None:
         assert profile.arrays["magnitude"][0, 0, step] == pytest.approx(torch.stack(want).numpy(), rel=1e-4, abs=1e-6)
 
 
-@every_model
+@every_transformer
 def test_the_body_gram_is_of_the_guided_residual(build: Any) -> None:
     profile, seen = measured(build)
     weights = profile.arrays["body/weights"][0]
@@ -195,7 +195,7 @@ def test_the_body_gram_is_of_the_guided_residual(build: Any) -> None:
     assert profile.arrays["body/output"][0] == pytest.approx((outputs @ outputs.T).numpy(), abs=1e-6 * size)
 
 
-@every_model
+@every_transformer
 def test_teacache_pairs_are_those_of_the_four_signals(build: Any) -> None:
     profile, seen = measured(build)
     last = len(profile.anatomy.blocks) - 1
@@ -214,7 +214,7 @@ def test_teacache_pairs_are_those_of_the_four_signals(build: Any) -> None:
             assert found[step] == pytest.approx([change, size], rel=1e-4), name
 
 
-@every_model
+@every_transformer
 def test_recording_changes_nothing_and_leaves_nothing(build: Any) -> None:
     pipeline = pipeline_of(build)
     model = denoiser(pipeline)
@@ -226,7 +226,7 @@ def test_recording_changes_nothing_and_leaves_nothing(build: Any) -> None:
     assert "step" not in vars(pipeline.scheduler)
 
 
-@every_model
+@every_transformer
 def test_a_nan_is_found_with_its_step_and_site(build: Any, tmp_path: Path) -> None:
     pipeline = pipeline_of(build)
     model = denoiser(pipeline)

@@ -25,7 +25,7 @@ from tests.tiny import (
     arguments,
     denoise,
     entrance,
-    every_model,
+    every_transformer,
     first_tensor,
     flux,
     generate,
@@ -45,7 +45,7 @@ def head_macs(model: nn.Module, build: Build) -> int:
     return around + first.macs - sum(site.macs for site in first.sites)  # the first block's modulation still runs
 
 
-@every_model
+@every_transformer
 def test_a_skipped_step_runs_the_head_once_and_no_branch(build: Build) -> None:
     model = build()
     given = arguments(model)
@@ -63,7 +63,7 @@ def test_a_skipped_step_runs_the_head_once_and_no_branch(build: Build) -> None:
     assert not any("scaled_dot_product" in name for name in skipped)
 
 
-@every_model
+@every_transformer
 def test_a_computed_step_runs_everything_once(build: Build) -> None:
     model = build()
     given = arguments(model)
@@ -73,7 +73,7 @@ def test_a_computed_step_runs_everything_once(build: Build) -> None:
         assert macs(lambda: predict(model, given)) == anatomy_of(build).macs
 
 
-@every_model
+@every_transformer
 def test_the_work_that_the_stats_tell_is_the_work_that_was_done(build: Build) -> None:
     model = build()
     anatomy = anatomy_of(build)
@@ -84,7 +84,7 @@ def test_the_work_that_the_stats_tell_is_the_work_that_was_done(build: Build) ->
         assert (cache.stats.computed_sites, cache.stats.skipped_sites) == (2 * len(anatomy.sites),) * 2
 
 
-@every_model
+@every_transformer
 def test_equal_inputs_are_skipped_and_give_the_same_but_for_rounding(build: Build) -> None:
     model = build()
     given = arguments(model)
@@ -130,7 +130,7 @@ def test_a_decision_in_a_fused_branch_is_taken_before_any_of_its_modules_runs() 
         assert cache.stats.steps == {"0": "C."}
 
 
-@every_model
+@every_transformer
 def test_a_skip_adds_the_last_delta_of_the_whole_body(build: Build) -> None:
     model = build()
     anatomy = anatomy_of(build)
@@ -168,7 +168,7 @@ def signals(model: nn.Module, build: Build) -> list[Tensor]:
     return seen
 
 
-@every_model
+@every_transformer
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.2, 0.3, 0.5, 1.0])
 def test_the_decisions_are_those_of_the_policy_on_the_modulated_input(build: Build, threshold: float) -> None:
     model = build()
@@ -188,7 +188,7 @@ def test_the_decisions_are_those_of_the_policy_on_the_modulated_input(build: Bui
     assert cache.stats.steps == {"0": letters}
 
 
-@every_model
+@every_transformer
 def test_the_thresholds_of_these_tests_skip_some_steps_and_not_others(build: Build) -> None:
     model = build()
     with apply(model, adaptive(build, threshold=0.2, steps=8)) as cache:
@@ -196,7 +196,7 @@ def test_the_thresholds_of_these_tests_skip_some_steps_and_not_others(build: Bui
         assert 2 <= cache.stats.steps["0"].count(".") <= 4
 
 
-@every_model
+@every_transformer
 def test_first_and_last_steps_are_computed_whatever_the_threshold(build: Build) -> None:
     model = build()
     with apply(model, adaptive(build, threshold=99, steps=8, first_steps=3, last_steps=2)) as cache:
@@ -204,7 +204,7 @@ def test_first_and_last_steps_are_computed_whatever_the_threshold(build: Build) 
         assert cache.stats.steps == {"0": "CCC...CC"}
 
 
-@every_model
+@every_transformer
 def test_a_signal_that_is_not_a_number_computes(build: Build) -> None:
     model = build()
     broken = arguments(model)
@@ -214,7 +214,7 @@ def test_a_signal_that_is_not_a_number_computes(build: Build) -> None:
         assert cache.stats.steps == {"0": "CCCC"}
 
 
-@every_model
+@every_transformer
 def test_what_is_kept_is_one_input_one_delta_and_next_to_nothing(build: Build) -> None:
     model = build()
     anatomy = anatomy_of(build)
@@ -231,7 +231,7 @@ def test_what_is_kept_is_one_input_one_delta_and_next_to_nothing(build: Build) -
     assert cache.stats.peak_bytes_held == held[0]
 
 
-@every_model
+@every_transformer
 def test_a_pipeline_decides_like_a_bare_model_and_keeps_nothing_afterwards(build: Build) -> None:
     pipe = pipeline_of(build)
     with apply(pipe, adaptive(build, threshold=99)) as cache:
@@ -242,7 +242,7 @@ def test_a_pipeline_decides_like_a_bare_model_and_keeps_nothing_afterwards(build
         assert torch.equal(generate(pipe), first)
 
 
-@every_model
+@every_transformer
 def test_a_bare_model_keeps_nothing_after_its_last_step(build: Build) -> None:
     model = build()
     with apply(model, adaptive(build, threshold=99)) as cache:
@@ -250,7 +250,7 @@ def test_a_bare_model_keeps_nothing_after_its_last_step(build: Build) -> None:
         assert cache.stats.bytes_held == 0
 
 
-@every_model
+@every_transformer
 def test_what_a_negative_prediction_adds_is_up_to_the_policy(build: Build) -> None:
     letters = {}
     cases: list[tuple[float, Negative]] = [(1.0, "clamp"), (-1.0, "clamp"), (-1.0, "abs"), (-1.0, "reference")]

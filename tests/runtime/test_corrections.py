@@ -20,7 +20,7 @@ from tests.tiny import (
     anatomy_of,
     arguments,
     dit,
-    every_model,
+    every_transformer,
     generate,
     pipeline_of,
     pixart,
@@ -127,7 +127,7 @@ def by_hand(build: Build, found: Corrections, context: str, batch: int) -> nn.Mo
     return model
 
 
-@every_model
+@every_transformer
 @pytest.mark.parametrize("form", ["multiply", "add"])
 @pytest.mark.parametrize(("parts", "batch"), [(1, 1), (1, 3), (2, 2), (2, 4)])
 def test_what_is_held_is_corrected_as_by_hand(build: Build, form: Form, parts: int, batch: int) -> None:
@@ -141,7 +141,7 @@ def test_what_is_held_is_corrected_as_by_hand(build: Build, form: Form, parts: i
     assert torch.equal(got, want)
 
 
-@every_model
+@every_transformer
 @pytest.mark.parametrize("form", ["multiply", "add"])
 def test_a_weight_of_zero_holds_bit_for_bit(build: Build, form: Form) -> None:
     outputs = []
@@ -152,7 +152,7 @@ def test_a_weight_of_zero_holds_bit_for_bit(build: Build, form: Form) -> None:
     assert torch.equal(*outputs)
 
 
-@every_model
+@every_transformer
 def test_only_the_steps_that_are_named_are_corrected(build: Build) -> None:
     schedule = corrected(build, 0.3, contexts={"0": 1}, steps=(4,))
     assert schedule.corrections is not None

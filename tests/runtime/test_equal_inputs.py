@@ -10,7 +10,17 @@ from dicache import Cache, Schedule, apply
 from dicache.anatomy import survey
 from dicache.schedules import Plan, Rule, Target
 from tests.counting import alike
-from tests.tiny import Build, anatomy_of, arguments, every_model, first_tensor, predict, replay, scheduled
+from tests.tiny import (
+    Build,
+    anatomy_of,
+    arguments,
+    every_model,
+    every_transformer,
+    first_tensor,
+    predict,
+    replay,
+    scheduled,
+)
 from tests.toys import CHAINS, Chain, every_chain, toy_inputs
 
 
@@ -51,14 +61,16 @@ def test_reusing_any_one_site_is_the_same_bit_for_bit(build: Build) -> None:
 
 @every_model
 def test_skipping_any_range_is_the_same_but_for_rounding(build: Build) -> None:
-    count = len(anatomy_of(build).blocks)
+    anatomy = anatomy_of(build)
+    count = len(anatomy.blocks)
     for start in range(count):
         for last in range(start, count):
-            first, second = twice(build, Rule("skip", "C.", blocks=f"{start}-{last}"))
-            assert alike(second, first)
+            if not anatomy.obstacle(start, last + 1, delta=True):
+                first, second = twice(build, Rule("skip", "C.", blocks=f"{start}-{last}"))
+                assert alike(second, first)
 
 
-@every_model
+@every_transformer
 def test_skipping_one_range_and_reusing_sites_elsewhere_is_the_same_but_for_rounding(build: Build) -> None:
     first, second = twice(build, Rule("skip", "C.", blocks="0-1"), Rule("reuse", "C.", branch="mlp"))
     assert alike(second, first)
@@ -91,7 +103,7 @@ class Ends:
         )
 
 
-@every_model
+@every_transformer
 def test_a_skip_adds_the_last_computed_delta_to_what_enters(build: Build) -> None:
     model = build()
     ends = Ends(model.get_submodule("transformer_blocks.0"), model.get_submodule("transformer_blocks.1"))
@@ -109,7 +121,7 @@ def outputs_of(model: nn.Module, path: str) -> list[Any]:
     return seen
 
 
-@every_model
+@every_transformer
 def test_a_reused_branch_gives_the_last_computed_output_itself(build: Build) -> None:
     model = build()
     block = anatomy_of(build).blocks[1]
@@ -127,7 +139,7 @@ def stages(model: nn.Module, cache: Cache) -> list[Tensor]:
     return replay(model, cache, [arguments(model, seed=step, timestep=900 - 200 * step) for step in range(4)])
 
 
-@every_model
+@every_transformer
 def test_two_overlapping_ranges_that_take_turns_each_use_their_own_delta(build: Build) -> None:
     model = build()
     deep, shallow = Rule("skip", "C.CC", blocks="1-2"), Rule("skip", "CCC.", blocks="0-1")

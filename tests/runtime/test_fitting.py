@@ -20,7 +20,7 @@ from tests.tiny import (
     anatomy_of,
     arguments,
     dit,
-    every_model,
+    every_transformer,
     generate,
     pipeline_of,
     pixart,
@@ -63,7 +63,7 @@ WRONG_STEPS: list[tuple[str, Any, str]] = [
 ]
 
 
-@every_model
+@every_transformer
 def test_a_schedule_that_states_everything_truly_is_replayed(build: Build) -> None:
     pipe = pipeline_of(build)
     with apply(pipe, reusing(build, **stated(pipe))) as cache:
@@ -71,7 +71,7 @@ def test_a_schedule_that_states_everything_truly_is_replayed(build: Build) -> No
         assert list(cache.stats.steps.values()) == ["C.C."]
 
 
-@every_model
+@every_transformer
 @pytest.mark.parametrize(("name", "value", "message"), WRONG_MODEL)
 def test_what_differs_in_the_model_is_refused_at_once_unless_allowed(
     build: Build, name: str, value: Any, message: str
@@ -87,7 +87,7 @@ def test_what_differs_in_the_model_is_refused_at_once_unless_allowed(
         assert cache.stats.reused_sites > 0
 
 
-@every_model
+@every_transformer
 @pytest.mark.parametrize(("name", "value", "message"), WRONG_STEPS)
 def test_what_differs_in_the_steps_is_refused_when_the_generation_begins_unless_allowed(
     build: Build, name: str, value: Any, message: str
@@ -103,7 +103,7 @@ def test_what_differs_in_the_steps_is_refused_when_the_generation_begins_unless_
         assert cache.stats.reused_sites > 0
 
 
-@every_model
+@every_transformer
 def test_latents_of_another_size_are_refused_unless_allowed(build: Build) -> None:
     pipe = pipeline_of(build)
     schedule = reusing(build, **stated(pipe, latents=(4, 16, 16)))
@@ -116,7 +116,7 @@ def test_latents_of_another_size_are_refused_unless_allowed(build: Build) -> Non
         assert cache.stats.reused_sites > 0
 
 
-@every_model
+@every_transformer
 def test_latents_are_found_wherever_they_stand_among_the_keywords(build: Build) -> None:
     model = build()
     given = arguments(model)
@@ -126,7 +126,7 @@ def test_latents_are_found_wherever_they_stand_among_the_keywords(build: Build) 
         assert torch.equal(replay(model, cache, [reversed_order])[0], want)
 
 
-@every_model
+@every_transformer
 def test_all_that_differs_in_the_model_is_told_in_one_message(build: Build) -> None:
     pipe = pipeline_of(build)
     schedule = reusing(build, **stated(pipe, **{name: value for name, value, _ in WRONG_MODEL}))
@@ -137,7 +137,7 @@ def test_all_that_differs_in_the_model_is_told_in_one_message(build: Build) -> N
     apply(pipe, schedule, allow=[name for name, _, _ in WRONG_MODEL]).detach()
 
 
-@every_model
+@every_transformer
 def test_all_that_differs_in_the_steps_is_told_in_one_message(build: Build) -> None:
     pipe = pipeline_of(build)
     schedule = reusing(build, **stated(pipe, **{name: value for name, value, _ in WRONG_STEPS}))
@@ -173,7 +173,7 @@ def test_a_model_with_fewer_blocks_or_without_a_named_module_is_refused_even_if_
         apply(bare, reusing(dit))
 
 
-@every_model
+@every_transformer
 def test_other_weights_are_found_out(build: Build) -> None:
     pipe = pipeline_of(build)
     schedule = reusing(build, **stated(pipe))
@@ -182,7 +182,7 @@ def test_other_weights_are_found_out(build: Build) -> None:
         apply(pipe, schedule)
 
 
-@every_model
+@every_transformer
 def test_a_step_count_that_nothing_binds_is_refused_all_the_same(build: Build) -> None:
     pipe = pipeline_of(build)
     for allow in ((), ("num_inference_steps", "timesteps", "noise_levels")):
@@ -190,7 +190,7 @@ def test_a_step_count_that_nothing_binds_is_refused_all_the_same(build: Build) -
             generate(pipe, steps=7)
 
 
-@every_model
+@every_transformer
 def test_a_generation_that_was_refused_leaves_nothing_behind(build: Build) -> None:
     pipe, other = pipeline_of(build), pipeline_of(build)
     with apply(pipe, reusing(build, **stated(pipe))), apply(other, reusing(build)):
@@ -199,7 +199,7 @@ def test_a_generation_that_was_refused_leaves_nothing_behind(build: Build) -> No
         assert torch.equal(generate(pipe), generate(other))
 
 
-@every_model
+@every_transformer
 def test_a_refused_generation_does_not_go_on_with_the_one_before_it(build: Build) -> None:
     pipe = pipeline_of(build)
     given = arguments(pipe.transformer)
@@ -212,7 +212,7 @@ def test_a_refused_generation_does_not_go_on_with_the_one_before_it(build: Build
         assert torch.equal(predict(pipe.transformer, given), want)
 
 
-@every_model
+@every_transformer
 def test_a_schedule_is_resampled_to_another_step_count_when_that_is_asked_for(build: Build) -> None:
     pipe, other = pipeline_of(build), pipeline_of(build)
     schedule = reusing(build, **stated(pipe))
@@ -223,7 +223,7 @@ def test_a_schedule_is_resampled_to_another_step_count_when_that_is_asked_for(bu
         assert cache.stats.reused_sites > 0
 
 
-@every_model
+@every_transformer
 def test_a_resampled_generation_leaves_no_trace_in_those_after_it(build: Build) -> None:
     pipe, other = pipeline_of(build), pipeline_of(build)
     schedule = reusing(build, **stated(pipe))
@@ -233,7 +233,7 @@ def test_a_resampled_generation_leaves_no_trace_in_those_after_it(build: Build) 
         assert list(cache.stats.steps.values()) == ["C.C."]
 
 
-@every_model
+@every_transformer
 def test_a_schedule_is_resampled_to_another_sampler(build: Build) -> None:
     pipe = pipeline_of(build)
     schedule = reusing(build, **stated(pipe))
@@ -245,7 +245,7 @@ def test_a_schedule_is_resampled_to_another_sampler(build: Build) -> None:
         assert [len(letters) for letters in cache.stats.steps.values()] == [6]
 
 
-@every_model
+@every_transformer
 def test_a_schedule_without_noise_levels_cannot_be_resampled(build: Build) -> None:
     pipe = pipeline_of(build)
     with (
@@ -255,7 +255,7 @@ def test_a_schedule_without_noise_levels_cannot_be_resampled(build: Build) -> No
         generate(pipe, steps=7)
 
 
-@every_model
+@every_transformer
 def test_a_file_is_applied_like_the_schedule_in_it(build: Build, tmp_path: Path) -> None:
     pipe = pipeline_of(build)
     schedule = reusing(build, **stated(pipe))
@@ -268,7 +268,7 @@ def test_a_file_is_applied_like_the_schedule_in_it(build: Build, tmp_path: Path)
         apply(pipe, str(tmp_path / "none.json"))
 
 
-@every_model
+@every_transformer
 def test_a_schedule_that_states_less_binds_less(build: Build) -> None:
     pipe = pipeline_of(build)
     if build in (dit, pixart):
@@ -281,7 +281,7 @@ def test_a_schedule_that_states_less_binds_less(build: Build) -> None:
         assert list(cache.stats.steps.values()) == ["C.C."]
 
 
-@every_model
+@every_transformer
 def test_a_bare_model_is_compared_as_far_as_it_goes(build: Build) -> None:
     pipe = pipeline_of(build)
     with pytest.raises(ScheduleError, match="dtype bfloat16, found float32"):

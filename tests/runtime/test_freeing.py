@@ -19,7 +19,7 @@ from tests.tiny import (
     arguments,
     denoise,
     entrance,
-    every_model,
+    every_transformer,
     first_tensor,
     generate,
     pipeline_of,
@@ -60,7 +60,7 @@ def signals(model: nn.Module, build: Build) -> Followed:
     return Followed.inputs(entrance(model, build))
 
 
-@every_model
+@every_transformer
 def test_a_kept_output_lives_until_detach_and_no_longer(build: Build) -> None:
     model = build()
     kept = Followed.outputs(model.get_submodule("transformer_blocks.1.ff"))
@@ -76,7 +76,7 @@ def test_a_kept_output_lives_until_detach_and_no_longer(build: Build) -> None:
     assert cache.stats.bytes_held == 0
 
 
-@every_model
+@every_transformer
 def test_an_output_that_nothing_reads_any_more_is_freed_during_the_generation(build: Build) -> None:
     model = build()
     kept = Followed.outputs(model.get_submodule("transformer_blocks.1.ff"))
@@ -85,7 +85,7 @@ def test_an_output_that_nothing_reads_any_more_is_freed_during_the_generation(bu
     assert alive == [1, 0, 0, 0]
 
 
-@every_model
+@every_transformer
 def test_an_adaptive_policy_keeps_one_input_and_detach_frees_it(build: Build) -> None:
     model = build()
     followed = signals(model, build)
@@ -96,7 +96,7 @@ def test_an_adaptive_policy_keeps_one_input_and_detach_frees_it(build: Build) ->
     assert followed.alive == 0
 
 
-@every_model
+@every_transformer
 def test_detach_frees_what_a_request_keeps_that_somebody_still_holds(build: Build) -> None:
     model = build()
     followed = signals(model, build)
@@ -112,7 +112,7 @@ def test_detach_frees_what_a_request_keeps_that_somebody_still_holds(build: Buil
         pass
 
 
-@every_model
+@every_transformer
 def test_requests_that_took_turns_leave_nothing_behind_after_detach(build: Build) -> None:
     model = build()
     followed = signals(model, build)
@@ -128,7 +128,7 @@ def test_requests_that_took_turns_leave_nothing_behind_after_detach(build: Build
     assert followed.alive == 0
 
 
-@every_model
+@every_transformer
 def test_a_pipeline_frees_what_an_adaptive_policy_kept_when_its_generation_ends(build: Build) -> None:
     pipe = pipeline_of(build)
     followed = signals(pipe.transformer, build)
@@ -137,7 +137,7 @@ def test_a_pipeline_frees_what_an_adaptive_policy_kept_when_its_generation_ends(
         assert followed.alive == 0
 
 
-@every_model
+@every_transformer
 def test_what_a_pass_kept_that_stopped_coming_is_freed_when_the_generation_ends(build: Build) -> None:
     model, scheduler = build(), DDIMScheduler()
     followed = Followed.outputs(model.get_submodule("transformer_blocks.1.ff"))
@@ -152,7 +152,7 @@ def test_what_a_pass_kept_that_stopped_coming_is_freed_when_the_generation_ends(
         assert followed.alive == 0
 
 
-@every_model
+@every_transformer
 @pytest.mark.parametrize("method", ["reuse", "skip", "adaptive"])
 def test_a_call_that_failed_keeps_nothing_and_the_next_step_computes(build: Build, method: str) -> None:
     model = build()
@@ -180,7 +180,7 @@ def started(model: nn.Module, cache: Cache) -> None:
     next(denoise(model, cache))
 
 
-@every_model
+@every_transformer
 def test_a_request_that_ended_in_an_exception_keeps_nothing_and_must_begin_anew(build: Build) -> None:
     model = build()
     followed = signals(model, build)

@@ -10,7 +10,7 @@ from torch import Tensor
 import dicache
 from dicache.runtime import CacheError
 from dicache.schedules import Rule, ScheduleError
-from tests.tiny import Build, arguments, dit, every_model, pipeline_of, predict, scheduled, time_of
+from tests.tiny import Build, arguments, dit, every_transformer, pipeline_of, predict, scheduled, time_of
 
 STEPS = 6
 EVERY_OTHER = Rule("reuse", "C.C.C.")
@@ -37,7 +37,7 @@ def two_passes(build: Build, cache_plan: Rule | None, left_out: set[tuple[int, i
     return outputs
 
 
-@every_model
+@every_transformer
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_the_second_pass_does_not_find_what_the_first_has_kept_when_that_one_is_left_out(
     build: Build, step: int
@@ -49,7 +49,7 @@ def test_the_second_pass_does_not_find_what_the_first_has_kept_when_that_one_is_
     assert all(torch.equal(a, b) for a, b in zip(whole[: 2 * step + 1], part[: 2 * step + 1], strict=True))
 
 
-@every_model
+@every_transformer
 def test_a_pass_that_was_left_out_computes_when_it_comes_back(build: Build) -> None:
     plain = two_passes(build, None, {(2, 0)})
     cached = two_passes(build, EVERY_OTHER, {(2, 0)})

@@ -13,7 +13,7 @@ from tests.tiny import (
     Build,
     anatomy_of,
     denoise,
-    every_model,
+    every_transformer,
     flux,
     generate,
     pipeline_of,
@@ -64,7 +64,7 @@ def held(build: Build, *rules: Rule, steps: int = STEPS) -> list[int]:
         return [cache.stats.bytes_held for _ in denoise(model, cache, steps=steps)]
 
 
-@every_model
+@every_transformer
 def test_holding_every_output_for_one_step_takes_one_output_a_site(build: Build) -> None:
     model = build()
     with apply(model, scheduled(build, Rule("reuse", "C.C."))) as cache:
@@ -73,7 +73,7 @@ def test_holding_every_output_for_one_step_takes_one_output_a_site(build: Build)
         assert cache.stats.bytes_held == 0
 
 
-@every_model
+@every_transformer
 def test_a_pipeline_holds_nothing_after_its_generation(build: Build) -> None:
     pipe = pipeline_of(build)
     with apply(pipe, scheduled(build, Rule("reuse", "C.C."))) as cache:
@@ -82,7 +82,7 @@ def test_a_pipeline_holds_nothing_after_its_generation(build: Build) -> None:
         assert cache.stats.bytes_held == 0
 
 
-@every_model
+@every_transformer
 @pytest.mark.parametrize(
     ("letters", "outputs"),
     [("CCCC", [0, 0, 0, 0]), ("C.C.", [1, 0, 1, 0]), ("C...", [1, 1, 1, 0]), ("CC.C", [0, 1, 0, 0])],
@@ -96,14 +96,14 @@ def test_an_output_is_held_from_its_last_computation_to_its_last_reading(
     assert held(build, Rule("skip", letters, blocks="0-2")) == [one * count for count in outputs]
 
 
-@every_model
+@every_transformer
 def test_nothing_is_held_of_the_branches_of_a_skipped_range(build: Build) -> None:
     segments = anatomy_of(build).segments
     deltas = sum(delta(build, start, stop - 1) for start, stop in segments)
     assert held(build, Rule("skip", "C..C"), Rule("reuse", "C..C", branch="mlp")) == [deltas, deltas, 0, 0]
 
 
-@every_model
+@every_transformer
 def test_each_guidance_pass_holds_its_own(build: Build) -> None:
     model = build()
     bytes_held = []
@@ -118,7 +118,7 @@ def test_each_guidance_pass_holds_its_own(build: Build) -> None:
     assert bytes_held == [one, 2 * one, one, 0] * 2
 
 
-@every_model
+@every_transformer
 def test_requests_that_take_turns_each_hold_their_own_and_are_counted_together(build: Build) -> None:
     model = build()
     bytes_held = []
@@ -139,7 +139,7 @@ def test_requests_that_take_turns_each_hold_their_own_and_are_counted_together(b
     assert bytes_held == [one, 2 * one, one, 0] * 2
 
 
-@every_model
+@every_transformer
 def test_the_steps_of_the_latest_generation_are_told_whoever_takes_turns_with_it(build: Build) -> None:
     model = build()
     with apply(model, scheduled(build, Rule("reuse", "C.C."))) as cache:
@@ -156,7 +156,7 @@ def test_the_steps_of_the_latest_generation_are_told_whoever_takes_turns_with_it
         assert cache.stats.steps == {"0": "C.C."}
 
 
-@every_model
+@every_transformer
 def test_a_pass_that_stops_coming_leaves_no_more_than_it_kept(build: Build) -> None:
     model = build()
     with apply(model, scheduled(build, Rule("reuse", "C.CC", blocks="1", branch="mlp"))) as cache:
@@ -172,7 +172,7 @@ def test_a_pass_that_stops_coming_leaves_no_more_than_it_kept(build: Build) -> N
         assert cache.stats.bytes_held == mlp_of_a_block(build)
 
 
-@every_model
+@every_transformer
 def test_an_expansion_holds_the_outputs_that_later_steps_read_and_copies_none(build: Build) -> None:
     one = mlp_of_a_block(build)
     taylor = {"predictor": "taylor", "order": 1}
@@ -184,7 +184,7 @@ def test_an_expansion_holds_the_outputs_that_later_steps_read_and_copies_none(bu
     assert held(build, skip, steps=5) == [one, 2 * one, one, 2 * one, 0]
 
 
-@every_model
+@every_transformer
 def test_a_feature_map_is_held_from_its_last_computation_to_its_last_reading(build: Build) -> None:
     one = delta(build, 0, 1)
     assert held(build, Rule("skip", "C..C", blocks="0-1", predictor="feature")) == [one, one, 0, 0]

@@ -9,17 +9,28 @@ import torch
 from dicache import CacheError, apply
 from dicache.schedules import Rule
 from tests.counting import attributes
-from tests.tiny import STEPS, Build, arguments, dit, every_model, generate, pipeline_of, predict, sample, scheduled
+from tests.tiny import (
+    STEPS,
+    Build,
+    arguments,
+    dit,
+    every_transformer,
+    generate,
+    pipeline_of,
+    predict,
+    sample,
+    scheduled,
+)
 
 
-@every_model
+@every_transformer
 def test_a_model_in_training_is_refused(build: Build) -> None:
     model = build().train()
     with pytest.raises(CacheError, match=r"is in training mode; call its eval\(\) first"):
         apply(model, scheduled(build))
 
 
-@every_model
+@every_transformer
 @pytest.mark.parametrize("part", ["", "transformer_blocks.1"])
 def test_a_compiled_model_is_refused(build: Build, part: str) -> None:
     model = build()
@@ -28,7 +39,7 @@ def test_a_compiled_model_is_refused(build: Build, part: str) -> None:
         apply(model, scheduled(build))
 
 
-@every_model
+@every_transformer
 def test_a_second_schedule_on_one_model_is_refused_and_the_first_goes_on(build: Build) -> None:
     pipe, other = pipeline_of(build), pipeline_of(build)
     schedule = scheduled(build, Rule("reuse", "C.C."))
@@ -41,7 +52,7 @@ def test_a_second_schedule_on_one_model_is_refused_and_the_first_goes_on(build: 
         assert torch.equal(generate(pipe), generate(other))
 
 
-@every_model
+@every_transformer
 def test_a_scheduler_that_was_replaced_after_applying_is_refused(build: Build) -> None:
     pipe = pipeline_of(build)
     with apply(pipe, scheduled(build, Rule("reuse", "C..."))):
@@ -51,7 +62,7 @@ def test_a_scheduler_that_was_replaced_after_applying_is_refused(build: Build) -
             generate(pipe)
 
 
-@every_model
+@every_transformer
 def test_a_bare_model_must_be_told_its_generation_and_its_steps(build: Build) -> None:
     model = build()
     given = arguments(model)
@@ -65,7 +76,7 @@ def test_a_bare_model_must_be_told_its_generation_and_its_steps(build: Build) ->
             predict(model, given)
 
 
-@every_model
+@every_transformer
 def test_a_sampling_loop_longer_than_the_schedule_is_refused(build: Build) -> None:
     model = build()
     with apply(model, scheduled(build)) as cache:

@@ -23,16 +23,21 @@ LENGTH = 7
 def random_schedule(build: Build, seed: int, *, predictors: bool = False) -> Schedule:
     """Return a schedule of one to four random rules, at least one of which acts."""
     draw = random.Random(seed)
-    count = len(anatomy_of(build).blocks)
+    anatomy = anatomy_of(build)
+    count = len(anatomy.blocks)
     while True:
         rules = []
         for _ in range(draw.randint(1, 4)):
             action = draw.choice(["reuse", "skip"])
             first = draw.randrange(count)
+            span = f"{first}-{draw.randrange(first, count)}"
+            if action == "skip" and anatomy.links:  # few ranges of a U-Net can be skipped
+                start, stop = anatomy.enclosed(draw.randrange(len(anatomy.links)))
+                span = f"{start}-{stop - 1}"
             rule = Rule(
                 action,  # type: ignore[arg-type]
                 "C" + "".join(draw.choice("C.") for _ in range(LENGTH - 1)),
-                blocks=draw.choice(["*", f"{first}-{draw.randrange(first, count)}"]),
+                blocks=draw.choice(["*", span]),
                 branch=draw.choice(["*", *BRANCHES]) if action == "reuse" else "*",
             )
             if predictors and draw.random() < 0.8:
@@ -124,7 +129,11 @@ class Interpreter:
             outputs = out if isinstance(out, tuple) else (out,)
             made = {name: value for name, value in zip(names, outputs, strict=True) if name}
             for (start, stop), acts in self.ranges.items():
-                if acts[self.step] and start <= index < stop:
+                if self.anatomy.links:  # all of a U-Net's range runs; what leaves it is overwritten
+                    if acts[self.step] and index == stop - 1:
+                        entered = into if start == index else self.entered[start]
+                        made = self.replaced((start, stop), dict.fromkeys(made, *entered.values()))
+                elif acts[self.step] and start <= index < stop:
                     made = dict(into)
                     if index == start:
                         made |= self.replaced((start, stop), into)
@@ -140,6 +149,8 @@ class Interpreter:
             if not skipped & set(range(start, stop)):
                 left, entered = self.left[stop - 1], self.entered[start]
                 if not self.is_feature((start, stop)):
+                    if self.anatomy.links:
+                        entered = dict.fromkeys(left, *entered.values())
                     left = {name: value - entered[name] for name, value in left.items()}
                 self.kept.setdefault((start, stop), []).append((self.step, left))
         self.step += 1

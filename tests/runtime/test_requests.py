@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dicache import Cache, Schedule, apply
 from dicache.schedules import Rule
-from tests.tiny import STEPS, Build, adaptive, denoise, every_model, sample, scheduled
+from tests.tiny import STEPS, Build, adaptive, block_of, denoise, every_model, sample, scheduled
 
 every_method = pytest.mark.parametrize("method", ["reuse", "skip", "adaptive"])
 
@@ -151,7 +151,7 @@ def test_a_call_that_arrives_during_another_waits_for_its_end(build: Build, meth
             intruder.start()
             intruder.join(timeout=0.1)
 
-        hook = model.get_submodule("transformer_blocks.1").register_forward_pre_hook(interrupt)
+        hook = block_of(model, build, 1).register_forward_pre_hook(interrupt)
         outputs += steps
         intruder.join(timeout=30)
     assert torch.equal(torch.stack(outputs), want[0])

@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from dicache import CacheError, Schedule, apply
+from dicache.runtime.apply import denoiser
 from dicache.schedules import Rule
 from tests.counting import BrokenError, attributes, broken
 from tests.tiny import (
     STEPS,
     Build,
     adaptive,
+    anatomy_of,
     arguments,
+    block_of,
     denoise,
     entrance,
     every_model,
@@ -22,6 +25,7 @@ from tests.tiny import (
     predict,
     sample,
     scheduled,
+    some_blocks,
 )
 
 METHODS = ("reuse", "skip", "adaptive")
@@ -31,7 +35,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 def schedule_of(build: Build, method: str) -> Schedule:
     if method == "adaptive":
         return adaptive(build, threshold=0.5)
-    return scheduled(build, Rule("reuse", "CC.."), Rule(method, "C..C", blocks="1-2"))  # type: ignore[arg-type]
+    return scheduled(build, Rule("reuse", "CC.."), Rule(method, "C..C", blocks=some_blocks(build)))  # type: ignore[arg-type]
 
 
 @every_model
@@ -48,7 +52,7 @@ def test_leaving_the_block_restores_every_module(build: Build, method: str) -> N
 
 @every_model
 @every_method
-@pytest.mark.parametrize("place", ["transformer_blocks.1", "the first branch", "transformer_blocks.2.ff"])
+@pytest.mark.parametrize("place", ["a block", "the first branch", "another branch"])
 def test_an_exception_inside_a_block_passes_and_every_module_is_restored(build: Build, method: str, place: str) -> None:
     model = build()
     want = sample(model)
@@ -56,7 +60,12 @@ def test_an_exception_inside_a_block_passes_and_every_module_is_restored(build: 
     def fail(*_: object) -> None:
         raise BrokenError
 
-    failing = entrance(model, build) if place == "the first branch" else model.get_submodule(place)
+    last = anatomy_of(build).blocks[2]
+    failing = {
+        "a block": block_of(model, build, 1),
+        "the first branch": entrance(model, build),
+        "another branch": model.get_submodule(f"{last.module}.{last.sites[-1].module}"),
+    }[place]
     hook = failing.register_forward_pre_hook(fail)
     before = attributes(model)
     cache = apply(model, schedule_of(build, method))
@@ -73,10 +82,10 @@ def test_an_exception_inside_a_block_passes_and_every_module_is_restored(build: 
 def test_an_exception_in_a_late_step_of_a_pipeline_restores_model_and_scheduler(build: Build, method: str) -> None:
     pipe = pipeline_of(build)
     want = generate(pipe)
-    before, keys = attributes(pipe.transformer), set(pipe.scheduler.__dict__)
-    with broken(pipe.transformer.transformer_blocks[0], call=STEPS - 1), apply(pipe, schedule_of(build, method)):
+    before, keys = attributes(denoiser(pipe)), set(pipe.scheduler.__dict__)
+    with broken(block_of(denoiser(pipe), build, 0), call=STEPS - 1), apply(pipe, schedule_of(build, method)):
         generate(pipe)
-    after = attributes(pipe.transformer)
+    after = attributes(denoiser(pipe))
     assert {path: set(values) for path, values in after.items()} == {path: set(v) for path, v in before.items()}
     assert after == before
     assert set(pipe.scheduler.__dict__) == keys
@@ -87,17 +96,17 @@ def test_an_exception_in_a_late_step_of_a_pipeline_restores_model_and_scheduler(
 def test_detach_restores_once_and_again_does_nothing(build: Build) -> None:
     pipe = pipeline_of(build)
     generate(pipe)  # some pipelines hang something on their model
-    before, keys = attributes(pipe.transformer), set(pipe.scheduler.__dict__)
+    before, keys = attributes(denoiser(pipe)), set(pipe.scheduler.__dict__)
     cache = apply(pipe, schedule_of(build, "reuse"))
     cache.detach()
-    assert attributes(pipe.transformer) == before
+    assert attributes(denoiser(pipe)) == before
     assert not {"step", "set_timesteps"} & set(pipe.scheduler.__dict__) - keys
     other = apply(pipe, schedule_of(build, "reuse"))
     cache.detach()  # of the first: must not take the second one off
     generate(pipe)
     assert other.stats.reused_sites > 0
     other.detach()
-    assert attributes(pipe.transformer) == before
+    assert attributes(denoiser(pipe)) == before
 
 
 @every_model

@@ -11,7 +11,7 @@ from dicache import Cache, Schedule, apply
 from dicache.anatomy import survey
 from dicache.schedules import Plan, Rule, Target
 from tests.counting import macs, operators
-from tests.tiny import Build, anatomy_of, arguments, every_model, predict, scheduled
+from tests.tiny import Build, anatomy_of, arguments, every_model, every_transformer, predict, scheduled
 from tests.toys import CHAINS, Chain, FusedBlock, ParallelBlock, every_chain, toy_inputs
 
 NORM = "native_layer_norm"
@@ -42,7 +42,7 @@ def test_a_reused_site_runs_none_of_its_products_and_all_others_run(build: Build
             assert cache.stats.reused_sites == len(reused)
 
 
-@every_model
+@every_transformer
 def test_the_norm_of_a_reused_site_does_not_run_and_all_others_do(build: Build) -> None:
     anatomy, model = anatomy_of(build), build()
     plain = operators(lambda: predict(model, arguments(model)))[NORM]
@@ -55,7 +55,7 @@ def test_the_norm_of_a_reused_site_does_not_run_and_all_others_do(build: Build) 
             assert counted[NORM] == plain - len(own)
 
 
-@every_model
+@every_transformer
 def test_with_every_site_reused_only_what_is_around_them_runs(build: Build) -> None:
     anatomy, model = anatomy_of(build), build()
     sites = sum(site.macs for block in anatomy.blocks for site in block.sites)
@@ -66,7 +66,7 @@ def test_with_every_site_reused_only_what_is_around_them_runs(build: Build) -> N
     assert counted[NORM] == 1
 
 
-@every_model
+@every_transformer
 def test_a_skipped_block_runs_nothing_at_all(build: Build) -> None:
     anatomy, model = anatomy_of(build), build()
     for blocks, skipped in (("*", anatomy.blocks), ("1", anatomy.blocks[1:2]), ("1-2", anatomy.blocks[1:3])):
@@ -92,7 +92,7 @@ def test_a_norm_of_two_branches_rests_only_when_both_are_reused(branch: str, nor
         assert operators(lambda: model(*inputs.args, **inputs.kwargs))[NORM] == norms
 
 
-@every_model
+@every_transformer
 def test_a_step_that_computes_after_one_that_reused_runs_everything(build: Build) -> None:
     anatomy, model = anatomy_of(build), build()
     given = arguments(model)

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from dicache import Cache, Schedule, apply
+from dicache.runtime.apply import denoiser
 from dicache.schedules import Rule
 from tests.counting import broken
 from tests.tiny import (
     Build,
     adaptive,
     arguments,
+    block_of,
     denoise,
     every_model,
     generate,
@@ -21,6 +23,7 @@ from tests.tiny import (
     replay,
     sample,
     scheduled,
+    some_blocks,
 )
 
 Before = Callable[..., None]
@@ -43,14 +46,13 @@ def failed_between_steps(model: torch.nn.Module, cache: Cache) -> None:
 
 
 def failed_inside_a_block(model: torch.nn.Module, cache: Cache) -> None:
-    with broken(model.get_submodule("transformer_blocks.2"), call=0):
+    with broken(model.get_submodule(cache.schedule.anatomy.blocks[2].module), call=0):
         sample(model, cache, seed=7)
 
 
 def failed_inside_the_first_branch(model: torch.nn.Module, cache: Cache) -> None:
-    with broken(
-        model.get_submodule(f"transformer_blocks.0.{cache.schedule.anatomy.blocks[0].sites[0].entrance}"), call=1
-    ):
+    first = cache.schedule.anatomy.blocks[0]
+    with broken(model.get_submodule(f"{first.module}.{first.sites[0].entrance}"), call=1):
         sample(model, cache, seed=7)
 
 
@@ -80,7 +82,7 @@ every_method = pytest.mark.parametrize("method", ["reuse", "skip", "adaptive"])
 def schedule_of(build: Build, method: str) -> Schedule:
     if method == "adaptive":
         return adaptive(build, threshold=0.5)
-    return scheduled(build, Rule(method, "C..C", blocks="0-1"), Rule("reuse", "CC.C", branch="mlp"))  # type: ignore[arg-type]
+    return scheduled(build, Rule(method, "C..C", blocks=some_blocks(build)), Rule("reuse", "CC.C", branch="mlp"))  # type: ignore[arg-type]
 
 
 def fresh(build: Build, method: str) -> Tensor:
@@ -123,12 +125,13 @@ def unguided_picture(pipe: object) -> None:
 
 
 def aborted_picture(pipe: object) -> None:
-    with broken(pipe.transformer, call=2):  # type: ignore[attr-defined]
+    with broken(denoiser(pipe), call=2):
         generate(pipe, seed=7)
 
 
 def failed_picture(pipe: object) -> None:
-    with broken(pipe.transformer.transformer_blocks[1].ff, call=0):  # type: ignore[attr-defined]
+    mlp = next(module for path, module in denoiser(pipe).named_modules() if path.endswith(".ff"))
+    with broken(mlp, call=0):
         generate(pipe, seed=7)
 
 
@@ -150,6 +153,6 @@ def test_a_step_that_failed_may_be_called_again_and_computes(build: Build) -> No
     with apply(model, scheduled(build, Rule("reuse", "C..."))) as cache:
         replay(model, cache, [first])
         cache.begin_step()
-        with broken(model.get_submodule("transformer_blocks.1"), call=0):
+        with broken(block_of(model, build, 1), call=0):
             predict(model, second)
         assert torch.equal(predict(model, second), want)  # nothing of the first step is in it
