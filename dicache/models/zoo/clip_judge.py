@@ -95,9 +95,13 @@ class Judge:
         return float(self.judge(clips, captions).everything.mean())
 
     @torch.no_grad()
+    def features(self, clips: np.ndarray) -> Tensor:
+        """Return features, shape (n, 96), of clips in [0, 1], shape (n, 8, 32, 32, 3)."""
+        return self.network.embed(as_input(clips))
+
     def frechet(self, clips: np.ndarray) -> float:
         """Return the Frechet distance between the features of these clips and of real ones."""
-        return frechet_distance(self.network.embed(as_input(clips)), self.mean, self.covariance)
+        return frechet_distance(self.features(clips), self.mean, self.covariance)
 
 
 def as_input(clips: np.ndarray) -> Tensor:

@@ -58,9 +58,13 @@ class Judge:
         return float((self.classify(images) == labels).mean())
 
     @torch.no_grad()
+    def features(self, images: np.ndarray) -> Tensor:
+        """Return features, shape (n, 64), of RGB images in [0, 1], shape (n, 32, 32, 3)."""
+        return self.classifier.embed(as_input(images))
+
     def frechet(self, images: np.ndarray) -> float:
         """Return the Frechet distance between the features of these images and of the real digits."""
-        return frechet_distance(self.classifier.embed(as_input(images)), self.mean, self.covariance)
+        return frechet_distance(self.features(images), self.mean, self.covariance)
 
 
 def as_input(images: np.ndarray) -> Tensor:

@@ -119,9 +119,13 @@ class Judge:
         return float(self.judge(images, captions).everything.mean())
 
     @torch.no_grad()
+    def features(self, images: np.ndarray) -> Tensor:
+        """Return features, shape (n, 128), of images in [0, 1], shape (n, 32, 32, 3)."""
+        return self.network.embed(as_input(images))
+
     def frechet(self, images: np.ndarray) -> float:
         """Return the Frechet distance between the features of these images and of real scenes."""
-        return frechet_distance(self.network.embed(as_input(images)), self.mean, self.covariance)
+        return frechet_distance(self.features(images), self.mean, self.covariance)
 
 
 def _agreement(seen: Item | None, asked: Item | None, attribute: str) -> bool:
