@@ -19,7 +19,7 @@ def foretell(outputs: Sequence[Any], coefficients: Sequence[float]) -> Any:
         coefficients: With which their differences are weighed, one fewer than outputs.
     """
     if not isinstance(outputs[0], Tensor):
-        return _each(outputs, lambda parts: foretell(parts, coefficients))
+        return each(outputs, lambda parts: foretell(parts, coefficients))
     last, *older = outputs
     # The differences are taken first: of two half-precision numbers that are close, the difference is exact.
     total = torch.add(last, last - older[0], alpha=coefficients[0])
@@ -28,15 +28,15 @@ def foretell(outputs: Sequence[Any], coefficients: Sequence[float]) -> Any:
     return total
 
 
-def _each(outputs: Sequence[Any], act: Callable[[Sequence[Any]], Any]) -> Any:
-    """Return what a function makes of the tensors at each place of equally nested outputs."""
+def each(outputs: Sequence[Any], act: Callable[[Sequence[Any]], Any]) -> Any:
+    """Return what a function makes of the tensors at each place of equally nested outputs; the rest passes."""
     first = outputs[0]
     if isinstance(first, Tensor):
         return act(outputs)
     if isinstance(first, dict):
-        return {key: _each([out[key] for out in outputs], act) for key in first}
+        return {key: each([out[key] for out in outputs], act) for key in first}
     if isinstance(first, (tuple, list)):
-        return type(first)(_each(parts, act) for parts in zip(*outputs, strict=True))
+        return type(first)(each(parts, act) for parts in zip(*outputs, strict=True))
     return first
 
 
@@ -78,7 +78,7 @@ class Corrector:
         Raises:
             ScheduleError: If the trend is for another batch or another size.
         """
-        tensors = _tensors(out)
+        tensors = tensors_in(out)
         known = (batch, tensors[0].shape, tensors[0].dtype, tensors[0].device)
         if known not in self._known:
             self._check(tensors, batch)
@@ -95,7 +95,7 @@ class Corrector:
             rows = tensor.reshape(self._parts, samples, *factor.shape[1:])
             return act(rows, factor[:, None]).view(tensor.shape)
 
-        return _each([out], correct)
+        return each([out], correct)
 
     def _check(self, tensors: list[Tensor], batch: int) -> None:
         parts, tokens, channels = self._trend.shape
@@ -128,9 +128,10 @@ def _tokens(tensor: Tensor, batch: int) -> int:
     return tensor.numel() // (batch * tensor.shape[-1])
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """Return the tensors of an output, however it is nested, in their order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, dict):
-        return [tensor for part in value.values() for tensor in _tensors(part)]
-    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, (tuple, list)) else []
+        return [tensor for part in value.values() for tensor in tensors_in(part)]
+    return [tensor for part in value for tensor in tensors_in(part)] if isinstance(value, (tuple, list)) else []
