@@ -342,7 +342,7 @@ def train(
         with bar, _frozen(model), Follower(pipeline, model, anatomy, state.betas, state.learn) as follower:
             for number in range(begun, training.iterations):
                 state.begin()
-                asked, seeds = _draw(conditions, training, number)
+                asked, seeds = draw(conditions, training, number)
                 follower.run(partial(sample, pipeline, asked, seeds, sampling))
                 state.end()
                 kept = state.saved()
@@ -362,7 +362,7 @@ def train(
     return read_router(file)
 
 
-def _draw(conditions: Sequence[str], training: Training, number: int) -> tuple[list[str], list[int]]:
+def draw(conditions: Sequence[str], training: Training, number: int) -> tuple[list[str], list[int]]:
     """Return the conditions and the seeds of an iteration, as they follow from its number."""
     generator = np.random.default_rng([training.seed, number])
     chosen = generator.integers(len(conditions), size=training.batch)

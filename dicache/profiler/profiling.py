@@ -170,8 +170,8 @@ def survey_pipeline(pipeline: Any, sampling: Sampling) -> tuple[Anatomy, Target,
     sampling = sampling.resolved(pipeline)
     model = denoiser(pipeline)
     condition = default_conditions(pipeline, 1)
+    # The pipeline itself sets the timesteps on the way: some hand their own sigmas or a shift to the scheduler.
     anatomy = survey(model, capture_inputs(model, lambda: sample(pipeline, condition, [0], sampling)))
-    pipeline.scheduler.set_timesteps(sampling.steps)
     return anatomy, Target(num_inference_steps=sampling.steps), len(pipeline.scheduler.timesteps)
 
 

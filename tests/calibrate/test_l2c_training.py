@@ -1,6 +1,7 @@
 """Training a router: what is mixed, what is learned of it, and that nothing else is touched."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,22 @@ import torch
 from torch import Tensor
 
 from dicache import apply
-from dicache.anatomy import Anatomy, StepClock, survey
+from dicache.anatomy import Anatomy, StepClock
 from dicache.anatomy.overrides import Overrides
 from dicache.calibrate import CalibrationError
-from dicache.calibrate.l2c import LearningToCache, load_checkpoint, read_router
-from dicache.calibrate.l2c_training import Follower, Training, train
+from dicache.calibrate.l2c import LearningToCache, Router, load_checkpoint, read_router
+from dicache.calibrate.l2c_training import Follower, Training, draw, train
 from dicache.models.loading import load
-from dicache.models.sampling import UNCONDITIONAL, Sampling, default_conditions
+from dicache.models.sampling import UNCONDITIONAL, Sampling, default_conditions, sample
+from dicache.models.schedulers import with_scheduler
 from dicache.profiler.profiling import survey_pipeline, target_of
 from dicache.runtime.apply import denoiser
 from dicache.runtime.predictors import tensors_in
 from dicache.schedules import Plan, Rule, Schedule, Target
+from tests.calibrate.test_l2c import published
 from tests.counting import attributes
 from tests.models.folders import SIZE, folder
-from tests.tiny import Build, every_model, generate, pipeline_of
+from tests.tiny import Build, anatomy_of, every_model, generate, pipeline_of
 
 STEPS = 4
 
@@ -62,7 +65,7 @@ def followed(pipe: Any, anatomy: Anatomy, betas: Tensor) -> tuple[list[float], l
 @every_model
 def test_with_beta_1_the_mixed_output_is_the_full_one(build: Build) -> None:
     pipe = pipeline_of(build)
-    anatomy = survey(pipe.transformer)
+    anatomy = anatomy_of(build)
     errors, _ = followed(pipe, anatomy, torch.ones(len(anatomy.sites)))
     assert errors == [0.0, 0.0]
 
@@ -71,7 +74,7 @@ def test_with_beta_1_the_mixed_output_is_the_full_one(build: Build) -> None:
 def test_with_beta_0_the_mixed_output_is_what_the_runtime_gives_when_all_is_reused(build: Build) -> None:
     pipe = pipeline_of(build)
     model = pipe.transformer
-    anatomy = survey(model)
+    anatomy = anatomy_of(build)
     errors, _ = followed(pipe, anatomy, torch.zeros(len(anatomy.sites)))
     calls, _ = calls_of(pipe, lambda: generate(pipe))
     plan = Plan(STEPS, (Rule("reuse", "C." * (STEPS // 2)),))
@@ -91,12 +94,10 @@ def test_with_beta_0_the_mixed_output_is_what_the_runtime_gives_when_all_is_reus
 def test_some_sites_held_and_others_computed_are_what_the_runtime_gives(build: Build) -> None:
     pipe = pipeline_of(build)
     model = pipe.transformer
-    anatomy = survey(model)
+    anatomy = anatomy_of(build)
     betas = torch.arange(len(anatomy.sites)) % 2.0  # every second site is computed
     errors, _ = followed(pipe, anatomy, betas)
     calls, _ = calls_of(pipe, lambda: generate(pipe))
-    from dicache.calibrate.l2c import Router
-
     router = Router(np.tile(betas.numpy() * 10 - 5, (2, 1)), anatomy.sites, Target(), {})
     with apply(model, LearningToCache(0.5).schedule(router, anatomy, Target(), STEPS, "")) as cache, torch.no_grad():
         cache.begin_generation()
@@ -110,7 +111,7 @@ def test_some_sites_held_and_others_computed_are_what_the_runtime_gives(build: B
 @every_model
 def test_the_gradient_is_that_of_the_error(build: Build) -> None:
     pipe = pipeline_of(build)
-    anatomy = survey(pipe.transformer)
+    anatomy = anatomy_of(build)
     betas = torch.linspace(0.2, 0.8, len(anatomy.sites))
     _, gradients = followed(pipe, anatomy, betas)
     nudge = torch.zeros_like(betas)
@@ -125,7 +126,7 @@ def test_the_gradient_is_that_of_the_error(build: Build) -> None:
 @every_model
 def test_the_sampling_goes_on_as_if_nobody_followed_it(build: Build) -> None:
     pipe = pipeline_of(build)
-    anatomy = survey(pipe.transformer)
+    anatomy = anatomy_of(build)
     _, plain = calls_of(pipe, lambda: generate(pipe))
     betas = torch.full((len(anatomy.sites),), 0.3)
     _, seen = calls_of(pipe, lambda: followed(pipe, anatomy, betas))
@@ -136,11 +137,12 @@ def test_the_sampling_goes_on_as_if_nobody_followed_it(build: Build) -> None:
 # Training, on pipelines that take prompts and classes
 
 
-def ready(kind: str, steps: int = STEPS, guidance: float | None = None) -> dict[str, Any]:
+@cache
+def ready(kind: str, guidance: float | None = None) -> dict[str, Any]:
     """Return what `train` takes."""
     pipe = load(str(folder(kind)))
     size = {} if kind == "dit" else {"height": SIZE, "width": SIZE}
-    sampling = Sampling(steps, guidance, **size).resolved(pipe)
+    sampling = Sampling(STEPS, guidance, **size).resolved(pipe)
     anatomy, _, count = survey_pipeline(pipe, sampling)
     return {
         "pipeline": pipe,
@@ -178,8 +180,6 @@ def test_only_the_routers_learn(kind: str, tmp_path: Path) -> None:
     assert schedule.measured["iterations"] == 4
     assert schedule.measured["last_tenth"]["error"] > 0
     with apply(given["pipeline"], schedule):
-        from dicache.models.sampling import sample
-
         images = sample(given["pipeline"], given["conditions"][:1], [0], given["sampling"])
     assert np.isfinite(images).all()
 
@@ -197,11 +197,8 @@ def test_the_first_update_is_computed_by_hand(tmp_path: Path) -> None:
     given = ready("dit")
     gradients: list[Tensor] = []
     half = torch.full((len(given["anatomy"].sites),), 0.5)
-    from dicache.calibrate.l2c_training import _draw
-    from dicache.models.sampling import sample
-
     training = Training(penalty=1e-3, iterations=1, learning_rate=0.25, batch=2)
-    asked, seeds = _draw(given["conditions"], training, 0)
+    asked, seeds = draw(given["conditions"], training, 0)
     plain = Sampling(STEPS, 1.0)
     with Follower(
         given["pipeline"],
@@ -225,9 +222,7 @@ def test_there_is_no_guidance_and_some_samples_have_no_condition(kind: str, tmp_
     )
     train(**given, training=FEW, file=tmp_path / "r.pt")
     assert batches == {2}  # as many as samples, and not twice as many
-    from dicache.calibrate.l2c_training import _draw
-
-    drawn = [c for i in range(200) for c in _draw(given["conditions"], Training(batch=10), i)[0]]
+    drawn = [c for i in range(200) for c in draw(given["conditions"], Training(batch=10), i)[0]]
     assert drawn.count(UNCONDITIONAL) / len(drawn) == pytest.approx(0.1, abs=0.02)
     assert {*drawn} == {UNCONDITIONAL, *given["conditions"]}
 
@@ -274,8 +269,6 @@ def test_a_training_may_be_made_longer_and_a_finished_one_is_only_read(tmp_path:
 
 
 def test_a_file_of_another_training_is_not_written_over(tmp_path: Path) -> None:
-    from tests.calibrate.test_l2c import published
-
     given, file = ready("dit"), tmp_path / "r.pt"
     train(**given, training=FEW, file=file)
     for training, message in [
@@ -304,14 +297,12 @@ def test_the_file_is_in_the_published_format(tmp_path: Path) -> None:
 
 
 def test_another_sampler_is_trained_with_its_own_steps(tmp_path: Path) -> None:
-    from dicache.models.schedulers import with_scheduler
-
-    given = ready("dit")
+    given = dict(ready.__wrapped__("dit"))
     ddim = train(**given, training=FEW, file=tmp_path / "ddim.pt")
     pipe, sampling = with_scheduler(given["pipeline"], "dpm"), given["sampling"]
     anatomy, _, steps = survey_pipeline(pipe, sampling)
     target = target_of(pipe, anatomy, sampling)
-    given |= {"target": target, "steps": steps}
+    given = {**given, "target": target, "steps": steps}
     dpm = train(**given, training=FEW, file=tmp_path / "dpm.pt")
     assert dpm.target.scheduler == "DPMSolverMultistepScheduler"
     assert not np.array_equal(ddim.logits, dpm.logits)
@@ -320,7 +311,7 @@ def test_another_sampler_is_trained_with_its_own_steps(tmp_path: Path) -> None:
 
 
 def test_a_value_that_is_not_finite_ends_the_training(tmp_path: Path) -> None:
-    given = ready("dit")
+    given = ready.__wrapped__("dit")
     with torch.no_grad():
         given["pipeline"].transformer.transformer_blocks[1].ff.net[2].weight.fill_(float("nan"))
     with pytest.raises(CalibrationError, match="step 1 met a value that is not finite"):
