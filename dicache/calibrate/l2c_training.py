@@ -409,7 +409,7 @@ def _go_on(state: _State, file: Path, identity: Mapping[str, Any], anatomy: Anat
             else f"other {name.replace('_', ' ')}"
             for name in differing
         ]
-        raise CalibrationError(f"{file} holds a training with other settings: {'; '.join(told)}. {elsewhere}")
+        raise CalibrationError(f"{file} holds a training with other settings: {'; '.join(told)}; {elsewhere}")
     done, asked = len(args["course"]), state.training.iterations
     if done > asked:
         raise CalibrationError(f"{file} holds {done} iterations, more than {asked}; ask for {done}, or {elsewhere}")

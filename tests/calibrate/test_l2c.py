@@ -190,12 +190,13 @@ def test_a_file_that_is_missing_cut_off_or_something_else_is_refused(tmp_path: P
 
 def test_a_router_of_another_model_or_step_count_is_refused(tmp_path: Path) -> None:
     router = read_router(published(tmp_path / "r.pt"))
-    for options, message in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"steps": 50}, "the router is for 20 steps, the schedule for 50"),
         ({"steps": 19}, "an even number of them, 2 or more, found 19; sample in 20 steps"),
         ({"steps": 0}, "found 0; sample in 2 steps"),
         ({"anatomy": written(12)}, r"for 28 blocks \(56 logits a step\), but this Toy has 12"),
-    ]:
+    ]
+    for options, message in wrong:
         with pytest.raises(CalibrationError, match=message):
             schedule_of(router, **options)
     ours = Router(np.zeros((1, 4)), written(2).sites, Target(weights="beef"), {})

@@ -272,7 +272,7 @@ def test_a_file_of_another_training_is_not_written_over(tmp_path: Path) -> None:
     given, file = ready("dit"), tmp_path / "r.pt"
     train(**given, training=FEW, file=file)
     for training, message in [
-        (Training(**{**vars(FEW), "penalty": 0.5}), r"with other settings: penalty 0\.001, now 0\.5\. choose another"),
+        (Training(**{**vars(FEW), "penalty": 0.5}), r"with other settings: penalty 0\.001, now 0\.5; choose another"),
         (Training(**{**vars(FEW), "seed": 3, "batch": 1}), "batch 2, now 1; seed 0, now 3"),
         (Training(**{**vars(FEW), "iterations": 3}), "holds 4 iterations, more than 3; ask for 4"),
     ]:
