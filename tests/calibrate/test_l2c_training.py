@@ -173,9 +173,9 @@ def test_only_the_routers_learn(kind: str, tmp_path: Path) -> None:
     assert router.logits.shape == (STEPS // 2, len(given["anatomy"].sites))
     assert router.sites == given["anatomy"].sites
     assert router.target == given["target"]
-    # AdamW's first step is the learning rate, up or down; four of them cannot be more than four.
+    # AdamW's first step is the learning rate, up or down, and the next ones are hardly more.
     assert (router.logits != 0).all()
-    assert 0.1 < np.abs(router.logits).max() <= 0.4 + 1e-6
+    assert 0.1 < np.abs(router.logits).max() < 0.41
     schedule = LearningToCache().schedule(router, given["anatomy"], given["target"], STEPS, kind)
     assert schedule.measured["iterations"] == 4
     assert schedule.measured["last_tenth"]["error"] > 0
@@ -186,9 +186,9 @@ def test_only_the_routers_learn(kind: str, tmp_path: Path) -> None:
 
 def test_a_large_penalty_holds_everything_and_none_keeps_what_matters(tmp_path: Path) -> None:
     given = ready("dit")
-    shut = train(**given, training=Training(1e6, 30, 0.5, 1), file=tmp_path / "shut.pt")
+    shut = train(**given, training=Training(1e6, 16, 0.5, 1), file=tmp_path / "shut.pt")
     assert (shut.logits == -5).all()  # clamped
-    open_ = train(**given, training=Training(0.0, 30, 0.5, 1), file=tmp_path / "open.pt")
+    open_ = train(**given, training=Training(0.0, 16, 0.5, 1), file=tmp_path / "open.pt")
     assert open_.logits.mean() > 1
 
 
@@ -237,18 +237,18 @@ def test_a_training_that_was_broken_off_goes_on_bit_for_bit(kind: str, tmp_path:
     def interrupt(*_: Any) -> None:
         nonlocal steps
         steps += 1
-        if steps == 2 * 6 + 5:  # six calls a sampling of four steps: in the third one, after its first update
+        if steps == 2 * STEPS + 3:  # in the third iteration, after its first update
             raise KeyboardInterrupt
 
     model = given["pipeline"].transformer
     hook = model.register_forward_pre_hook(interrupt)
     forward = dict(vars(model))
-    with pytest.raises(CalibrationError, match=r"interrupted after \d of 4 iterations, which are kept in .*parts\.pt"):
+    with pytest.raises(CalibrationError, match=r"interrupted after 2 of 4 iterations, which are kept in .*parts\.pt"):
         train(**given, training=FEW, file=tmp_path / "parts.pt")
     hook.remove()
     assert forward.keys() == vars(model).keys()
     kept = load_checkpoint(tmp_path / "parts.pt")
-    assert 0 < len(kept["args"]["course"]) < 4
+    assert len(kept["args"]["course"]) == 2
     train(**given, training=FEW, file=tmp_path / "parts.pt")
     one, two = (load_checkpoint(tmp_path / name) for name in ("whole.pt", "parts.pt"))
     assert all(torch.equal(one["routers"][key], two["routers"][key]) for key in one["routers"])
