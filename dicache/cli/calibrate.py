@@ -195,13 +195,21 @@ def _profiled(provenance: "Provenance", runs: "tuple[Run, ...]") -> Subject:
     )
 
 
-def _subject(profile_file: Path | None, model: str | None, steps: int | None, device: str | None = None) -> Subject:
+def _subject(
+    profile_file: Path | None,
+    model: str | None,
+    steps: int | None,
+    device: str | None = None,
+    scheduler: str | None = None,
+    dtype: str | None = None,
+) -> Subject:
     """Return what a schedule is to be for, from a profile or a model."""
     if model is not None and profile_file is not None:
         raise click.UsageError("give either --profile or --model")
     if model is None:
-        if steps is not None:
-            raise click.UsageError("--steps goes with --model; a profile has its own")
+        for name, value in (("steps", steps), ("scheduler", scheduler), ("dtype", dtype)):
+            if value is not None:
+                raise click.UsageError(f"--{name} goes with --model; a profile has its own")
         from dicache.profiler.storage import header
 
         return _profiled(*header(profile_file or newest()))
@@ -209,7 +217,7 @@ def _subject(profile_file: Path | None, model: str | None, steps: int | None, de
     from dicache.models.sampling import Sampling
     from dicache.profiler.profiling import survey_pipeline
 
-    pipeline = load(model, device=device)
+    pipeline = load(model, device=device, dtype=dtype, scheduler=scheduler)
     sampling = Sampling(steps=steps).usual_for(model).resolved(pipeline)
     return Subject(model, *survey_pipeline(pipeline, sampling), sampling, pipeline=pipeline)
 

@@ -34,6 +34,8 @@ PROMPTS = (
     "a desert road under a sky full of stars",
 )
 PROMPTS_FILE = "prompts.txt"
+UNCONDITIONAL = ""  # a condition that asks for nothing
+NULL_CLASS = 1000  # what DiTPipeline itself takes for it, whatever the number of classes
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def sample(
 
     Args:
         pipeline: A diffusers pipeline.
-        conditions: Prompts, or classes as numbers or names.
+        conditions: Prompts, or classes as numbers or names; an empty one asks for nothing.
         seeds: One for each condition.
         sampling: How to call it.
         output_type: `np` for images in [0, 1], shape (n, h, w, 3), or (n, frames, h, w, 3) of a video.
@@ -178,7 +180,9 @@ def sample(
         del arguments[name]
     arguments |= _switched_off(pipeline, parameters)
     if takes_classes(pipeline):
-        arguments["class_labels"] = [class_id(pipeline, condition) for condition in conditions]
+        arguments["class_labels"] = [
+            NULL_CLASS if condition == UNCONDITIONAL else class_id(pipeline, condition) for condition in conditions
+        ]
     else:
         arguments["prompt"] = list(conditions)
         if "true_cfg_scale" in arguments:

@@ -18,7 +18,7 @@ import dicache
 from dicache.anatomy import Anatomy, StepClock, survey
 from dicache.anatomy.clock import noise_levels, timesteps
 from dicache.anatomy.fingerprint import fingerprint
-from dicache.anatomy.inputs import Inputs, capture_inputs, latents_of
+from dicache.anatomy.inputs import capture_inputs
 from dicache.anatomy.unets import is_unet
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, default_conditions, sample
@@ -139,12 +139,11 @@ def profile_pipeline(
             f"a profile measures what a row of blocks adds to one stream, and {type(model).__name__} is a U-Net, whose "
             "stream changes its shape; take a method that needs no profile, such as `dicache calibrate deepcache`"
         )
-    inputs = capture_inputs(model, lambda: sample(pipeline, conditions[:1], [seed], sampling))
-    anatomy = survey(model, inputs)
+    anatomy = survey(model, capture_inputs(model, lambda: sample(pipeline, conditions[:1], [seed], sampling)))
     steps_kept = _steps_of_priors(priors, anatomy, len(pipeline.scheduler.timesteps))
     with Recorder(pipeline, model, anatomy, lags, steps_kept) as recorder:
         _first_step(pipeline, lambda: sample(pipeline, conditions[:1], [seed], sampling))
-        provenance = _provenance(pipeline, name, anatomy, inputs, sampling, recorder, priors)
+        provenance = _provenance(pipeline, name, anatomy, sampling, recorder, priors)
         if before is not None:
             _check_resumable(output, before, provenance, done, planned)
         need = _need(recorder, provenance, steps_kept, len(planned))
@@ -177,8 +176,23 @@ def survey_pipeline(pipeline: Any, sampling: Sampling) -> tuple[Anatomy, Target,
     sampling = sampling.resolved(pipeline)
     model = denoiser(pipeline)
     condition = default_conditions(pipeline, 1)
+    # The pipeline itself sets the timesteps on the way: some hand their own sigmas or a shift to the scheduler.
     anatomy = survey(model, capture_inputs(model, lambda: sample(pipeline, condition, [0], sampling)))
     return anatomy, Target(num_inference_steps=sampling.steps), len(pipeline.scheduler.timesteps)
+
+
+def target_of(pipeline: Any, anatomy: Anatomy, sampling: Sampling) -> Target:
+    """Return all that a schedule can be bound to, of a pipeline whose sampling has begun at least once."""
+    model, scheduler = denoiser(pipeline), pipeline.scheduler
+    return Target(
+        weights=fingerprint(model),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        latents=anatomy.latents,
+        scheduler=type(scheduler).__name__,
+        num_inference_steps=sampling.steps,
+        timesteps=timesteps(scheduler),
+        noise_levels=noise_levels(scheduler),
+    )
 
 
 def _steps_of_priors(priors: bool | Schedule, anatomy: Anatomy, steps: int) -> dict[str, tuple[int, ...]]:
@@ -258,29 +272,18 @@ def _provenance(
     pipeline: Any,
     name: str,
     anatomy: Anatomy,
-    inputs: Inputs,
     sampling: Sampling,
     recorder: Recorder,
     priors: bool | Schedule,
 ) -> Provenance:
     import diffusers
 
-    model, scheduler = denoiser(pipeline), pipeline.scheduler
-    latents = latents_of(inputs.args, inputs.kwargs)
-    configured = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
-    device = next(model.parameters()).device
+    configured = {k: v for k, v in dict(pipeline.scheduler.config).items() if not k.startswith("_")}
+    device = next(denoiser(pipeline).parameters()).device
     return Provenance(
         model=name,
         anatomy=anatomy,
-        target=Target(
-            weights=fingerprint(model),
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-            latents=tuple(latents.shape[1:]),
-            scheduler=type(scheduler).__name__,
-            num_inference_steps=sampling.steps,
-            timesteps=timesteps(scheduler),
-            noise_levels=noise_levels(scheduler),
-        ),
+        target=target_of(pipeline, anatomy, sampling),
         settings={
             "pipeline": type(pipeline).__name__,
             "guidance": sampling.guidance,

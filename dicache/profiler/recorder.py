@@ -12,11 +12,12 @@ from dicache.anatomy import Anatomy, StepClock
 from dicache.anatomy.inputs import latents_of
 from dicache.anatomy.overrides import Overrides
 from dicache.profiler.guided import GuidedSteps
-from dicache.profiler.passes import Pass, Tensorlist
+from dicache.profiler.passes import Pass
 from dicache.profiler.profiles import Provenance, Run
 from dicache.profiler.storage import RunRecord
 from dicache.runtime.generation import Call, Generation
 from dicache.runtime.naming import PassNames
+from dicache.runtime.nested import tensors_of
 from dicache.runtime.streams import Streams
 
 Forward = Callable[..., Any]
@@ -167,7 +168,7 @@ class Recorder:
             record.begin(generation.step, len(latents_of(args, kwargs)))
             try:
                 out = forward(*args, **kwargs)
-                record.end(_tensors(out))
+                record.end(list(tensors_of(out)))
             finally:
                 self._running = None
             return out
@@ -204,18 +205,10 @@ class Recorder:
             if record is None:
                 return forward(*args, **kwargs)
             out = forward(*args, **kwargs)
-            tensors = [out] if isinstance(out, Tensor) else _tensors(out)
+            tensors = list(tensors_of(out))
             record.site(place, tensors)
             if wanted and record.step in wanted:
                 record.keep(place, tensors)
             return out
 
         return run
-
-
-def _tensors(value: Any) -> Tensorlist:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):  # diffusers' outputs are dictionaries
-        return [tensor for part in value.values() for tensor in _tensors(part)]
-    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, (tuple, list)) else []

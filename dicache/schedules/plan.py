@@ -32,7 +32,8 @@ class Rule:
         action: `reuse` gives a branch's kept output again; `skip` replaces whole blocks by their kept delta.
         steps: A letter a step: `C` where the rule leaves things as they are, `.` where it acts.
         blocks: `7-27` with both ends included, `7`, or `*` for the body.
-        branch: Which branches a `reuse` is for: a kind (`mlp` covers `mlp.context`), one site's branch, or `*`.
+        branch: Which branches a `reuse` is for: a kind (`mlp` covers `mlp.context`), one site's branch, or `*`. A dot
+            at the end leaves out those with a name: `mlp.` does not cover `mlp.context`.
         context: The guidance pass that the rule is for, or `*`.
         predictor: What stands in for the output: `hold`, the last one computed, or the last delta; `taylor`, what the
             last `order + 1` of them foretell, by finite differences (TaylorSeer, arXiv 2503.06923); `feature`, of a
@@ -76,7 +77,7 @@ class Rule:
                 raise PlanError(str(error)) from None
 
     def covers(self, branch: str) -> bool:
-        return self.branch in (ALL, branch, branch.split(".")[0])
+        return self.branch in (ALL, branch, branch.split(".")[0]) or self.branch == f"{branch}."
 
     def block_range(self, anatomy: Anatomy) -> tuple[int, int]:
         """Return the rule's blocks as a half-open range.

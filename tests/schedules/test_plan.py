@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from dicache.anatomy import Anatomy, Block, Site
 from dicache.schedules import Plan, PlanError, Rule
 from tests.toys import written
 
@@ -52,6 +53,19 @@ def test_rules_are_applied_together_each_to_its_blocks_and_branch() -> None:
     plan = Plan(4, (Rule("reuse", "C.C.", branch="mlp"), Rule("reuse", "CC..", blocks="1", branch="attn")))
     assert plan.table(TWO) == {"0.attn": "CCCC", "0.mlp": "CRCR", "1.attn": "CCRR", "1.mlp": "CRCR"}
     assert plan.computed_steps == (0,)
+
+
+def test_a_dot_leaves_out_the_branches_that_have_a_name() -> None:
+    sites = tuple(Site(branch, branch.replace(".", "_")) for branch in ("attn", "mlp", "mlp.context"))
+    anatomy = Anatomy("Toy", (Block(0, "blocks", 0, "DualBlock", "hidden_states", sites),), ((0, 1),))
+
+    def reused(branch: str) -> list[str]:
+        table = Plan(2, (Rule("reuse", "C.", branch=branch),)).table(anatomy)
+        return [key for key, row in table.items() if row == "CR"]
+
+    assert reused("mlp") == ["0.mlp", "0.mlp.context"]
+    assert reused("mlp.") == ["0.mlp"]
+    assert reused("mlp.context") == ["0.mlp.context"]
 
 
 def test_a_skipped_block_runs_none_of_its_sites_whatever_else_is_said_and_in_whatever_order() -> None:
