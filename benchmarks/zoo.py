@@ -83,6 +83,7 @@ def of_captions(model: str, sampling: Sampling, samples: int, seed: int, grid: P
         right = {**vars(verdict), "everything": verdict.everything}
         told = spread(judged, made, real) if chosen.all() else [""] * len(FEATURES)
         rows.append([name, str(chosen.sum()), *(f"{values[chosen].mean():.3f}" for values in right.values()), *told])
+    rows.append(["held-out real ones", str(REAL), *[""] * len(right), *spread(judged, real, real)])
     draw(made, 12, grid)
     return table([f"{sampling.steps} steps, guidance {sampling.guidance:g}", "n", *right, *FEATURES], rows)
 

@@ -99,7 +99,10 @@ HUB = {
 }
 
 # What is usual for bundled models, where their pipelines' defaults are those of published ones.
-BUNDLED = {"flow": Usual(str(zoo.folder("flow")), steps=20, guidance=2.0)}
+BUNDLED = {
+    "clips": Usual(str(zoo.folder("clips")), steps=20, guidance=1.5, dtype="float32"),
+    "flow": Usual(str(zoo.folder("flow")), steps=20, guidance=2.0),
+}
 
 
 class ModelError(ValueError):

@@ -19,7 +19,6 @@ from dicache.models.zoo.clip_judge import Judge, load_judge
 from dicache.models.zoo.words import t5_tokenizer
 
 FOLDER = zoo.folder("clips")
-bundled = pytest.mark.skipif("clips" not in zoo.NAMES, reason="the weights of clips are not bundled")
 CAPTION = "a red circle moving right fast on a black background"
 
 
@@ -103,13 +102,11 @@ def test_every_word_of_the_grammar_is_one_token() -> None:
         assert tokenizer.unk_token_id not in ids
 
 
-@bundled
 def test_the_judge_reads_held_out_clips(judge: Judge) -> None:
     frames, captions = real(400)
     assert min(judge.judge(frames, captions).shares().values()) >= 0.99
 
 
-@bundled
 def test_the_judge_refuses_what_was_not_asked_for(judge: Judge) -> None:
     frames, captions = real(400)
     asked = [clip_data.parse(caption) for caption in captions]
@@ -124,7 +121,6 @@ def test_the_judge_refuses_what_was_not_asked_for(judge: Judge) -> None:
     assert judge.frechet(noise) > 10 * judge.frechet(frames)
 
 
-@bundled
 def test_the_unmodified_pipeline_loads_and_samples_the_folder_without_a_network() -> None:
     code = f"""
 from diffusers import LattePipeline
@@ -138,7 +134,6 @@ assert len(out.frames[0]) == 8 and out.frames[0][0].size == (32, 32), out.frames
     subprocess.run([sys.executable, "-c", code], env={**os.environ, **closed}, check=True, capture_output=True)
 
 
-@bundled
 def test_the_model_is_as_large_and_as_small_as_promised() -> None:
     config = json.loads((FOLDER / "transformer" / "config.json").read_text())
     assert config["_class_name"] == "LatteTransformer3DModel"
@@ -147,7 +142,6 @@ def test_the_model_is_as_large_and_as_small_as_promised() -> None:
     assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 6.5e6
 
 
-@bundled
 def test_the_autoencoder_keeps_held_out_frames() -> None:
     pipeline = load("clips")
     frames, _ = real(40)
@@ -161,14 +155,12 @@ def test_the_autoencoder_keeps_held_out_frames() -> None:
     assert pipeline.vae.config.scaling_factor == 1.0
 
 
-@bundled
 def test_the_default_conditions_are_captions_that_training_never_saw() -> None:
     conditions = default_conditions(load("clips"), 40)
     assert len(set(conditions)) == 40
     assert all(clip_data.parse(condition).held_out for condition in conditions)
 
 
-@bundled
 def test_clips_show_and_move_what_their_captions_ask_for() -> None:
     pipeline = load("clips")
     conditions = default_conditions(pipeline, 60)
@@ -179,7 +171,6 @@ def test_clips_show_and_move_what_their_captions_ask_for() -> None:
     assert judges_of("clips", pipeline, conditions)["accuracy"](frames) == verdict["everything"]
 
 
-@bundled
 def test_a_clip_does_not_depend_on_its_batch() -> None:
     pipeline = load("clips")
     sampling = Sampling(steps=4)
@@ -218,7 +209,6 @@ def test_zeros_among_the_tokens_change_nothing() -> None:
     assert change() < 1e-4
 
 
-@bundled
 def test_a_model_folder_comes_with_its_card() -> None:
     card = (FOLDER / "README.md").read_text()
     for word in ("held-out", "minutes", "What it is not", "video_length=8"):
