@@ -19,7 +19,7 @@ from dicache.calibrate import CalibrationError
 from dicache.calibrate.l2c import LearningToCache, Router, load_checkpoint, read_router
 from dicache.calibrate.methods import METHODS
 from dicache.schedules import Schedule, Target
-from tests.tiny import Build, anatomy_of, every_model, sample
+from tests.tiny import Build, anatomy_of, every_transformer, sample
 from tests.toys import written
 
 STEPS = 20
@@ -82,7 +82,7 @@ def test_a_site_is_computed_where_beta_exceeds_the_threshold() -> None:
     assert set(letters(1.0)) == {"CRCR"}
 
 
-@every_model
+@every_transformer
 def test_any_mask_can_be_written_and_is_what_is_replayed(build: Build) -> None:
     anatomy = anatomy_of(build)
     draw = np.random.default_rng(0)
@@ -206,7 +206,7 @@ def test_a_router_of_another_model_or_step_count_is_refused(tmp_path: Path) -> N
         schedule_of(ours, anatomy=written(2), target=Target(weights="fa7a"))
 
 
-@every_model
+@every_transformer
 def test_the_published_layout_is_only_taken_where_blocks_are_an_attention_and_an_mlp(build: Build) -> None:
     anatomy = anatomy_of(build)
     router = Router(np.zeros((2, len(anatomy.sites))), None, Target(), {})

@@ -26,7 +26,7 @@ from dicache.schedules import Plan, Rule, Schedule, Target
 from tests.calibrate.test_l2c import published
 from tests.counting import attributes
 from tests.models.folders import SIZE, folder
-from tests.tiny import Build, anatomy_of, every_model, generate, pipeline_of
+from tests.tiny import Build, anatomy_of, every_transformer, generate, pipeline_of
 
 STEPS = 4
 
@@ -62,7 +62,7 @@ def followed(pipe: Any, anatomy: Anatomy, betas: Tensor) -> tuple[list[float], l
     return [error for _, error, _ in found], [gradient for _, _, gradient in found]
 
 
-@every_model
+@every_transformer
 def test_with_beta_1_the_mixed_output_is_the_full_one(build: Build) -> None:
     pipe = pipeline_of(build)
     anatomy = anatomy_of(build)
@@ -70,7 +70,7 @@ def test_with_beta_1_the_mixed_output_is_the_full_one(build: Build) -> None:
     assert errors == [0.0, 0.0]
 
 
-@every_model
+@every_transformer
 def test_with_beta_0_the_mixed_output_is_what_the_runtime_gives_when_all_is_reused(build: Build) -> None:
     pipe = pipeline_of(build)
     model = pipe.transformer
@@ -90,7 +90,7 @@ def test_with_beta_0_the_mixed_output_is_what_the_runtime_gives_when_all_is_reus
     assert errors == want[1::2]
 
 
-@every_model
+@every_transformer
 def test_some_sites_held_and_others_computed_are_what_the_runtime_gives(build: Build) -> None:
     pipe = pipeline_of(build)
     model = pipe.transformer
@@ -108,7 +108,7 @@ def test_some_sites_held_and_others_computed_are_what_the_runtime_gives(build: B
                 assert errors[step // 2] == pytest.approx((reused - full).square().mean().item(), rel=1e-5)
 
 
-@every_model
+@every_transformer
 def test_the_gradient_is_that_of_the_error(build: Build) -> None:
     pipe = pipeline_of(build)
     anatomy = anatomy_of(build)
@@ -123,7 +123,7 @@ def test_the_gradient_is_that_of_the_error(build: Build) -> None:
             assert (one - two) / 0.04 == pytest.approx(gradient[place].item(), rel=0.02, abs=0.003 * scale)
 
 
-@every_model
+@every_transformer
 def test_the_sampling_goes_on_as_if_nobody_followed_it(build: Build) -> None:
     pipe = pipeline_of(build)
     anatomy = anatomy_of(build)
