@@ -2,7 +2,7 @@
 
 Judges uncached samples. Of `digits`, the share that shows the digit that was asked for, and how much the digits of one
 class differ beside real ones; of `scenes` and `flow`, the share that shows each attribute of captions with held-out
-combinations. Writes the numbers, and a grid to look at.
+combinations. Writes the numbers, and a grid to look at: of the latter two where `--grid` says.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from dicache.models.zoo.scene_judge import load_judge as load_judge_of_scenes
 BATCH = 50
 
 
-def scenes(model: str, samples: int, steps: int, seed: int, grid: Path) -> str:
+def scenes(model: str, samples: int, steps: int, seed: int, grid: Path | None) -> str:
     """Return the shares of held-out captions that are shown, attribute by attribute, as a table; save the first 48."""
     pipeline, judge = load(model), load_judge_of_scenes(zoo.folder("scenes"))
     captions = default_conditions(pipeline, samples)
@@ -42,8 +42,8 @@ def scenes(model: str, samples: int, steps: int, seed: int, grid: Path) -> str:
     for name, chosen in (("all", two | ~two), ("two objects", two), ("one object", ~two)):
         right = {**vars(verdict), "everything": verdict.everything}
         rows.append([name, str(int(chosen.sum())), *(f"{values[chosen].mean():.3f}" for values in right.values())])
-    lines = [np.concatenate(list(made[row : row + 12]), axis=1) for row in range(0, min(48, samples) // 12 * 12, 12)]
-    if lines:
+    if grid is not None:
+        lines = [np.concatenate(list(made[row : row + 12]), axis=1) for row in range(0, 48, 12)]
         save_png(np.concatenate(lines).repeat(3, axis=0).repeat(3, axis=1), grid)
     return table([f"{steps} steps, guidance {sampling.guidance:g}", "n", *right], rows)
 
@@ -55,12 +55,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="[default: 50 of digits, 20 of the others]")
     parser.add_argument("--seed", type=int, default=5000)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--grid", type=Path, help="Where to draw the first 48 pictures of scenes or flow.")
     options = parser.parse_args()
     usual = (500, 50) if options.model == "digits" else (300, 20)
     options.samples, options.steps = options.samples or usual[0], options.steps or usual[1]
     if options.model != "digits":
-        grid = options.output / f"{options.model}-grid.png"
-        text = scenes(options.model, options.samples, options.steps, options.seed, grid)
+        text = scenes(options.model, options.samples, options.steps, options.seed, options.grid)
         print(text)  # noqa: T201
         (options.output / f"zoo-{options.model}.txt").write_text(text + "\n")
         return
