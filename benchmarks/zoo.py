@@ -54,8 +54,9 @@ def of_digits(_: str, sampling: Sampling, samples: int, seed: int, grid: Path) -
     for name, made in {**sets, "held-out real digits": real}.items():
         shown: np.ndarray = labels if name in sets else held_out.labels.numpy()
         cells = (judged.accuracy(made, shown), judge.variety(made.mean(axis=3), shown) / judged.variety)
-        rows.append([name, str(len(made)), *(f"{value:.3f}" for value in cells), *spread(judged, made, real)])
-    draw(sets["guidance 1.5"], 10, grid)
+        told = spread(judged, made, real) if name in sets else [f"{judged.frechet(real):.2f}", "", ""]
+        rows.append([name, str(len(made)), *(f"{value:.3f}" for value in cells), *told])
+    draw(sets["guidance 1.5"], 10, grid, rows=10)
     return table([f"{sampling.steps} steps", "n", "accuracy", "variety", *FEATURES], rows)
 
 
@@ -83,7 +84,7 @@ def of_captions(model: str, sampling: Sampling, samples: int, seed: int, grid: P
         right = {**vars(verdict), "everything": verdict.everything}
         told = spread(judged, made, real) if chosen.all() else [""] * len(FEATURES)
         rows.append([name, str(chosen.sum()), *(f"{values[chosen].mean():.3f}" for values in right.values()), *told])
-    rows.append(["held-out real ones", str(REAL), *[""] * len(right), *spread(judged, real, real)])
+    rows.append(["held-out real ones", str(REAL), *[""] * len(right), f"{judged.frechet(real):.2f}", "", ""])
     draw(made, 12, grid)
     return table([f"{sampling.steps} steps, guidance {sampling.guidance:g}", "n", *right, *FEATURES], rows)
 

@@ -51,8 +51,8 @@ def train(name: str, output: Path | None, work: Path | None, seed: int, device: 
     from dicache.models import zoo as bundled
     from dicache.models.names import ModelError
 
-    if name not in bundled.RECIPES:
-        raise ModelError(f"unknown model {name!r}; known are {', '.join(bundled.RECIPES)}")
+    if name not in bundled.NAMES:
+        raise ModelError(f"unknown model {name!r}; known are {', '.join(bundled.NAMES)}")
     import logging
     from importlib import import_module
 

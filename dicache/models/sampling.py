@@ -90,9 +90,12 @@ class Sampling:
             frames = self.frames or pipeline.transformer.config.video_length
             return replace(known, height=self.height or size, width=self.width or size, frames=frames)
         if type(pipeline).__name__ == "FluxPipeline":
-            size, longest = pipeline.vae.config.sample_size, pipeline.tokenizer_2.model_max_length
-            tokens = self.text_tokens or min(default("max_sequence_length"), longest)
-            return replace(known, height=self.height or size, width=self.width or size, text_tokens=tokens)
+            if pipeline.vae is not None:
+                size = pipeline.vae.config.sample_size
+                known = replace(known, height=self.height or size, width=self.width or size)
+            if pipeline.tokenizer_2 is not None:
+                longest = min(default("max_sequence_length"), pipeline.tokenizer_2.model_max_length)
+                known = replace(known, text_tokens=self.text_tokens or longest)
         return known
 
 

@@ -98,7 +98,6 @@ def test_bad_input_is_one_line_with_what_to_do() -> None:
     assert "did you mean digits?" in refused("cost", "--model", "digit")
     assert "not in the package; needed one of dit" in refused("cost", "--model", "flux")
     assert "multiples of 8, found 100" in refused("cost", "--model", "dit", "--height", 100)
-    assert "no row of transformer blocks" in refused("cost", "--model", "sd15", "--method", "fora", "--interval", 2)
     assert "below the 20 steps, found 30" in refused(
         "cost", "--model", "digits", "--steps", 20, "--method", "fora", "--interval", 30
     )

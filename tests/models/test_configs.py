@@ -10,7 +10,7 @@ from tests.models.folders import folder
 
 
 def test_the_configurations_in_the_package_agree_with_what_is_known_of_the_models() -> None:
-    assert set(NAMES) == {"dit", "dit-512", "pixart", "pixart-lcm", "sd15", "sd3"}
+    assert set(NAMES) == {"dit", "dit-512", "pixart", "pixart-lcm", "sd15", "sd3", "sdxl"}
     for name in set(NAMES) & set(HUB):
         usual = read_config(name).usual
         assert (usual["steps"], usual["guidance"]) == (HUB[name].steps, HUB[name].guidance)

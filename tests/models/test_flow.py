@@ -21,7 +21,6 @@ from dicache.models.zoo.scene_text import Reader
 from dicache.models.zoo.words import tokenised
 
 FOLDER = zoo.folder("flow")
-bundled = pytest.mark.skipif("flow" not in zoo.NAMES, reason="the weights of flow are not bundled")
 CAPTION = "a small red circle above a large blue square on a striped background"
 
 
@@ -95,7 +94,6 @@ def test_the_survey_finds_the_double_and_the_single_blocks() -> None:
     assert kinds == ["FluxTransformerBlock"] * 4 + ["FluxSingleTransformerBlock"] * 6
 
 
-@bundled
 def test_the_unmodified_pipeline_loads_and_samples_the_folder_without_a_network() -> None:
     code = f"""
 from diffusers import FluxPipeline
@@ -110,7 +108,6 @@ assert out.images.shape == (1, 32, 32, 3), out.images.shape
     subprocess.run([sys.executable, "-c", code], env={**os.environ, **closed}, check=True, capture_output=True)
 
 
-@bundled
 def test_the_model_is_as_large_and_as_small_as_promised() -> None:
     config = json.loads((FOLDER / "transformer" / "config.json").read_text())
     assert config["num_layers"] >= 4
@@ -118,7 +115,6 @@ def test_the_model_is_as_large_and_as_small_as_promised() -> None:
     assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 6.5e6
 
 
-@bundled
 def test_pictures_show_what_their_captions_ask_for() -> None:
     pipeline = load("flow")
     conditions = default_conditions(pipeline, 60)
@@ -131,7 +127,6 @@ def test_pictures_show_what_their_captions_ask_for() -> None:
     assert min(verdict.values()) >= 0.85
 
 
-@bundled
 def test_a_picture_does_not_depend_on_its_batch() -> None:
     pipeline = load("flow")
     sampling = Sampling(steps=4, guidance=2.0)
@@ -139,7 +134,6 @@ def test_a_picture_does_not_depend_on_its_batch() -> None:
     assert np.allclose(together[1:], sample(pipeline, [CAPTION], [6], sampling), atol=1e-3)
 
 
-@bundled
 def test_guidance_of_the_bundled_model_is_a_second_pass() -> None:
     pipeline = load("flow")
     assert guidance_argument(pipeline) == "true_cfg_scale"
@@ -149,7 +143,6 @@ def test_guidance_of_the_bundled_model_is_a_second_pass() -> None:
     assert usual.guidance > 1
 
 
-@bundled
 def test_a_model_folder_comes_with_its_card() -> None:
     card = (FOLDER / "README.md").read_text()
     for word in ("held-out", "minutes", "What it is not", "true_cfg_scale"):
@@ -157,5 +150,5 @@ def test_a_model_folder_comes_with_its_card() -> None:
 
 
 def test_the_recipe_is_in_the_package() -> None:
-    assert "flow" in zoo.RECIPES
+    assert "flow" in zoo.NAMES
     assert {"seed", "work", "steps"} <= set(inspect.signature(flow.train).parameters)

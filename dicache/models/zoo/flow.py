@@ -90,7 +90,7 @@ def initialise(transformer: FluxTransformer2DModel) -> None:
 def train(folder: Path, work: Path, *, seed: int = 0, device: str = "cpu", steps: int = STEPS) -> None:
     """Train the text encoders, the autoencoder and the transformer, and save one FluxPipeline folder.
 
-    About 70 minutes of one CPU core. Checkpoints in `work` let a killed training go on. The judge is that of `scenes`.
+    About 25 minutes of one CPU core. Checkpoints in `work` let a killed training go on. The judge is that of `scenes`.
 
     Args:
         folder: Where the pipeline is written.
