@@ -21,12 +21,15 @@ from dicache.calibrate.delta_dit import DeltaDit, ordered
 from dicache.calibrate.eoc import Eoc
 from dicache.calibrate.faster_diffusion import FasterDiffusion
 from dicache.calibrate.fora import Fora
+from dicache.calibrate.l2c import LearningToCache
+from dicache.calibrate.l2c_training import Training, train
 from dicache.calibrate.magcache import MagCache
 from dicache.calibrate.mask import Mask
 from dicache.calibrate.methods import PlanMethod, planned_schedule
 from dicache.calibrate.smoothcache import SmoothCache
 from dicache.calibrate.taylorseer import TaylorSeer
 from dicache.calibrate.teacache import TeaCache
+from dicache.calibrate.tgate import TGate
 from dicache.cli.command import table
 from dicache.cli.evaluate import results_table
 from dicache.evaluate.evaluation import evaluate
@@ -216,6 +219,28 @@ def eoc(bench: Bench, steps: int) -> str:
     return "\n\n".join(parts)
 
 
+def tgate(bench: Bench, steps: int) -> str:
+    """T-GATE's gates, with self-attention every third step before the gate and always, and without the collapse."""
+    gates = [round(steps * share) for share in (0.25, 0.4, 0.5, 0.6, 0.75)]
+    rows = [bench.planned(steps, f"gate {g}, sp 3", TGate(g, 3)) for g in gates]
+    rows += [bench.planned(steps, f"gate {g}, sp 1", TGate(g, 1)) for g in gates[1::2]]
+    rows += [bench.planned(steps, f"gate {g}, sp 3, guided", TGate(g, 3, after_gate="guided")) for g in gates[1::2]]
+    return results_table(bench.results(rows, bench.sampling(steps)))
+
+
+def l2c(bench: Bench, steps: int) -> str:
+    """Learning-to-Cache: routers learned at three penalties, beside FORA at the steps that they may hold."""
+    anatomy, target, count = bench.survey(steps)
+    conditions = list(dict.fromkeys(default_conditions(bench.pipeline, 1000)))
+    rows: Named = [bench.planned(steps, "fora 2, start", Fora(2, "start"))]
+    for penalty in (5e-6, 2e-5, 2e-4):
+        file = BUILD / f"{bench.model}-{steps}-{penalty:g}.router.pt"
+        training = Training(penalty=penalty, iterations=200, learning_rate=0.02, batch=4)
+        router = train(bench.pipeline, anatomy, target, count, conditions, bench.sampling(steps), training, file)
+        rows.append((f"penalty {penalty:g}", LearningToCache().schedule(router, anatomy, target, count, bench.model)))
+    return results_table(bench.results(rows, bench.sampling(steps)))
+
+
 EXPERIMENTS: dict[str, Callable[[Bench, int], str]] = {
     "methods": methods,
     "fora-steps": fora_steps,
@@ -224,7 +249,10 @@ EXPERIMENTS: dict[str, Callable[[Bench, int], str]] = {
     "delta": delta,
     "skipping": skipping,
     "eoc": eoc,
+    "tgate": tgate,
+    "l2c": l2c,
 }
+NEEDS_CROSS_ATTENTION = ("tgate",)
 
 
 def main() -> None:
@@ -235,7 +263,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7, help="of timing; 0 times nothing")
     options = parser.parse_args()
-    for name in EXPERIMENTS if options.experiment == "all" else (options.experiment,):
+    every = [name for name in EXPERIMENTS if options.model != "digits" or name not in NEEDS_CROSS_ATTENTION]
+    for name in every if options.experiment == "all" else (options.experiment,):
         bench = Bench(options.model, options.images, options.rounds if name == "methods" else 0)
         text = f"{name}: {options.model}, {options.images} images, {options.steps} steps but where stated\n\n"
         text += EXPERIMENTS[name](bench, options.steps)
