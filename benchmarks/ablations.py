@@ -26,6 +26,7 @@ from dicache.calibrate.l2c_training import Training, train
 from dicache.calibrate.magcache import MagCache
 from dicache.calibrate.mask import Mask
 from dicache.calibrate.methods import PlanMethod, planned_schedule
+from dicache.calibrate.pab import Pab
 from dicache.calibrate.smoothcache import SmoothCache
 from dicache.calibrate.taylorseer import TaylorSeer
 from dicache.calibrate.teacache import TeaCache
@@ -45,6 +46,8 @@ from dicache.schedules import Schedule, Target
 
 BUILD = Path(__file__).parents[1] / "build" / "ablations"
 RESULTS = Path(__file__).parent / "results"
+RANGES = ("shallow", "middle", "deep")
+TEMPORAL = "temporal_transformer_blocks"
 RUNS = 32  # of a profile; with priors, so many conditions are averaged
 GUIDANCE = {"digits": 4.0}  # other models: their pipelines' own
 Named = list[tuple[str, Schedule]]
@@ -101,10 +104,11 @@ def methods(bench: Bench, steps: int) -> str:
     profile = bench.profile(steps)
     rows: Named = [bench.planned(steps, f"fora {n}", Fora(n)) for n in (2, 3, 4)]
     fora = rows[0][1]
-    rows += [bench.planned(steps, f"delta-cache {r}", DeltaCache(blocks=r)) for r in ("shallow", "middle", "deep")]
-    settings, _ = ordered(DeltaDit(), profile)
-    rows += [bench.planned(steps, "delta-dit", DeltaDit()), bench.planned(steps, "delta-dit auto", settings)]
-    rows += [bench.planned(steps, "faster-diffusion", FasterDiffusion())]
+    if len(profile.anatomy.segments) == 1:
+        rows += [bench.planned(steps, f"delta-cache {r}", DeltaCache(blocks=r)) for r in RANGES]
+        settings, _ = ordered(DeltaDit(), profile)
+        rows += [bench.planned(steps, "delta-dit", DeltaDit()), bench.planned(steps, "delta-dit auto", settings)]
+        rows += [bench.planned(steps, "faster-diffusion", FasterDiffusion())]
     rows += [bench.planned(steps, f"taylorseer {k}", TaylorSeer(3, k)) for k in (0, 1, 2)]
     rows += [bench.planned(steps, "taylorseer body 1", TaylorSeer(3, 1, granularity="body"))]
     rows += [(f"smoothcache {a}", SmoothCache(a).calibrate(profile)) for a in (0.08, 0.18)]
@@ -112,6 +116,14 @@ def methods(bench: Bench, steps: int) -> str:
     rows += [(f"teacache {x}x", TeaCache(target_speedup=x).calibrate(profile)) for x in (1.5, 2.0)]
     prior = partial(storage.load_prior, bench.profile_file(steps))
     rows += [("eoc on fora 2", Eoc().calibrate(profile, fora, prior))]
+    if "cross_attn" in profile.branches:
+        times = profile.provenance.target.timesteps
+        ranges = {"attn": 2, "cross_attn": 6}
+        if any(block.path == TEMPORAL for block in profile.anatomy.blocks):
+            ranges[f"{TEMPORAL}.attn"] = 4
+        plan = Pab(ranges).plan(profile.anatomy, profile.steps, times)
+        rows += [("pab", Schedule("pab", {}, profile.anatomy, profile.provenance.target, profile.steps, plan))]
+        rows += [bench.planned(steps, "tgate", TGate(round(0.6 * steps), 3))]
     return results_table(bench.results(rows, bench.sampling(steps)))
 
 
@@ -152,7 +164,7 @@ def delta(bench: Bench, steps: int) -> str:
     """Delta-DiT's figures 5, 6 and 7, table 5 and appendix H: which blocks, which boundary, how many."""
     count = len(bench.survey(steps)[0].blocks)
     quarters = [f"{i * count // 4}-{(i + 1) * count // 4 - 1}" for i in range(4)]
-    ranges = ("shallow", "middle", "deep", *quarters)
+    ranges = (*RANGES, *quarters)
     rows = [bench.planned(steps, f"delta-cache {r}", DeltaCache(blocks=r)) for r in ranges]
     for order in ("aligned", "reversed"):
         boundaries = [round(steps * share / 5) for share in range(6)]
@@ -161,7 +173,7 @@ def delta(bench: Bench, steps: int) -> str:
     rows += [bench.planned(steps, f"aligned N_c={n}", DeltaDit(blocks=n)) for n in many]
     results = bench.results(rows, bench.sampling(steps))
     kept = {result.name: result.images for result in results}
-    chosen = ("uncached", *(f"delta-cache {r}" for r in ("shallow", "middle", "deep")))
+    chosen = ("uncached", *(f"delta-cache {r}" for r in RANGES))
     save(spectra([(name, kept[name]) for name in chosen]), RESULTS / f"spectrum-{bench.model}.png")
     return results_table(results)
 
