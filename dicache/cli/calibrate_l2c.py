@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dicache.cli.calibrate import _subject, _write, output_option, profile_option
+from dicache.cli.calibrating import output_option, profile_option, subject_of, write_schedule
 from dicache.cli.command import Command, json_option
 from dicache.cli.searching import Subject, given_options
 
@@ -83,7 +83,7 @@ def l2c(
     read = None if router is None else read_router(router)
     if read is not None and model is not None and steps is None:
         steps = read.steps
-    subject = _subject(profile_file, model, steps, device, scheduler, dtype)
+    subject = subject_of(profile_file, model, steps, device, scheduler, dtype)
     target = _target(subject)
     known = _trained(subject, target, options, prompts, device, file) if read is None else read
     schedule = settings.schedule(known, subject.anatomy, target, subject.steps, subject.model)
@@ -91,7 +91,7 @@ def l2c(
     told = f"Holds {found['held']} of {schedule.steps * len(subject.anatomy.sites)} outputs, {found['held_share']:.1%}"
     if read is None:
         told += f", by the router in {file}"
-    _write(schedule, told, subject.model, output, as_json)
+    write_schedule(schedule, told, subject.model, output, as_json)
 
 
 def _target(subject: Subject) -> "Target":

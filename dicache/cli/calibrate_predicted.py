@@ -6,8 +6,14 @@ from typing import Any
 
 import click
 
-from dicache.cli.calibrate import _subject, _write, output_option, profile_option
-from dicache.cli.calibrate_ranges import _of, subject_options
+from dicache.cli.calibrating import (
+    output_option,
+    planned_subject,
+    profile_option,
+    subject_of,
+    subject_options,
+    write_schedule,
+)
 from dicache.cli.command import Command, json_option
 from dicache.cli.profiles import newest
 
@@ -50,9 +56,9 @@ def taylorseer(
     from dicache.calibrate.taylorseer import TaylorSeer
 
     settings = TaylorSeer(interval, order, warm_up, granularity, anchor)
-    subject = _subject(profile_file, model, steps)
+    subject = planned_subject(profile_file, model, steps)
     schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
-    _write(schedule, "", subject.model, output, as_json)
+    write_schedule(schedule, "", subject.model, output, as_json)
 
 
 @click.command("faster-diffusion", cls=Command)
@@ -75,9 +81,9 @@ def faster_diffusion(
     from dicache.calibrate.methods import planned_schedule
 
     settings = FasterDiffusion(interval, blocks)
-    subject = _subject(profile_file, model, steps)
+    subject = planned_subject(profile_file, model, steps)
     schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
-    _write(schedule, "", subject.model, output, as_json)
+    write_schedule(schedule, "", subject.model, output, as_json)
 
 
 @click.command(cls=Command)
@@ -95,7 +101,7 @@ def smoothcache(alpha: float, profile_file: Path | None, output: Path | None, as
 
     settings = SmoothCache(alpha)
     profile = load(profile_file or newest())
-    _write(settings.calibrate(profile), "", profile.provenance.model, output, as_json)
+    write_schedule(settings.calibrate(profile), "", profile.provenance.model, output, as_json)
 
 
 @click.command(cls=Command)
@@ -125,7 +131,7 @@ def magcache(
         raise click.UsageError(f"--never-skip takes steps such as 11 or 11,20, found {never_skip!r}") from None
     settings = MagCache(threshold, max_skip, retention, steps)
     profile = load(profile_file or newest())
-    _write(settings.calibrate(profile), "", profile.provenance.model, output, as_json)
+    write_schedule(settings.calibrate(profile), "", profile.provenance.model, output, as_json)
 
 
 @click.command(cls=Command)
@@ -165,11 +171,11 @@ def pab(
     except ValueError:
         raise click.UsageError(f"--window takes two timesteps such as 100-800, found {window!r}") from None
     settings = Pab(lengths, bounds)
-    subject = _subject(profile_file, model, steps)
+    subject = subject_of(profile_file, model, steps)
     times = subject.target.timesteps or timesteps(subject.pipeline.scheduler)
     plan = settings.plan(subject.anatomy, subject.steps, times)
     schedule = Schedule("pab", asdict(settings), subject.anatomy, subject.target, subject.steps, plan)
-    _write(schedule, "", subject.model, output, as_json)
+    write_schedule(schedule, "", subject.model, output, as_json)
 
 
 @click.command(cls=Command)
@@ -210,10 +216,10 @@ def tgate(
     from dicache.calibrate.tgate import TGate
 
     settings = TGate(gate, sp_interval, fi_interval, warm_up, after_gate)
-    subject = _of(profile_file, model, steps)
+    subject = planned_subject(profile_file, model, steps)
     schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
     guidance = subject.sampling.guidance
-    _write(schedule, "", subject.model, output, as_json, guided=guidance is None or guidance > 1)
+    write_schedule(schedule, "", subject.model, output, as_json, guided=guidance is None or guidance > 1)
 
 
 @click.command(cls=Command)
@@ -265,4 +271,4 @@ def eoc(
         f"Corrects {found['corrected']} of the {found['held']} outputs that {base} holds, "
         f"with {found['correction_bytes'] / 1e6:.3g} MB of trends"
     )
-    _write(schedule, told, profile.provenance.model, output, as_json)
+    write_schedule(schedule, told, profile.provenance.model, output, as_json)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dicache.cli.calibrate import _subject, _write, output_option, profile_option
+from dicache.cli.calibrating import output_option, planned_subject, subject_of, subject_options, write_schedule
 from dicache.cli.command import Command, json_option
 from dicache.cli.cost import in_words
 from dicache.cli.searching import Searching, Subject, given_options, search_for, search_options
@@ -40,13 +40,6 @@ class Macs(click.ParamType[Budget]):
         if match is None or number == 0 or (not match[2] and number > 1):
             self.fail(f"{value!r} is neither a share such as 0.55 nor a number of MACs such as 53.53T", param, ctx)
         return Budget(number * {"": 1, "M": 1e6, "G": 1e9, "T": 1e12}[match[2].upper()], bool(match[2]))
-
-
-def subject_options(function: F) -> F:
-    """Add what says for which model and sampler a plan is."""
-    model = click.option("--model", help="Instead of a profile: the method needs no measurement.")
-    steps = click.option("--steps", type=click.IntRange(1), help="With --model: inference steps.")
-    return profile_option(model(steps(function)))
 
 
 @click.command(cls=Command)
@@ -86,9 +79,9 @@ def mask(
                 raise click.UsageError(f"--steps-computed is given more than once for {kind.replace('*', 'all')}")
             computed[kind] = listed
     settings = Mask(computed)
-    subject = _of(profile_file, model, steps)
+    subject = planned_subject(profile_file, model, steps)
     schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
-    _write(schedule, "", subject.model, output, as_json)
+    write_schedule(schedule, "", subject.model, output, as_json)
 
 
 @click.command("delta-cache", cls=Command)
@@ -120,9 +113,9 @@ def delta_cache(
     from dicache.calibrate.methods import planned_schedule
 
     settings = DeltaCache(interval, blocks, start, branch)
-    subject = _of(profile_file, model, steps)
+    subject = planned_subject(profile_file, model, steps)
     schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
-    _write(schedule, "", subject.model, output, as_json)
+    write_schedule(schedule, "", subject.model, output, as_json)
 
 
 @click.command("delta-dit", cls=Command)
@@ -176,7 +169,9 @@ def delta_dit(
         raise click.UsageError("give either --blocks or one of --target-speedup and --max-macs, which choose them")
     settings = DeltaDit(2 if interval is None else interval, blocks, boundary, order or "aligned")
     subject = (
-        _of(profile_file, model, steps) if not search.wanted else _subject(profile_file, model, steps, search.device)
+        planned_subject(profile_file, model, steps)
+        if not search.wanted
+        else subject_of(profile_file, model, steps, search.device)
     )
     share = None if budget is None else _share_of(budget, subject)
     goal = search.goal(share) if search.wanted else None
@@ -194,26 +189,7 @@ def delta_dit(
         schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
         schedule = replace(schedule, measured={**schedule.measured, "order": errors} if errors else {})
         told = _told(settings, schedule.anatomy, errors)
-    _write(schedule, told, subject.model, output, as_json)
-
-
-def _of(profile_file: Path | None, model: str | None, steps: int | None) -> Subject:
-    """Return what a plan is for; where a configuration is in the package, without the weights of the model."""
-    from dicache.evaluate.counting import PassCost, Size
-    from dicache.models.configs import NAMES, read_config
-    from dicache.models.names import HUB
-    from dicache.models.sampling import Sampling
-    from dicache.schedules import Target
-
-    if model not in NAMES or profile_file is not None:
-        return _subject(profile_file, model, steps)
-    source = read_config(model)
-    usual = source.usual
-    steps = steps or usual["steps"]
-    sampling = Sampling(steps, usual["guidance"], usual["height"], usual["width"], text_tokens=usual["text_tokens"])
-    size = Size(usual["height"], usual["width"], usual["text_tokens"])
-    evaluations = steps + (HUB[model].extra_steps if model in HUB else 0)
-    return Subject(model, PassCost(source, size).anatomy(), Target(num_inference_steps=steps), evaluations, sampling)
+    write_schedule(schedule, told, subject.model, output, as_json)
 
 
 def _share_of(budget: Budget, subject: Subject) -> float:

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import click
 
-from dicache.cli.calibrate import _write, output_option
-from dicache.cli.calibrate_ranges import _of, subject_options
+from dicache.cli.calibrating import output_option, planned_subject, subject_options, write_schedule
 from dicache.cli.command import Command, json_option
 
 
@@ -39,6 +38,6 @@ def deepcache(
     from dicache.calibrate.methods import planned_schedule
 
     settings = DeepCache(interval, branch, center, power)
-    subject = _of(profile_file, model, steps)
+    subject = planned_subject(profile_file, model, steps)
     schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
-    _write(schedule, "", subject.model, output, as_json)
+    write_schedule(schedule, "", subject.model, output, as_json)
