@@ -115,10 +115,10 @@ def checked_span(name: str, anatomy: Anatomy, first: int, many: int, *, delta: b
             else f"{name}: there is no block {first}; {anatomy.model} has the blocks 0-{count - 1}"
         )
     if anatomy.segment(first) != anatomy.segment(last):
-        within = " or ".join(span(start, stop - 1) for start, stop in anatomy.segments)
+        what = "delta" if delta else "feature map"
         raise CalibrationError(
-            f"{name}: no one delta stands for blocks {first}-{last}, which lie in several segments of {anatomy.model}; "
-            f"choose them within {within}"
+            f"{name}: no one {what} stands for blocks {first}-{last}, which lie in several segments of "
+            f"{anatomy.model}; {_way_out(name, anatomy)}"
         )
     if obstacle := anatomy.obstacle(first, last + 1, delta=delta):
         raise CalibrationError(
@@ -126,6 +126,23 @@ def checked_span(name: str, anatomy: Anatomy, first: int, many: int, *, delta: b
             f"lies inside a skip connection: {', '.join(_enclosed(anatomy, delta).values())}"
         )
     return span(first, last)
+
+
+def _way_out(name: str, anatomy: Anatomy) -> str:
+    """Return what to do where a range lies in several segments."""
+    lengths = [stop - start for start, stop in anatomy.segments]
+    if max(lengths) == 1:
+        return "none of them has more than one block, so take a method that reuses branches, such as fora or taylorseer"
+    if name == "delta-cache":
+        within = " or ".join(span(start, stop - 1) for start, stop in anatomy.segments)
+        return f"choose them within {within}, such as --blocks {span(*_longest(anatomy))}"
+    most = min(lengths[0], lengths[-1]) if name == "delta-dit" else lengths[0]
+    return f"skip --blocks {most} or fewer"
+
+
+def _longest(anatomy: Anatomy) -> tuple[int, int]:
+    start, stop = max(anatomy.segments, key=lambda segment: segment[1] - segment[0])
+    return start, stop - 1
 
 
 def enclosed_span(name: str, anatomy: Anatomy, branch: int, *, delta: bool) -> str:

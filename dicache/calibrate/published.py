@@ -137,7 +137,7 @@ def _delta_dit_rows() -> list[Row]:
 def _tgate_rows() -> list[Row]:
     def row(what: str, published: float, gate: int, steps: int, name: str, passes: int) -> Row:
         found = _planned(name, TGate(gate, 1, 1, 0).plan(_anatomy(name), steps), passes)
-        return Row(TGATE, f"{what}, {steps} steps, gate {gate}", published, found)
+        return Row(TGATE, f"{what}, {steps} steps, gate {gate}, sp 1, no warm-up", published, found)
 
     return [
         row("PixArt-alpha", 61.075, 10, 20, "pixart", 2),

@@ -17,6 +17,7 @@ from dicache.schedules.policies import Negative
 FitTo = Literal["residual", "body", "output"]
 Foretell = Literal["input", "steps"]
 USUAL_SPEEDUP = 1.8
+HIGHEST_DEGREE = 8  # beyond it a fit to noise is all that is gained
 DEGREES = range(1, 7)  # that a search tries; a published attempt with six gave absurd coefficients, so no higher
 
 
@@ -54,8 +55,10 @@ class TeaCache:
             raise CalibrationError(f"teacache: the threshold must be a number of 0 or more, found {given[0]}")
         if self.target_speedup is not None and self.target_speedup < 1:
             raise CalibrationError(f"teacache: the target speed-up must be 1 or more, found {self.target_speedup}")
-        if self.degree < 1:
-            raise CalibrationError(f"teacache: the degree must be 1 or more, found {self.degree}")
+        if not 1 <= self.degree <= HIGHEST_DEGREE:
+            raise CalibrationError(
+                f"teacache: the degree must be 1 to {HIGHEST_DEGREE}, found {self.degree}; 4 is usual"
+            )
         if self.fit_to not in get_args(FitTo):
             raise CalibrationError(
                 f"teacache: the fit is to one of {', '.join(get_args(FitTo))}, found {self.fit_to!r}"

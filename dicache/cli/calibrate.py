@@ -84,7 +84,10 @@ def fora(
         if share is None or schedule.macs_fraction() <= share:
             return write_schedule(schedule, "", subject.model, output, as_json)
     assert share is not None
-    raise CalibrationError(f"fora: a speed-up of {1 / share:g} cannot be reached in {subject.steps} steps")
+    raise CalibrationError(
+        f"fora: a speed-up of {1 / share:g} cannot be reached in {subject.steps} steps; with an interval of "
+        f"{settings.interval} it is {1 / schedule.macs_fraction():.3g}"
+    )
 
 
 @calibrate.command()

@@ -1,5 +1,6 @@
 """What the commands that calibrate share: what a schedule is for, and how it is written and told of."""
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,6 +47,9 @@ def subject_options(function: F) -> F:
 
 def share_of(target_speedup: float | None, max_macs: float | None) -> float | None:
     """Return the share of the MACs that is aimed at."""
+    for name, value in (("--target-speedup", target_speedup), ("--max-macs", max_macs)):
+        if value is not None and not math.isfinite(value):
+            raise click.UsageError(f"{name} must be a finite number, found {value}")
     if target_speedup is not None and max_macs is not None:
         raise click.UsageError("give either --target-speedup or --max-macs")
     return max_macs if target_speedup is None else 1 / target_speedup
@@ -132,6 +136,8 @@ def write_schedule(
     if fit:
         _warn(schedule, fit)
     if not as_json:
+        if fraction >= 1:
+            click.echo("It computes everything, and saves nothing.")
         click.echo(f"Next: dicache evaluate --model {model} --schedule {output}")
 
 

@@ -74,4 +74,5 @@ def generate(
     if as_json:
         show_json({"images": files, "macs_fraction": fraction})
         return
-    click.echo(f"Wrote {len(files)} images to {output}, with {fraction:.3f} of the MACs")
+    count = "1 picture" if len(files) == 1 else f"{len(files)} pictures"
+    click.echo(f"Wrote {count} to {output}, with {fraction:.3f} of the MACs")

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from dicache.cli.command import Bytes, Command, json_option, model_option, show_json
+from dicache.cli.profiles import FOLDER
 
 
 @click.command(cls=Command)
@@ -68,7 +69,7 @@ def profile(
     sampling = Sampling(steps, guidance, height, width, frames).usual_for(model).resolved(pipeline)
     if output is None:
         sampler = type(pipeline.scheduler).__name__.removesuffix("Scheduler").lower()
-        output = Path("profiles") / f"{source.name}-{sampler}-{sampling.steps}.h5"
+        output = FOLDER / f"{source.name}-{sampler}-{sampling.steps}.h5"
     profile_pipeline(
         pipeline,
         model,
@@ -85,4 +86,5 @@ def profile(
     if as_json:
         show_json({"profile": str(output)})
     else:
-        click.echo(f"Wrote {output}. Next: dicache calibrate teacache --target-speedup 1.8")
+        given = "" if output.parent == FOLDER else f" --profile {output}"
+        click.echo(f"Wrote {output}. Next: dicache calibrate teacache --target-speedup 1.8{given}")

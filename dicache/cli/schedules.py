@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dicache.cli.calibrating import profile_option
 from dicache.cli.command import Group, json_option, model_option, show_json
+from dicache.cli.profiles import newest
 
 if TYPE_CHECKING:
     from dicache.schedules import Schedule
@@ -96,7 +98,7 @@ def diff(one: Path, other: Path, as_json: bool) -> None:
             f"{letter}  {file}: {schedule.method}, {schedule.steps} steps of {schedule.anatomy.model}, "
             f"{_share(schedule)}"
         )
-    for section in ("settings", "made_for", "policy", "measured", "anatomy"):
+    for section in ("settings", "made_for", "policy", "corrections", "measured", "anatomy"):
         if pairs := found.sections[section]:
             click.echo(f"\n{section.replace('_', ' ')}")
             width = max(map(len, pairs))
@@ -129,6 +131,50 @@ def diff(one: Path, other: Path, as_json: bool) -> None:
             rows = alike({key: (letters, theirs[key]) for key, letters in a.table(context).items()})
             click.echo(draw(against([row for row in rows if row[1][0] != row[1][1]]), _page_width()) + "\n")
         click.echo(LEGEND)
+
+
+@schedules.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@profile_option
+@click.option(
+    "--vote",
+    type=click.Choice(["majority", "any"]),
+    default="majority",
+    show_default=True,
+    help="A step is computed if at least half of the profile's runs compute it, or if any of them does.",
+)
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="[default: FILE-frozen.json]")
+@json_option
+def freeze(file: Path, profile_file: Path | None, vote: Any, output: Path | None, as_json: bool) -> None:
+    """Turn a schedule that decides at run time into a plan, by its decisions on the runs of a profile."""
+    from dicache.calibrate.freezing import freeze as frozen
+    from dicache.profiler.storage import load
+    from dicache.schedules import Schedule
+
+    schedule = Schedule.load(file)
+    plan = frozen(schedule, load(profile_file or newest()), vote)
+    output = output or file.with_name(f"{file.stem}-frozen.json")
+    plan.save(output)
+    found = plan.measured
+    agreement = found["agreement"]
+    if as_json:
+        show_json({"schedule": str(output), "macs_fraction": plan.macs_fraction(), **found})
+        return
+    click.echo(f"Wrote {output}: {plan.method}, {plan.steps} steps, {plan.macs_fraction():.3f} of the MACs")
+    assert plan.plan is not None
+    click.echo(
+        f"  {len(plan.plan.computed_steps)} steps computed in every pass; decided at run time, "
+        f"{found['adaptive_computed_steps']:g} on average"
+    )
+    least = min(range(len(agreement)), key=agreement.__getitem__)
+    told = f"; at step {least}, {agreement[least]:.0%} decide as the plan does" if agreement[least] < 1 else ""
+    click.echo(f"  all {found['runs']} runs decide alike at {agreement.count(1.0)} of {plan.steps} steps{told}")
+    if "residual_error" in found:
+        click.echo(
+            f"  relative change of the residual from the step that stands in: {found['residual_error']:.4f}; decided "
+            f"at run time, {found['adaptive_residual_error']:.4f}"
+        )
+    click.echo(f"Next: dicache evaluate --model {found['model']} --schedule {file} --schedule {output}")
 
 
 @schedules.command()

@@ -17,7 +17,21 @@ if TYPE_CHECKING:
     from dicache.figures.similarity import similarity_maps
     from dicache.figures.teacache import teacache_fit
 
-__all__ = ["SUFFIXES", "delta_map", "image_grid", "save", "schedule_strip", "similarity_maps", "teacache_fit"]
+__all__ = [
+    "SUFFIXES",
+    "FigureError",
+    "delta_map",
+    "image_grid",
+    "save",
+    "schedule_strip",
+    "similarity_maps",
+    "teacache_fit",
+]
+
+
+class FigureError(ValueError):
+    """A picture cannot be drawn or written as asked."""
+
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -26,13 +40,13 @@ def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
     """Write a figure in the format that the suffix names, in one go: a reader never sees a part of it.
 
     Raises:
-        ValueError: If the suffix is not one of `SUFFIXES`.
+        FigureError: If the suffix is not one of `SUFFIXES`.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         found = f"the suffix {path.suffix!r}" if suffix else "no suffix"
-        raise ValueError(f"{path} has {found}; a figure is written as one of {', '.join(SUFFIXES)}")
+        raise FigureError(f"{path} has {found}; a figure is written as one of {', '.join(SUFFIXES)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:

@@ -35,7 +35,7 @@ def spectra(sets: Sequence[tuple[str, np.ndarray]]) -> Figure:
             raise ValueError(f"the images of {name!r} have the shape {images.shape}, those of {base!r} {wanted}")
     detail = (
         f"{wanted[0]} images of {wanted[1]} x {wanted[2]} in each set. Logarithm of each Fourier coefficient's "
-        "magnitude relative to the image's largest, mean over a ring of equal frequency."
+        "magnitude relative to the image's largest, mean over a ring of equal frequency. Bands: 95 % intervals."
     )
     figure = new_page(10.0, 4.1, "Which frequencies the images hold", detail)
     whole, apart = figure.subplots(1, 2)

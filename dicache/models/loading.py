@@ -97,11 +97,13 @@ def _quiet() -> Iterator[list[str]]:
     bars = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
     for each in bars:
         each.disable_progress_bar()
+    transformers_logging.disable_default_handler()
     try:
         yield said
     finally:
         for library in libraries:
             library.removeHandler(listener)
         logger.setLevel(level)
+        transformers_logging.enable_default_handler()
         for each in bars:
             each.enable_progress_bar()

@@ -153,6 +153,6 @@ def find(name: str) -> Source:
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ModelError(
-        f"unknown model {name!r}; {hint}Known are {', '.join(known)}, a hub id such as {HUB['dit'].repository}, "
+        f"unknown model {name!r}; {hint}known are {', '.join(known)}, a hub id such as {HUB['dit'].repository}, "
         "or a folder in diffusers' format"
     )

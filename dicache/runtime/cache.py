@@ -153,9 +153,10 @@ class Cache:
         if not differences:
             return self._begin(self.schedule)
         if self._fit != "resample":
+            mapped = ", or pass fit='resample' to apply() to map the schedule by noise level"
             raise ScheduleError(
                 f"this {self.schedule.method} schedule was made for {'; '.join(differences)}. Calibrate for this "
-                "sampler, or pass fit='resample' to apply() to map the schedule by noise level"
+                f"sampler and number of steps{mapped if self.schedule.target.noise_levels else ''}"
             )
         if levels is None:
             raise ScheduleError(f"{type(scheduler).__name__} does not tell its noise levels; nothing to resample on")

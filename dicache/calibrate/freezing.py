@@ -1,0 +1,106 @@
+"""Turn a schedule that decides at run time into a plan, by what it would have decided on a profile's runs."""
+
+from typing import Literal, get_args
+
+import numpy as np
+
+from dicache.calibrate.methods import CalibrationError
+from dicache.calibrate.teacache import simulate
+from dicache.profiler import Profile
+from dicache.schedules import Plan, Rule, Schedule
+
+Vote = Literal["majority", "any"]
+
+
+def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Schedule:
+    """Return the plan of a TeaCache schedule: each step is computed or not, whatever the prompt.
+
+    The rule is played through on the recorded signals of every run. Where all runs agree the plan does what the
+    schedule would do; where the signal is the timestep's alone, that is everywhere.
+
+    Args:
+        schedule: Decides at run time.
+        profile: Of the model and the sampler that the schedule is for.
+        vote: `majority`, a step is computed if at least half of the runs compute it; `any`, if one of them does.
+
+    Returns:
+        A schedule with a plan, for each guidance pass by itself if they differ. Under `measured`: `agreement`, the
+        share of runs that decide at each step as the plan does, of the pass that agrees least; `residual_error` and
+        `adaptive_residual_error`, the mean of |r_i - r_j| / |r_i| over the steps i that are skipped and the steps j
+        whose residual stands in, by the plan and by the runs' own decisions; NaN is left out.
+
+    Raises:
+        CalibrationError: If the schedule does not decide at run time, or the profile is not of its model and sampler.
+    """
+    if vote not in get_args(Vote):
+        raise CalibrationError(f"freeze: the vote is majority or any, found {vote!r}")
+    if schedule.policy is None:
+        raise CalibrationError(
+            f"freeze: a {schedule.method} schedule decides nothing at run time; it is a plan already"
+        )
+    found = {name: value for name, value in vars(profile.provenance.target).items() if value is not None}
+    differences = schedule.target.differences(**found)
+    if schedule.anatomy.sites != profile.anatomy.sites:
+        differences = [f"a {schedule.anatomy.model} with {len(schedule.anatomy.sites)} sites"]
+    elif schedule.steps != profile.steps:
+        differences = [f"{schedule.steps} steps, found {profile.steps}"]
+    if differences:
+        raise CalibrationError(
+            f"freeze: the schedule was made for {'; '.join(differences)} in the profile; profile the model and the "
+            "sampler that it is for"
+        )
+    signal = profile.relative_l1("input")
+    if not len(signal):
+        raise CalibrationError("freeze: the profile has no run that did not fail; profile again")
+    decided = simulate(schedule.policy, signal)  # (runs, contexts, steps)
+    share = decided.mean(axis=0)  # (contexts, steps)
+    computed = share >= 0.5 if vote == "majority" else share > 0
+    letters = {
+        context: "".join("C" if each else "." for each in row)
+        for context, row in zip(profile.provenance.contexts, computed, strict=True)
+    }
+    alike = len(set(letters.values())) == 1
+    rules = {"*": next(iter(letters.values()))} if alike else letters
+    plan = Plan(schedule.steps, tuple(Rule("skip", row, context=name) for name, row in rules.items() if "." in row))
+    agreement = np.where(computed, share, 1 - share).min(axis=0)
+    errors = {
+        "residual_error": _error(profile, np.broadcast_to(computed, decided.shape)),
+        "adaptive_residual_error": _error(profile, decided),
+    }
+    return Schedule(
+        method=schedule.method,
+        settings={**schedule.settings, "frozen": vote},
+        anatomy=schedule.anatomy,
+        target=schedule.target,
+        steps=schedule.steps,
+        plan=plan,
+        measured={
+            "model": profile.provenance.model,
+            "runs": sum(run.ok for run in profile.runs),
+            "guidance": profile.provenance.settings.get("guidance"),
+            "threshold": schedule.policy.threshold,
+            "agreement": [round(float(each), 4) for each in agreement],
+            "adaptive_computed_steps": round(float(decided.sum(axis=-1).mean()), 2),
+            **{name: round(error, 5) for name, error in errors.items() if error is not None},
+        },
+    )
+
+
+def _error(profile: Profile, computed: np.ndarray) -> float | None:
+    """Return the mean relative change of the guided residual from the step that stands in to the one it stands for.
+
+    Args:
+        profile: With the products of all steps' residuals.
+        computed: What is computed, boolean, shape (runs, contexts, steps).
+    """
+    errors = []
+    for gram, passes in zip(profile.arrays["body/gram"], computed, strict=True):
+        for row in passes:
+            last = 0
+            for step, computes in enumerate(row):
+                if computes:
+                    last = step
+                    continue
+                now, then, both = gram[step, step], gram[last, last], gram[step, last]
+                errors.append(float(np.sqrt(max(now + then - 2 * both, 0.0) / now)) if now > 0 else np.nan)
+    return float(np.nanmean(errors)) if np.isfinite(errors).any() else None
