@@ -151,8 +151,8 @@ def find(name: str) -> Source:
         return Source(name.rpartition("/")[2], name)
     known = sorted([*zoo.NAMES, *HUB])
     close = get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
+    hint = f"did you mean {close[0]}? Known" if close else "known"
     raise ModelError(
-        f"unknown model {name!r}; {hint}known are {', '.join(known)}, a hub id such as {HUB['dit'].repository}, "
+        f"unknown model {name!r}; {hint} are {', '.join(known)}, a hub id such as {HUB['dit'].repository}, "
         "or a folder in diffusers' format"
     )

@@ -5,8 +5,11 @@ import pytest
 from dicache.anatomy import Anatomy, Block, Site
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.delta_cache import DeltaCache
+from dicache.calibrate.delta_dit import DeltaDit
+from dicache.calibrate.faster_diffusion import FasterDiffusion
 from dicache.calibrate.methods import METHODS, planned_schedule
 from dicache.schedules import Rows, Target
+from tests.toys import written
 
 
 def blocks_of(count: int, *bounds: int) -> Anatomy:
@@ -81,5 +84,19 @@ def test_wrong_settings_are_refused_with_what_is_needed(settings: dict[str, int]
 def test_a_range_across_segments_is_refused_with_those_that_there_are() -> None:
     flux = blocks_of(8, 3)
     assert DeltaCache(blocks="3-7").plan(flux, 4).rules[0].blocks == "3-7"
-    with pytest.raises(CalibrationError, match=r"no one delta stands for blocks 2-7.* choose them within 0-2 or 3-7"):
+    with pytest.raises(
+        CalibrationError, match=r"no one delta stands for blocks 2-7.* within 0-2 or 3-7, such as .* 3-7"
+    ):
         DeltaCache(blocks="deep").plan(flux, 4)
+
+
+def test_the_way_out_of_several_segments_can_be_typed() -> None:
+    double_and_single, alone = written(10, (0, 4), (4, 10)), written(3, (0, 1), (1, 2), (2, 3))
+    with pytest.raises(CalibrationError, match="skip --blocks 4 or fewer"):
+        DeltaDit().plan(double_and_single, 10)
+    assert DeltaDit(blocks=4).plan(double_and_single, 10).rules
+    with pytest.raises(CalibrationError, match=r"no one feature map stands for blocks 0-4.* skip --blocks 4 or fewer"):
+        FasterDiffusion().plan(double_and_single, 10)
+    assert FasterDiffusion(blocks=4).plan(double_and_single, 10).rules
+    with pytest.raises(CalibrationError, match="more than one block, so take a method that reuses branches"):
+        DeltaCache().plan(alone, 10)

@@ -141,9 +141,19 @@ def test_the_models_are_listed(workplace: Path) -> None:
     assert known["hub"]["pixart"]["repository"] == "PixArt-alpha/PixArt-XL-2-1024-MS"
 
 
+def test_a_schedule_is_frozen_and_replayed(workplace: Path) -> None:
+    told = dicache("schedules", "freeze", "teacache.json").stdout
+    assert "Wrote teacache-frozen.json: teacache, 10 steps" in told
+    assert "4 runs decide alike at" in told
+    assert json.loads(dicache("schedules", "show", "teacache-frozen.json", "--json").stdout)["adaptive"] is False
+    dicache("generate", "--model", "digits", "--class", 3, "--schedule", "teacache-frozen.json", "-o", "frozen")
+
+
 def test_a_profile_of_prompts_from_a_file(workplace: Path) -> None:
     Path("classes.txt").write_text("three\n8\n")
-    dicache("profile", "--model", "digits", "--prompts", "classes.txt", "--steps", 4, "-o", "two.h5", "--lags", 1)
+    words = ("--prompts", "classes.txt", "--steps", 4, "-o", "two.h5", "--lags", 1)
+    told = dicache("profile", "--model", "digits", *words).stdout
+    assert "Next: dicache calibrate teacache --target-speedup 1.8 --profile two.h5" in told
     assert json.loads(dicache("profiles", "show", "two.h5", "--json").stdout)["runs"] == 2
 
 
@@ -155,6 +165,13 @@ def test_bad_input_is_one_line_with_what_to_do(workplace: Path) -> None:
     assert "1 (compute everything) or more, found 0" in refused("calibrate", "fora", "--interval", 0)
     assert "threshold must be a number" in refused("calibrate", "teacache", "--threshold", "nan")
     assert "cannot be reached" in refused("calibrate", "teacache", "--target-speedup", 99)
+    assert "degree must be 1 to 8, found 30" in refused("calibrate", "teacache", "--degree", 30)
+    assert "with an interval of 9 it is 4.7" in refused("calibrate", "fora", "--target-speedup", 500)
+    for method in ("fora", "teacache"):
+        wrong = dicache("calibrate", method, "--target-speedup", "nan", fails=True)
+        assert "--target-speedup must be a finite number, found nan" in wrong.stderr
+    assert "has the suffix '.xyz'" in refused("plot", "schedule", "fora.json", "-o", "picture.xyz")
+    assert "decides nothing at run time" in refused("schedules", "freeze", "fora.json")
     assert "unknown class 'ten'" in refused("generate", "--model", "digits", "--class", "ten", "-o", "x")
     assert "conditioned on a class; give --class" in refused(
         "generate", "--model", "digits", "--prompt", "a", "-o", "x"
