@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MODELS = ("digits", "scenes")
 SPEEDUPS = (1.5, 2.0)  # of the two TeaCache thresholds
-SHOWN = 8  # images of each schedule in the picture
+SHOWN = 10  # images of each schedule in the picture
 
 
 @click.command(cls=Command)
