@@ -36,7 +36,7 @@ def test_the_model_is_as_large_and_as_small_as_promised() -> None:
     assert (config["sample_size"] // config["patch_size"]) ** 2 >= 64
     assert config["norm_type"] == "ada_norm_zero"
     files = [file for file in FOLDER.rglob("*") if file.is_file()]
-    assert {file.suffix for file in files} == {".json", ".safetensors", ".md"}
+    assert {file.suffix for file in files} == {".json", ".safetensors", ".md", ".png"}
     assert sum(file.stat().st_size for file in files) < 10e6
 
 
