@@ -4,10 +4,10 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from dicache.calibrate.methods import CalibrationError
+from dicache.calibrate.methods import CalibrationError, body_plan
 from dicache.calibrate.teacache import simulate
 from dicache.profiler import Profile
-from dicache.schedules import Plan, Rule, Schedule
+from dicache.schedules import Schedule
 
 Vote = Literal["majority", "any"]
 
@@ -59,9 +59,6 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
         context: "".join("C" if each else "." for each in row)
         for context, row in zip(profile.provenance.contexts, computed, strict=True)
     }
-    alike = len(set(letters.values())) == 1
-    rules = {"*": next(iter(letters.values()))} if alike else letters
-    plan = Plan(schedule.steps, tuple(Rule("skip", row, context=name) for name, row in rules.items() if "." in row))
     agreement = np.where(computed, share, 1 - share).min(axis=0)
     errors = {
         "residual_error": _error(profile, np.broadcast_to(computed, decided.shape)),
@@ -73,7 +70,7 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
         anatomy=schedule.anatomy,
         target=schedule.target,
         steps=schedule.steps,
-        plan=plan,
+        plan=body_plan(letters),
         measured={
             "model": profile.provenance.model,
             "runs": sum(run.ok for run in profile.runs),

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from dicache.calibrate.methods import CalibrationError, method
+from dicache.calibrate.methods import CalibrationError, body_plan, method
 from dicache.profiler import Profile
-from dicache.schedules import Plan, Rule, Schedule
+from dicache.schedules import Schedule
 
 
 @method("magcache")
@@ -59,17 +59,13 @@ class MagCache:
             raise CalibrationError(f"magcache: there is no step {wrong[0]}; the steps are 0-{profile.steps - 1}")
         ratios = dict(zip(profile.provenance.contexts, magnitude.mean(axis=0), strict=True))
         letters = {context: self.simulate(found) for context, found in ratios.items()}
-        alike = len(set(letters.values())) == 1
-        rules = {"*": next(iter(letters.values()))} if alike else letters
         return Schedule(
             method="magcache",
             settings=asdict(self),
             anatomy=profile.anatomy,
             target=profile.provenance.target,
             steps=profile.steps,
-            plan=Plan(
-                profile.steps, tuple(Rule("skip", row, context=name) for name, row in rules.items() if "." in row)
-            ),
+            plan=body_plan(letters),
             measured={
                 "model": profile.provenance.model,
                 "runs": sum(run.ok for run in profile.runs),

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
 from dicache.anatomy import Anatomy
-from dicache.schedules import Plan, Schedule, Target
+from dicache.schedules import Plan, Rule, Schedule, Target
 
 
 class CalibrationError(ValueError):
@@ -61,6 +61,14 @@ class Space(Protocol):
         Raises:
             CalibrationError: If they do not go together.
         """
+
+
+def body_plan(rows: Mapping[str, str]) -> Plan:
+    """Return the plan that skips the body: a letter a step for each guidance pass, one rule if all are alike."""
+    if len(set(rows.values())) == 1:
+        rows = {"*": next(iter(rows.values()))}
+    steps = len(next(iter(rows.values())))
+    return Plan(steps, tuple(Rule("skip", row, context=name) for name, row in rows.items() if "." in row))
 
 
 METHODS: dict[str, type[Any]] = {}

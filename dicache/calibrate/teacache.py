@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from dicache.calibrate.methods import Axis, Between, CalibrationError, method
+from dicache.calibrate.methods import Axis, Between, CalibrationError, body_plan, method
 from dicache.calibrate.rescale import fit_rescale
 from dicache.profiler import Profile
-from dicache.schedules import Plan, Rule, Schedule, TeaCachePolicy
+from dicache.schedules import Schedule, TeaCachePolicy
 from dicache.schedules.policies import Negative
 
 FitTo = Literal["residual", "body", "output"]
@@ -93,7 +93,9 @@ class TeaCache:
             anatomy=profile.anatomy,
             target=profile.provenance.target,
             steps=profile.steps,
-            plan=_body_plan(computed[0, 0]) if self.foretell == "steps" else None,
+            plan=body_plan({"*": "".join("C" if c else "." for c in computed[0, 0])})
+            if self.foretell == "steps"
+            else None,
             policy=None if self.foretell == "steps" else policy,
             measured={
                 "model": profile.provenance.model,
@@ -106,12 +108,6 @@ class TeaCache:
                 "macs_fraction": round(_macs_fraction(profile, float(often.mean())), 4),
             },
         )
-
-
-def _body_plan(computed: np.ndarray) -> Plan:
-    """Return the plan that skips the body where it is not computed, boolean, shape (steps,)."""
-    letters = "".join("C" if c else "." for c in computed)
-    return Plan(len(letters), (Rule("skip", letters),) if "." in letters else ())
 
 
 def simulate(policy: TeaCachePolicy, x: np.ndarray) -> np.ndarray:

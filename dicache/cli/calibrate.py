@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -20,9 +20,6 @@ from dicache.cli.calibrating import (
 from dicache.cli.command import Group, json_option
 from dicache.cli.profiles import newest
 from dicache.cli.searching import Searching, given_options, search_for, search_options
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.group(cls=Group)
