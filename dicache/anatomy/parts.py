@@ -90,15 +90,6 @@ class Anatomy:
         """Keys of all sites, `<block>.<branch>`, in execution order."""
         return tuple(block.key(site) for block in self.blocks for site in block.sites)
 
-    @cached_property
-    def macs_after_decision(self) -> int:
-        """Multiply-accumulates that are saved when the body is skipped by a decision in its first branch.
-
-        The first block has run its modulation by then, all else of the body has not.
-        """
-        first = self.blocks[0]
-        return sum(block.macs for block in self.blocks) - first.macs + sum(site.macs for site in first.sites)
-
     def segment(self, block: int) -> tuple[int, int]:
         """Return the segment `(start, stop)` that holds a block."""
         return next(segment for segment in self.segments if segment[0] <= block < segment[1])

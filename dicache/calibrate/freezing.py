@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from dicache.calibrate.methods import CalibrationError, body_plan
-from dicache.calibrate.teacache import simulate
+from dicache.calibrate.simulating import decisions
 from dicache.profiler import Profile
 from dicache.schedules import Schedule
 
@@ -13,7 +13,7 @@ Vote = Literal["majority", "any"]
 
 
 def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Schedule:
-    """Return the plan of a TeaCache schedule: each step is computed or not, whatever the prompt.
+    """Return the plan of a schedule that decides at run time: each step is computed or not, whatever the prompt.
 
     The rule is played through on the recorded signals of every run. Where all runs agree the plan does what the
     schedule would do; where the signal is the timestep's alone, that is everywhere.
@@ -49,10 +49,9 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
             f"freeze: the schedule was made for {'; '.join(differences)} in the profile; profile the model and the "
             "sampler that it is for"
         )
-    signal = profile.relative_l1("input")
-    if not len(signal):
+    decided = decisions(schedule.policy, profile)  # (runs, contexts, steps)
+    if not len(decided):
         raise CalibrationError("freeze: the profile has no run that did not fail; profile again")
-    decided = simulate(schedule.policy, signal)  # (runs, contexts, steps)
     share = decided.mean(axis=0)  # (contexts, steps)
     computed = share >= 0.5 if vote == "majority" else share > 0
     letters = {
@@ -75,7 +74,7 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
             "model": profile.provenance.model,
             "runs": sum(run.ok for run in profile.runs),
             "guidance": profile.provenance.settings.get("guidance"),
-            "threshold": schedule.policy.threshold,
+            "policy": schedule.policy.to_json(),
             "agreement": [round(float(each), 4) for each in agreement],
             "adaptive_computed_steps": round(float(decided.sum(axis=-1).mean()), 2),
             **{name: round(error, 5) for name, error in errors.items() if error is not None},

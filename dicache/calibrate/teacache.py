@@ -10,6 +10,7 @@ import numpy as np
 
 from dicache.calibrate.methods import Axis, Between, CalibrationError, body_plan, method
 from dicache.calibrate.rescale import fit_rescale
+from dicache.calibrate.simulating import find_limit, macs_fraction, simulate
 from dicache.profiler import Profile
 from dicache.schedules import Schedule, TeaCachePolicy
 from dicache.schedules.policies import Negative
@@ -84,7 +85,7 @@ class TeaCache:
             coefficients, input_range = (1.0, 0.0), (0.0, float(signal.max()))
         policy = TeaCachePolicy(self.threshold or 0.0, coefficients, input_range, negative=self.negative)
         if self.target_speedup is not None:
-            policy = replace(policy, threshold=find_threshold(policy, signal, profile, self.target_speedup))
+            policy = replace(policy, threshold=_find_threshold(policy, signal, profile, self.target_speedup))
         computed = simulate(policy, signal)  # (runs, contexts, steps)
         often = computed.mean(axis=(0, 1))
         return Schedule(
@@ -105,58 +106,21 @@ class TeaCache:
                 "threshold": policy.threshold,
                 "computed_steps": round(float(often.sum()), 2),
                 "expected_steps": "".join("C" if share >= 0.5 else "." for share in often),
-                "macs_fraction": round(_macs_fraction(profile, float(often.mean())), 4),
+                "macs_fraction": round(macs_fraction(policy, profile.anatomy, float(often.mean())), 4),
             },
         )
 
 
-def simulate(policy: TeaCachePolicy, x: np.ndarray) -> np.ndarray:
-    """Return which steps the policy would compute on recorded signals, boolean, shape (runs, contexts, steps).
-
-    Args:
-        policy: The rule.
-        x: Relative L1 change of the modulated input, shape (runs, contexts, steps - 1), from step 1 on.
-    """
-    runs, contexts, changes = x.shape
-    steps = changes + 1
-    computed = np.zeros((runs, contexts, steps), dtype=bool)
-    for run in range(runs):
-        for context in range(contexts):
-            accumulated = 0.0
-            for step in range(steps):
-                change = float(x[run, context, step - 1]) if step else None
-                computed[run, context, step], accumulated = policy.decide(step, steps, change, accumulated)
-    return computed
-
-
-def find_threshold(policy: TeaCachePolicy, x: np.ndarray, profile: Profile, target_speedup: float) -> float:
-    """Return the smallest threshold with which the simulated rule reaches a speed-up in multiply-accumulates.
-
-    Raises:
-        CalibrationError: If no threshold does: the first and last steps, and what is outside the blocks, always run.
-    """
+def _find_threshold(policy: TeaCachePolicy, x: np.ndarray, profile: Profile, target_speedup: float) -> float:
+    """Return the smallest threshold with which the simulated rule reaches a speed-up in multiply-accumulates."""
     foretold = np.vectorize(policy.rescale)(np.nan_to_num(x, nan=0.0))
     highest = float(np.maximum(foretold, 0).sum(axis=-1).max()) * 1.001 + 1e-9  # no sum of changes reaches it
 
     def speedup(threshold: float) -> float:
-        return 1 / _macs_fraction(profile, float(simulate(replace(policy, threshold=threshold), x).mean()))
+        tried = replace(policy, threshold=threshold)
+        return 1 / macs_fraction(tried, profile.anatomy, float(simulate(tried, x).mean()))
 
-    if speedup(highest) < target_speedup:
-        raise CalibrationError(
-            f"teacache: a speed-up of {target_speedup:g} cannot be reached in {profile.steps} steps; "
-            f"with all but the first and last step skipped it is {speedup(highest):.2f}"
-        )
-    low, high = 0.0, highest
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if speedup(middle) >= target_speedup else (middle, high)
-    return float(high)
-
-
-def _macs_fraction(profile: Profile, computed: float) -> float:
-    """Return the share of all multiply-accumulates when this share of the steps computes the body."""
-    anatomy = profile.anatomy
-    return 1 - (1 - computed) * anatomy.macs_after_decision / anatomy.macs
+    return find_limit(policy.name, profile.steps, speedup, highest, target_speedup)
 
 
 @dataclass(frozen=True)
@@ -180,7 +144,8 @@ class TeaCacheSpace:
 
     @cached_property
     def axes(self) -> Mapping[str, Axis]:
-        least = _macs_fraction(self.profile, 2 / self.profile.steps)  # all but the first and last step skipped
+        policy = TeaCachePolicy(0.0, (1.0, 0.0), (0.0, 1.0), negative=self.settings.negative)
+        least = macs_fraction(policy, self.profile.anatomy, 2 / self.profile.steps)  # all but its two forced steps
         low, high = least, 1.0
         if self.max_macs is not None:  # the profile's runs foresee the cost of others to some hundredths
             low, high = max(least, 0.8 * self.max_macs), min(1.0, 1.2 * self.max_macs)

@@ -14,6 +14,7 @@ from dicache.cli.profiles import newest
 
 if TYPE_CHECKING:
     from dicache.schedules import Schedule
+    from dicache.schedules.policies import Policy, TeaCachePolicy
 
 LEGEND = "C computed, R reused, S skipped with its block; step 0 is the noisiest"
 PASSES = "passes"  # line of a drawing with the number of guidance passes at each step
@@ -53,12 +54,8 @@ def show(file: Path, as_json: bool) -> None:
     if target.unbound():
         click.echo(f"does not bind {', '.join(name.replace('_', ' ') for name in target.unbound())}")
     if schedule.policy is not None:
-        policy = schedule.policy
-        click.echo(
-            f"decides at run time: threshold {policy.threshold:.4g} on the sum of p(x), p = {_polynomial(policy)}"
-        )
-        low, high = policy.input_range
-        click.echo(f"{NEGATIVE[policy.negative][0]} [{low:.4g}, {high:.4g}]; {NEGATIVE[policy.negative][1]}")
+        for line in _in_words(schedule.policy):
+            click.echo(line)
         if not schedule.foreseen:
             return
     for context in (*schedule.contexts, None):
@@ -270,8 +267,22 @@ def _macs(fraction: float) -> str:
     return "MACs not known" if math.isnan(fraction) else f"{fraction:.3f} of the MACs"
 
 
-def _polynomial(policy: object) -> str:
-    coefficients = getattr(policy, "coefficients", ())
+def _in_words(policy: "Policy") -> list[str]:
+    """Return what a policy decides by, in lines."""
+    from dicache.schedules import TeaCachePolicy
+
+    if isinstance(policy, TeaCachePolicy):
+        low, high = policy.input_range
+        range_held, added = NEGATIVE[policy.negative]
+        return [
+            f"decides at run time: {policy.limit} on the sum of p(x), p = {_polynomial(policy)}",
+            f"{range_held} [{low:.4g}, {high:.4g}]; {added}",
+        ]
+    return [f"decides at run time: {policy.limit}"]
+
+
+def _polynomial(policy: "TeaCachePolicy") -> str:
+    coefficients = policy.coefficients
     powers = range(len(coefficients) - 1, -1, -1)
     terms = [
         f"{c:+.4g}" + (f" x^{p}" if p > 1 else " x" if p else "") for c, p in zip(coefficients, powers, strict=True)

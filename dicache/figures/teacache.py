@@ -58,7 +58,7 @@ def teacache_fit(profile: Profile, schedule: Schedule | None = None, output: str
 
 
 def _policy(schedule: Schedule) -> TeaCachePolicy:
-    if schedule.policy is None:
+    if not isinstance(schedule.policy, TeaCachePolicy):
         raise ValueError(f"a schedule of {schedule.method} has no polynomial; pass one of teacache, or None")
     return schedule.policy
 

@@ -1,27 +1,27 @@
-"""TeaCache's policy, decided inside the first branch of the first block, so that the model's head runs once."""
+"""Policies: whether a row of blocks is skipped is decided while the model runs, and its head runs once."""
 
 from typing import Any
 
 from torch import Tensor, nn
 
 from dicache.anatomy import Anatomy
-from dicache.anatomy.signal import l1_change
 from dicache.anatomy.standins import view_of_zero
+from dicache.runtime.deciding import decider_of
 from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane
+from dicache.runtime.ranks import Ranks
 from dicache.runtime.stats import Stats, bytes_of
 from dicache.runtime.streams import Streams, Tensors, add, delta
-from dicache.schedules import TeaCachePolicy
-
-INPUT = "modulated input"
+from dicache.schedules.policies import Policy
 
 
 class Adaptive:
-    """Executes a policy that skips the whole body or computes it.
+    """Executes a policy that skips a row of blocks or computes it.
 
-    The first branch's wrapper sees the modulated input. To skip, it and the other branches of its block return views
-    of one zero, the block's exit adds the kept delta instead of what they make, and all later blocks pass their input
-    on, the first of each segment with its delta added.
+    A decision taken in the first branch of the first of these blocks sees what enters it, the modulated input. To skip,
+    this and the other branches of its block return views of one zero, the block's exit adds the kept delta instead of
+    what they make, and all later blocks pass their input on, the first of each segment with its delta added. A decision
+    taken before spares the first block as well.
 
     Args:
         model: The model.
@@ -29,46 +29,61 @@ class Adaptive:
         policy: Decides at each step.
         installer: Puts the forwards on the modules.
         stats: Counted into.
+        ranks: That decide together.
     """
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, policy: TeaCachePolicy, installer: Installer, stats: Stats
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        policy: Policy,
+        installer: Installer,
+        stats: Stats,
+        ranks: Ranks,
     ) -> None:
         self._anatomy = anatomy
-        self._policy = policy
+        self._decider = decider_of(policy, anatomy, ranks)
+        self._device = next(model.parameters()).device
         self._stats = stats
         self._installer = installer
         self._program: Program = {}
         self._lane: Lane | None = None
-        self._step = self._steps = 0
         self._skipping = False
-        self._inputs: dict[int, Tensors] = {}  # of the segment that is running, by its first block
-        for block in anatomy.blocks:
+        self._inputs: dict[int, Tensors] = {}  # of the part that is running, by its first block
+        first, stop = self._decider.blocks
+        self._starts = {index: part[0] for part in self._decider.parts for index in range(*part)}
+        self._ends = {part[1] - 1 for part in self._decider.parts}
+        self._skipped_sites = sum(len(block.sites) for block in anatomy.blocks[first:stop])
+        self._saved = policy.macs_saved(anatomy) / anatomy.macs if anatomy.macs else 0.0
+        for block in anatomy.blocks[first:stop]:
             module = model.get_submodule(block.module)
-            streams = Streams(block, module, installer.original(module))
-            self._program[module] = self._block(block.index, streams)
-        first = anatomy.blocks[0]
-        for path in (path for site in first.sites for path in site.modules):
-            module = model.get_submodule(f"{first.module}.{path}")
-            self._program[module] = self._site(path, module, decides=path == first.sites[0].entrance)
+            self._program[module] = self._block(block.index, Streams(block, module, installer.original(module)))
+        self._decider.watch(model, self._program, installer)
+        decides = anatomy.blocks[first]
+        if self._decider.moment == "site":
+            for path in (path for site in decides.sites for path in site.modules):
+                module = model.get_submodule(f"{decides.module}.{path}")
+                self._program[module] = self._site(path, module, decides=path == decides.sites[0].entrance)
 
     def prepare(self, lane: Lane, context: str, generation: Generation) -> None:
         """Make ready for a call of `lane`."""
         self._installer.install(self._program)
         self._lane = lane
-        self._step, self._steps = generation.step, generation.steps
-        self._skipping = False
+        self._decider.begin(lane, generation)
+        self._skipping = self._decider.moment == "call" and not self._decider.decide(None)
 
     def finish(self, lane: Lane) -> None:
         """Count the call."""
-        stats, anatomy = self._stats, self._anatomy
-        if self._skipping:
-            stats.skipped_sites += len(anatomy.sites)
-            stats.macs += 1 - anatomy.macs_after_decision / anatomy.macs if anatomy.macs else 1
-        else:
-            stats.computed_sites += len(anatomy.sites)
-            stats.macs += 1
+        stats, sites = self._stats, len(self._anatomy.sites)
+        skipped = self._skipped_sites if self._skipping else 0
+        stats.skipped_sites += skipped
+        stats.computed_sites += sites - skipped
+        stats.macs += 1 - self._saved if self._skipping else 1
         lane.bytes_held = bytes_of(lane.entries)
+
+    def fail(self) -> None:
+        """Note that the call failed, so that no other rank waits for it."""
+        self._decider.fail(self._device)
 
     def leave(self) -> None:
         """Forget the call that ran, also when it failed."""
@@ -79,21 +94,14 @@ class Adaptive:
     def letter(self) -> str:
         return "." if self._skipping else "C"
 
+    @property
+    def distance(self) -> float | None:
+        distance: float | None = self._decider.memory.distance
+        return distance
+
     def _running_lane(self) -> Lane:
         assert self._lane is not None  # the program is only installed while a call runs
         return self._lane
-
-    def _decide(self, modulated: Tensor) -> bool:
-        """Return whether to compute the body."""
-        lane = self._running_lane()
-        before = lane.entries.get(INPUT)
-        lane.entries[INPUT] = modulated
-        x = None
-        if before is not None and all(segment[0] in lane.entries for segment in self._anatomy.segments):
-            change, size = l1_change(modulated, before)
-            x = float(change / size)
-        compute, lane.accumulated = self._policy.decide(self._step, self._steps, x, lane.accumulated)
-        return compute
 
     def _site(self, path: str, module: nn.Module, *, decides: bool) -> Forward:
         forward = self._installer.original(module)
@@ -103,7 +111,7 @@ class Adaptive:
             lane = self._running_lane()
             if decides:
                 modulated = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-                self._skipping = not self._decide(modulated)
+                self._skipping = not self._decider.decide(modulated)
             if self._skipping:
                 return lane.entries[nothing]
             out = forward(*args, **kwargs)
@@ -114,22 +122,28 @@ class Adaptive:
         return run
 
     def _block(self, index: int, streams: Streams) -> Forward:
-        forward = streams.forward
-        start, stop = self._anatomy.segment(index)
+        forward, start = streams.forward, self._starts[index]
+        ends, key = index in self._ends, self._part(start)
+        decides = self._decider.moment == "block" and index == self._decider.blocks[0]
 
         def run(*args: Any, **kwargs: Any) -> Any:
             lane = self._running_lane()
-            if self._skipping:  # decided in an earlier block
+            if decides:
+                self._skipping = not self._decider.decide(next(iter(streams.read(args, kwargs).values())))
+            if self._skipping:  # decided before
                 into = streams.read(args, kwargs)
-                return streams.pack(add(into, lane.entries[start]) if index == start else into)
+                return streams.pack(add(into, lane.entries[key]) if index == start else into)
             if index == start:
                 self._inputs[start] = streams.read(args, kwargs)
             returned = forward(*args, **kwargs)
             if self._skipping:  # decided just now, inside
-                return streams.pack(add(self._inputs.pop(start), lane.entries[start]))
-            if index == stop - 1:
-                lane.entries[start] = delta(streams.unpack(returned), self._inputs.pop(start))
+                return streams.pack(add(self._inputs.pop(start), lane.entries[key]))
+            if ends:
+                lane.entries[key] = delta(streams.unpack(returned), self._inputs.pop(start))
             return returned
 
-        # Only the ends of a segment do anything when the body is computed; the others must still be able to pass.
+        # Only the ends of a part do anything when it is computed; the others must still be able to pass.
         return run
+
+    def _part(self, start: int) -> tuple[int, int]:
+        return next(part for part in self._decider.parts if part[0] == start)

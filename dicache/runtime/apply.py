@@ -8,6 +8,7 @@ from torch import nn
 
 from dicache.anatomy.fingerprint import fingerprint
 from dicache.runtime.cache import Cache, CacheError, Fit
+from dicache.runtime.ranks import Ranks, group_of
 from dicache.schedules import Schedule, ScheduleError
 
 DENOISERS = ("transformer", "unet", "prior")  # what diffusers' pipelines call the model in their sampling loop
@@ -20,6 +21,7 @@ def apply(
     *,
     fit: Fit = "exact",
     allow: Collection[str] = (),
+    group: Any | None = None,
 ) -> Cache:
     """Attach a schedule to a pipeline or a bare model, and return the cache that replays it.
 
@@ -33,6 +35,9 @@ def apply(
         fit: `exact` refuses another number of steps or other timesteps; `resample` maps the schedule to them by
             noise level.
         allow: Names of what may differ from what the schedule was made for, such as `dtype`.
+        group: Process group of `torch.distributed` that the model's tokens or samples are spread over, so that all its
+            ranks decide alike on what is skipped; they must call the model for the same steps. Where diffusers has
+            spread the model (`enable_parallelism`), its own group is taken. A plan decides nothing, and needs none.
 
     Raises:
         ScheduleError: If the schedule cannot be read or was made for something else.
@@ -48,7 +53,7 @@ def apply(
     pipeline = None if model is target else target
     allowed = frozenset(allow) | ({"num_inference_steps"} if "timesteps" in allow else set())
     _check(model, pipeline, schedule, fit, allowed)
-    return Cache(model, schedule, pipeline, fit, allowed)
+    return Cache(model, schedule, pipeline, fit, allowed, Ranks(group_of(model) if group is None else group))
 
 
 def denoiser(target: Any) -> nn.Module:

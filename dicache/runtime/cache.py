@@ -1,5 +1,6 @@
 """A schedule attached to a model."""
 
+import warnings
 from threading import RLock
 from types import TracebackType
 from typing import Any, Literal
@@ -13,10 +14,12 @@ from dicache.runtime.executor import Executor, Installer
 from dicache.runtime.generation import Call, Generation
 from dicache.runtime.guidance import WHOLE, Collapse, twice
 from dicache.runtime.naming import PassNames
+from dicache.runtime.ranks import Ranks
 from dicache.runtime.replay import Replay
 from dicache.runtime.requests import Request, Requests
 from dicache.runtime.stats import Stats
 from dicache.schedules import Schedule, ScheduleError
+from dicache.schedules.policies import Policy
 
 Fit = Literal["exact", "resample"]
 _MARK = "_dicache"
@@ -24,6 +27,10 @@ _MARK = "_dicache"
 
 class CacheError(RuntimeError):
     """The cache cannot be used this way."""
+
+
+class CacheWarning(UserWarning):
+    """The cache works, but not as it was meant."""
 
 
 class Cache:
@@ -37,7 +44,13 @@ class Cache:
     """
 
     def __init__(
-        self, model: nn.Module, schedule: Schedule, pipeline: Any | None, fit: Fit, allow: frozenset[str]
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        pipeline: Any | None,
+        fit: Fit,
+        allow: frozenset[str],
+        ranks: Ranks,
     ) -> None:
         if _MARK in model.__dict__:
             raise CacheError(
@@ -50,6 +63,8 @@ class Cache:
         self._pipeline = pipeline
         self._fit = fit
         self._allow = allow
+        self._ranks = ranks
+        self._warned = False
         self._lock = RLock()
         self._requests = Requests()
         self._overrides = Overrides()
@@ -73,7 +88,7 @@ class Cache:
         if schedule.plan is not None:
             return Replay(self._model, schedule, self._installer, self.stats)
         assert schedule.policy is not None
-        return Adaptive(self._model, schedule.anatomy, schedule.policy, self._installer, self.stats)
+        return Adaptive(self._model, schedule.anatomy, schedule.policy, self._installer, self.stats, self._ranks)
 
     # The life of a generation
 
@@ -195,7 +210,8 @@ class Cache:
         request.generation = generation
         self.stats.generations += 1
         self.stats.planned_macs_fraction = schedule.macs_fraction()
-        self.stats.steps = generation.letters
+        self.stats.planned_steps = schedule.expected_steps
+        self.stats.steps, self.stats.distances = generation.letters, generation.distances
 
     # What the model does
 
@@ -256,6 +272,7 @@ class Cache:
                 collapse.ran(call, out)
         except BaseException:
             lane.clear()  # half a step is of no use to the next one
+            executor.fail()
             self._installer.uninstall()
             raise
         finally:
@@ -268,8 +285,28 @@ class Cache:
         stats.calls += 1
         stats.collapsed_passes += action in ("half", "answer")
         letter = executor.letter if action == WHOLE else "."
-        generation.letters[name] = generation.letters.get(name, "").ljust(generation.step, "-") + letter
+        generation.note(name, letter, executor.distance)
+        if generation.step == generation.steps - 1 and self.schedule.policy is not None:
+            self._warn_of_extremes(self.schedule.policy, generation, name)
         return out
+
+    def _warn_of_extremes(self, policy: Policy, generation: Generation, name: str) -> None:
+        """Warn, once, of a policy that skipped nothing or all that it may: its limit does not fit the model."""
+        steps = generation.steps
+        free = [i for i, x in enumerate(generation.letters[name]) if x != "-" and not policy.forced(i, steps)]
+        skipped = sum(generation.letters[name][step] == "." for step in free)
+        if self._warned or len(free) < 2 or 0 < skipped < len(free):
+            return
+        self._warned = True
+        seen = [x for x in generation.distances[name] if x is not None]
+        found = f" (it was compared with {min(seen):.4g} to {max(seen):.4g})" if seen else ""
+        did = "skipped every step that it may" if skipped else "never skipped a step"
+        advice = "lower it, or calibrate" if skipped else "raise it, or calibrate"
+        warnings.warn(
+            f"{policy.name}: {policy.limit} {did}{found}; {advice} with --target-speedup for this model and sampler",
+            CacheWarning,
+            stacklevel=2,
+        )
 
     def _check_model(self) -> None:
         """Refuse a model that was changed since the schedule was applied."""

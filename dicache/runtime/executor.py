@@ -21,12 +21,19 @@ class Executor(Protocol):
     def finish(self, lane: Lane) -> None:
         """Release what nothing will read, and count the call."""
 
+    def fail(self) -> None:
+        """Note that the call failed."""
+
     def leave(self) -> None:
         """Forget the call that ran, also when it failed."""
 
     @property
     def letter(self) -> str:
         """`C` if the call computed everything, else `.`."""
+
+    @property
+    def distance(self) -> float | None:
+        """What a policy compared with its limit in the call; None if nothing was."""
 
 
 class Installer:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dicache.anatomy.inputs import latents_of
+from dicache.schedules.policies import Memory
 
 if TYPE_CHECKING:
     from dicache.runtime.executor import Executor
@@ -54,7 +55,7 @@ class Lane:
         since: The step at which it last started with nothing kept, -1 if it is to do so now.
         entries: Kept outputs by site, and kept deltas by range of blocks; those before the last one by site or range
             and how many have been computed since.
-        accumulated: The policy's sum.
+        memory: What a policy remembers of the pass; None before its first step.
         bytes_held: Memory of the entries.
         marks: Arguments that told this pass from the others of its first step.
         latest: Arguments of its call in the step that runs.
@@ -69,7 +70,7 @@ class Lane:
     step: int = -1
     since: int = -1
     entries: dict[Hashable, Any] = field(default_factory=dict)
-    accumulated: float = 0.0
+    memory: Memory | None = None
     bytes_held: int = 0
     marks: dict[Hashable, Tensor] = field(default_factory=dict)
     latest: dict[Hashable, Tensor] = field(default_factory=dict)
@@ -80,7 +81,7 @@ class Lane:
         self.entries.clear()
         self.single = "undecided"
         self.since = -1
-        self.accumulated = 0.0
+        self.memory = None
         self.bytes_held = 0
 
 
@@ -94,6 +95,7 @@ class Generation:
         step: The one that runs, -1 before the first.
         lanes: By name of the guidance pass and batch size.
         letters: For each pass, a letter a step: `C` all computed, `.` not all, `-` not called.
+        distances: For each pass, what a policy compared with its limit at each step; None where nothing was.
         collapse: Ends guidance in it, if the schedule says so.
     """
 
@@ -102,6 +104,7 @@ class Generation:
     step: int = -1
     lanes: dict[Key, Lane] = field(default_factory=dict)
     letters: dict[str, str] = field(default_factory=dict)
+    distances: dict[str, list[float | None]] = field(default_factory=dict)
     collapse: "Collapse | None" = None
     _calls: Counter[str] = field(default_factory=Counter)
 
@@ -114,6 +117,12 @@ class Generation:
             self.collapse.begin_step()
         if self.finished:
             self.lanes.clear()
+
+    def note(self, name: str, letter: str, distance: float | None) -> None:
+        """Write down what a pass did in the step that runs."""
+        self.letters[name] = self.letters.get(name, "").ljust(self.step, "-") + letter
+        distances = self.distances.setdefault(name, [])
+        distances += [None] * (self.step - len(distances)) + [distance]
 
     @property
     def finished(self) -> bool:

@@ -75,6 +75,9 @@ class Replay:
                 step.bytes_held[shapes] = bytes_of(lane.entries)
             lane.bytes_held = step.bytes_held[shapes]
 
+    def fail(self) -> None:
+        """A plan has nobody to tell."""
+
     def leave(self) -> None:
         """Forget the call that ran, also when it failed."""
         self._entries = {}
@@ -84,6 +87,10 @@ class Replay:
     @property
     def letter(self) -> str:
         return "." if self._running.row.reuse or self._running.row.skip else "C"
+
+    @property
+    def distance(self) -> None:
+        return None
 
     def _step(self, context: str, step: int, since: int) -> "_Step":
         key = (context, step, since)

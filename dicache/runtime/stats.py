@@ -20,7 +20,11 @@ class Stats:
         skipped_sites: Branches inside a range of blocks that was replaced by its delta.
         collapsed_passes: Guidance passes that were not computed, because another stood for them.
         macs: Multiply-accumulates done, in units of one call's.
+        planned_steps: A letter a step: what the schedule means to compute, C, or to skip in part, `.`; empty if it
+            cannot foresee that.
         steps: For each guidance pass of the latest generation, a letter a step: C all computed, `.` not all.
+        distances: For each guidance pass of the latest generation, what a policy compared with its limit at each step:
+            for TeaCache the sum. None where it decided without.
         bytes_held: Of the kept tensors at the end of the latest call.
         peak_bytes_held: The largest of those.
         bytes_of_corrections: Of the schedule's own tensors on the model's device, which stay there.
@@ -34,7 +38,9 @@ class Stats:
     skipped_sites: int = 0
     collapsed_passes: int = 0
     macs: float = 0.0
+    planned_steps: str = ""
     steps: dict[str, str] = field(default_factory=dict)
+    distances: dict[str, list[float | None]] = field(default_factory=dict)
     bytes_held: int = 0
     peak_bytes_held: int = 0
     bytes_of_corrections: int = 0

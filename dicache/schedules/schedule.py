@@ -13,7 +13,7 @@ import numpy as np
 from dicache.anatomy.parts import Anatomy, AnatomyError
 from dicache.schedules.corrections import Corrections
 from dicache.schedules.plan import ACT, COMPUTE, Plan, PlanError, Rule
-from dicache.schedules.policies import TeaCachePolicy, read_policy
+from dicache.schedules.policies import Policy, read_policy
 
 FORMAT = "dicache.schedule/1"
 
@@ -119,7 +119,7 @@ class Schedule:
     target: Target
     steps: int
     plan: Plan | None = None
-    policy: TeaCachePolicy | None = None
+    policy: Policy | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
     corrections: Corrections | None = None
 
@@ -135,6 +135,8 @@ class Schedule:
                 f"a policy decides in the first block whether to skip a row of blocks, and {self.anatomy.model} is a "
                 "U-Net; needed a plan, such as that of `dicache calibrate deepcache`"
             )
+        if self.policy is not None:
+            self.policy.skipped(self.anatomy)  # raises if it does not fit the model
         if self.plan is not None:
             if self.plan.steps != self.steps:
                 raise ScheduleError(f"the plan has {self.plan.steps} steps, the schedule {self.steps}")
@@ -172,6 +174,14 @@ class Schedule:
             return self.plan.table(self.anatomy, context)
         expected = self.measured.get("expected_steps", COMPUTE * self.steps)
         return {key: expected.replace(ACT, "S") for key in self.anatomy.sites}
+
+    @property
+    def expected_steps(self) -> str:
+        """A letter a step: C all computed, `.` not all, in the passes without rules of their own; empty if unknown."""
+        if not self.foreseen:
+            return ""
+        rows = zip(*self.table().values(), strict=True)
+        return "".join(COMPUTE if set(row) == {COMPUTE} else ACT for row in rows)
 
     @property
     def foreseen(self) -> bool:

@@ -5,7 +5,7 @@ import pytest
 
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.freezing import freeze
-from dicache.calibrate.teacache import simulate
+from dicache.calibrate.simulating import simulate
 from dicache.profiler import Profile
 from dicache.schedules import Plan, Schedule, TeaCachePolicy
 from tests.calibrate.test_teacache import STEPS, changes, profile_of

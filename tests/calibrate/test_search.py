@@ -12,7 +12,7 @@ from dicache.calibrate.fora import Fora, ForaSpace
 from dicache.calibrate.methods import Axis, Between
 from dicache.calibrate.search import Found, Goal, Score, evenly_spaced, search
 from dicache.calibrate.teacache import TeaCache, TeaCacheSpace
-from dicache.schedules import Plan, Rule, Schedule, Target
+from dicache.schedules import Plan, Rule, Schedule, Target, TeaCachePolicy
 from tests.calibrate.test_fora import TWO_BLOCKS
 from tests.calibrate.test_teacache import changes, profile_of
 
@@ -185,7 +185,7 @@ def test_what_teacache_lets_vary() -> None:
     assert shares.low < 1 / 1.4 < shares.high
     plain = space.schedule(space.plain(1 / 1.4))
     assert plain.policy == settings.calibrate(profile_of(x, 2 * x)).policy
-    assert plain.policy is not None
+    assert isinstance(plain.policy, TeaCachePolicy)
     assert plain.policy.negative == "abs"
     by_steps = space.schedule({"macs": 2 / 3, "foretell": "steps", "fit_to": "body"})
     assert 1 / by_steps.macs_fraction() >= 1.5

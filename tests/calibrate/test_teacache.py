@@ -5,7 +5,8 @@ import pytest
 
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.rescale import fit_rescale
-from dicache.calibrate.teacache import TeaCache, find_threshold, simulate
+from dicache.calibrate.simulating import simulate
+from dicache.calibrate.teacache import TeaCache
 from dicache.profiler import Profile, Provenance, Run
 from dicache.schedules import Target, TeaCachePolicy
 from tests.calibrate.test_fora import TWO_BLOCKS
@@ -77,8 +78,7 @@ def test_the_threshold_reaches_the_target_and_a_smaller_one_does_not() -> None:
     x = changes()
     profile = profile_of(x, 2 * x)
     rescale = fit_rescale(x, 2 * x)
-    policy = TeaCachePolicy(0.0, rescale.coefficients, rescale.input_range)
-    threshold = find_threshold(policy, x, profile, 1.4)
+    threshold = TeaCache(target_speedup=1.4).calibrate(profile).measured["threshold"]
 
     def speedup(value: float) -> float:
         computed = simulate(TeaCachePolicy(value, rescale.coefficients, rescale.input_range), x).mean()
@@ -185,8 +185,8 @@ def test_what_becomes_of_a_negative_value_is_in_the_schedule_and_in_its_threshol
         for negative in ("abs", "reference")
     )
     assert kept.settings["negative"] == "abs"
-    assert kept.policy is not None
-    assert lowered.policy is not None
+    assert isinstance(kept.policy, TeaCachePolicy)
+    assert isinstance(lowered.policy, TeaCachePolicy)
     assert (kept.policy.negative, lowered.policy.negative) == ("abs", "reference")
     assert lowered.policy.threshold < kept.policy.threshold
     for schedule in (kept, lowered):

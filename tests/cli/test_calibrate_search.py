@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dicache import Schedule
+from dicache.schedules import TeaCachePolicy
 from tests.cli.test_commands import dicache
 
 SMALL = ("--runs", 1, "--trials", 2)
@@ -95,7 +96,7 @@ def test_what_a_fit_is_worth_is_told_and_written(workplace: Path) -> None:
     assert "median of each step  R2" in said.stdout
     assert "RMSE" in said.stdout
     schedule = Schedule.load("teacache.json")
-    assert schedule.policy is not None
+    assert isinstance(schedule.policy, TeaCachePolicy)
     assert schedule.policy.negative == schedule.settings["negative"] == "reference"
 
 

@@ -179,13 +179,14 @@ def test_the_decisions_are_those_of_the_policy_on_the_modulated_input(build: Bui
     with apply(model, schedule) as cache:
         sample(model, cache, steps=8)
 
-    letters, accumulated = "", 0.0
+    letters, memory, distances = "", policy.remember(), []
     for step, now in enumerate(seen):
         before = seen[step - 1] if step else None
         x = None if before is None else float((now - before).abs().mean() / before.abs().mean())
-        compute, accumulated = policy.decide(step, 8, x, accumulated)
-        letters += "C" if compute else "."
+        letters += "C" if policy.decide(step, 8, x, memory) else "."
+        distances.append(memory.distance)
     assert cache.stats.steps == {"0": letters}
+    assert cache.stats.distances == {"0": [None if d is None else pytest.approx(d, rel=1e-5) for d in distances]}
 
 
 @every_transformer

@@ -23,7 +23,12 @@ STATIC = Schedule(
     measured={"r2": 0.5},
 )
 ADAPTIVE = Schedule(
-    "teacache", {}, written(2), Target(), 3, policy=TeaCachePolicy(0.15, (1.0, -0.5, 0.25), (0.0, 0.5), 2, 0)
+    "teacache",
+    {},
+    written(2),
+    Target(),
+    3,
+    policy=TeaCachePolicy(0.15, (1.0, -0.5, 0.25), (0.0, 0.5), first_steps=2, last_steps=0),
 )
 both_kinds = pytest.mark.parametrize("schedule", [STATIC, ADAPTIVE], ids=["static", "adaptive"])
 

@@ -8,6 +8,7 @@ import pytest
 
 from dicache.schedules import PlanError, TeaCachePolicy
 from dicache.schedules.policies import Negative, read_policy
+from dicache.schedules.policies.teacache import Sum
 from dicache.schedules.schema import schema_text
 
 
@@ -19,29 +20,34 @@ def policy(**settings: Any) -> TeaCachePolicy:
 
 def decisions(of: TeaCachePolicy, changes: list[float]) -> str:
     """Return a letter for each step of a run with these changes between its steps."""
-    letters, accumulated = "", 0.0
-    for step, x in enumerate([None, *changes]):
-        compute, accumulated = of.decide(step, len(changes) + 1, x, accumulated)
-        letters += "C" if compute else "."
-    return letters
+    memory = of.remember()
+    return "".join(
+        "C" if of.decide(step, len(changes) + 1, x, memory) else "." for step, x in enumerate([None, *changes])
+    )
+
+
+def after(of: TeaCachePolicy, step: int, x: float | None, accumulated: float) -> tuple[bool, float]:
+    """Return whether step `step` of 9 is computed, and the sum after it."""
+    memory = Sum(accumulated=accumulated)
+    return of.decide(step, 9, x, memory), memory.accumulated
 
 
 def test_changes_add_up_until_they_reach_the_threshold_and_start_again() -> None:
-    assert policy().decide(1, 9, 0.25, 0.5) == (False, 0.75)
-    assert policy().decide(1, 9, 0.5, 0.5) == (True, 0.0)  # at the threshold itself
+    assert after(policy(), 1, 0.25, 0.5) == (False, 0.75)
+    assert after(policy(), 1, 0.5, 0.5) == (True, 0.0)  # at the threshold itself
     assert decisions(policy(), [0.5, 0.25, 0.25, 0.5, 0.5, 0.0]) == "C..C.CC"
 
 
 def test_first_and_last_steps_are_computed_and_the_sum_starts_again() -> None:
-    assert policy().decide(0, 9, 0.1, 0.7) == (True, 0.0)
-    assert policy().decide(8, 9, 0.1, 0.7) == (True, 0.0)
+    assert after(policy(), 0, 0.1, 0.7) == (True, 0.0)
+    assert after(policy(), 8, 0.1, 0.7) == (True, 0.0)
     assert decisions(policy(), [0.0] * 5) == "C....C"
     assert decisions(policy(first_steps=3, last_steps=2), [0.0] * 7) == "CCC...CC"
     assert decisions(policy(last_steps=0), [0.0] * 3) == "C..."
 
 
 def test_a_step_without_one_before_it_is_computed() -> None:
-    assert policy().decide(4, 9, None, 0.7) == (True, 0.0)
+    assert after(policy(), 4, None, 0.7) == (True, 0.0)
 
 
 def test_a_threshold_of_zero_computes_everything() -> None:
@@ -60,29 +66,29 @@ def test_a_change_outside_the_fitted_range_counts_as_its_end() -> None:
 def test_a_negative_prediction_counts_as_none() -> None:
     of = policy(coefficients=(1.0, -0.5))
     assert (of.rescale(0.25), of.rescale(0.75)) == (0.0, 0.25)
-    assert of.decide(1, 9, 0.25, 0.7) == (False, 0.7)  # the sum never falls
+    assert after(of, 1, 0.25, 0.7) == (False, 0.7)  # the sum never falls
 
 
 def test_the_magnitude_of_a_negative_prediction_can_count() -> None:
     of = policy(coefficients=(1.0, -0.5), input_range=(0.125, 1.0), negative="abs")
     assert (of.rescale(0.25), of.rescale(0.75)) == (0.25, 0.25)
     assert of.rescale(0.0) == 0.375  # the input is held in its range
-    assert of.decide(1, 9, 0.25, 0.75) == (True, 0.0)
+    assert after(of, 1, 0.25, 0.75) == (True, 0.0)
 
 
 def test_as_published_a_negative_prediction_lowers_the_sum_and_the_range_is_not_looked_at() -> None:
     of = policy(coefficients=(1.0, -0.5), input_range=(0.25, 0.75), negative="reference")
     assert (of.rescale(0.0), of.rescale(0.25), of.rescale(2.0)) == (-0.5, -0.25, 1.5)
-    assert of.decide(1, 9, 0.25, 0.75) == (False, 0.5)
+    assert after(of, 1, 0.25, 0.75) == (False, 0.5)
     assert decisions(of, [0.0] * 20) == "C" + "." * 19 + "C"
 
 
 @pytest.mark.parametrize("negative", ["clamp", "abs", "reference"])
 def test_a_change_that_is_not_a_number_computes(negative: str) -> None:
     for coefficients in ((1.0, 0.0), (0.5,)):
-        assert policy(coefficients=coefficients, negative=negative).decide(1, 9, math.nan, 0.0) == (True, 0.0)
-    assert policy(negative=negative).decide(1, 9, math.inf, 0.0) == (True, 0.0)
-    assert policy(coefficients=(-1.0, 0.0), negative="reference").decide(1, 9, math.inf, 0.0) == (True, 0.0)
+        assert after(policy(coefficients=coefficients, negative=negative), 1, math.nan, 0.0) == (True, 0.0)
+    assert after(policy(negative=negative), 1, math.inf, 0.0) == (True, 0.0)
+    assert after(policy(coefficients=(-1.0, 0.0), negative="reference"), 1, math.inf, 0.0) == (True, 0.0)
 
 
 @pytest.mark.parametrize(

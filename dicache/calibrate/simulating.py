@@ -1,0 +1,71 @@
+"""What a policy would have decided on the runs of a profile."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dicache.anatomy import Anatomy
+from dicache.calibrate.methods import CalibrationError
+from dicache.profiler import Profile
+from dicache.schedules import TeaCachePolicy
+from dicache.schedules.policies import Policy
+
+
+def decisions(policy: Policy, profile: Profile) -> np.ndarray:
+    """Return which steps a policy would compute in each run, boolean, shape (runs, contexts, steps).
+
+    Raises:
+        CalibrationError: If the profile does not hold what the policy decides by.
+    """
+    if isinstance(policy, TeaCachePolicy):
+        return simulate(policy, profile.relative_l1("input"))
+    raise CalibrationError(f"{policy.name}: a profile does not hold what it decides by")
+
+
+def simulate(policy: TeaCachePolicy, x: np.ndarray) -> np.ndarray:
+    """Return which steps TeaCache would compute on recorded signals, boolean, shape (runs, contexts, steps).
+
+    Args:
+        policy: The rule.
+        x: Relative L1 change of the modulated input, shape (runs, contexts, steps - 1), from step 1 on.
+    """
+    runs, contexts, changes = x.shape
+    steps = changes + 1
+    computed = np.zeros((runs, contexts, steps), dtype=bool)
+    for run in range(runs):
+        for context in range(contexts):
+            memory = policy.remember()
+            for step in range(steps):
+                change = float(x[run, context, step - 1]) if step else None
+                computed[run, context, step] = policy.decide(step, steps, change, memory)
+    return computed
+
+
+def macs_fraction(policy: Policy, anatomy: Anatomy, computed: float) -> float:
+    """Return the share of all multiply-accumulates where a policy computes this share of the steps."""
+    return 1 - (1 - computed) * policy.macs_saved(anatomy) / anatomy.macs
+
+
+def find_limit(name: str, steps: int, speedup: Callable[[float], float], highest: float, target: float) -> float:
+    """Return the smallest limit between 0 and `highest` with which a policy reaches a speed-up.
+
+    Args:
+        name: The policy's.
+        steps: That it is for.
+        speedup: Its speed-up in multiply-accumulates by the limit; it does not fall as the limit rises.
+        highest: A limit beyond which nothing more is skipped.
+        target: The speed-up.
+
+    Raises:
+        CalibrationError: If no limit does.
+    """
+    if speedup(highest) < target:
+        raise CalibrationError(
+            f"{name}: a speed-up of {target:g} cannot be reached in {steps} steps; with every step skipped that may be it "
+            f"is {speedup(highest):.2f}"
+        )
+    low, high = 0.0, highest
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if speedup(middle) >= target else (middle, high)
+    return float(high)

@@ -1,0 +1,110 @@
+"""Deciders: what each policy looks at while the model runs, and when."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dicache.anatomy import Anatomy
+from dicache.anatomy.signal import l1_change
+from dicache.runtime.executor import Installer, Program
+from dicache.runtime.generation import Generation, Lane
+from dicache.runtime.ranks import Ranks
+from dicache.schedules.policies import Policy, TeaCachePolicy
+from dicache.schedules.rows import Range
+
+Moment = Literal["call", "site", "block"]
+P = TypeVar("P", bound=Policy)
+INPUT = "modulated input"
+
+
+class Decider(ABC, Generic[P]):
+    """Decides in each call whether it skips the policy's blocks.
+
+    Subclasses say at which moment: before the `call`; in the first `site` of the skipped blocks, from what enters it;
+    or at the first skipped `block`, from the stream that enters it, the first of them where there are several.
+
+    Args:
+        policy: The rule.
+        anatomy: The model's.
+        ranks: That decide together.
+
+    Attributes:
+        blocks: That a skip leaves out, [start, stop).
+        parts: The same cut at the ends of the segments: what has one delta each.
+        measured: How many numbers the ranks agree on in one go.
+        memory: The policy's, of the pass that runs.
+    """
+
+    moment: ClassVar[Moment]
+    measured: int = 1
+    memory: Any  # the Memory that the policy's `remember` gives
+
+    def __init__(self, policy: P, anatomy: Anatomy, ranks: Ranks) -> None:
+        self.policy = policy
+        self.blocks = start, stop = policy.skipped(anatomy)
+        cut = ((max(start, a), min(stop, b)) for a, b in anatomy.segments)
+        self.parts: tuple[Range, ...] = tuple((a, b) for a, b in cut if a < b)
+        self._ranks = ranks
+        self._awaited = False
+
+    def begin(self, lane: Lane, generation: Generation) -> None:
+        """Make ready for a call of a guidance pass."""
+        if lane.memory is None:
+            lane.memory = self.policy.remember()
+        self.memory, self.entries = lane.memory, lane.entries
+        self.step, self.steps = generation.step, generation.steps
+        self._awaited = self.measures()
+
+    @abstractmethod
+    def measures(self) -> bool:
+        """Return whether something is measured in this call, so that the ranks have to agree on it."""
+
+    def watch(self, model: nn.Module, program: Program, installer: Installer) -> None:  # most need nothing
+        """Add to the forwards of a call what else the decider has to see."""
+
+    @abstractmethod
+    def decide(self, seen: Tensor | None) -> bool:
+        """Return whether to compute the blocks, from what is seen at the decider's moment."""
+
+    @property
+    def comparable(self) -> bool:
+        """Whether there is anything to decide: every delta is kept, and the step may be skipped."""
+        kept = all(part in self.entries for part in self.parts)
+        return kept and not self.policy.forced(self.step, self.steps)
+
+    def agree(self, sums: Tensor) -> list[float]:
+        """Return the quotients of pairs of numbers, (measured, 2), as all ranks have them."""
+        self._awaited = False
+        return self._ranks.quotients(sums)
+
+    def fail(self, device: torch.device) -> None:
+        """Tell the other ranks, if they wait for this one in this call, that it has failed."""
+        if self._awaited:
+            self._awaited = False
+            self._ranks.give_up(2 * self.measured, device)
+
+
+class ByModulatedInput(Decider[TeaCachePolicy]):
+    """TeaCache: the change of what enters the first branch, from step to step."""
+
+    moment = "site"
+
+    def measures(self) -> bool:
+        return self.comparable and INPUT in self.entries
+
+    def decide(self, seen: Tensor | None) -> bool:
+        assert seen is not None
+        x = None
+        if self.measures():
+            x = self.agree(torch.stack(l1_change(seen, self.entries[INPUT]))[None])[0]
+        self.entries[INPUT] = seen
+        return self.policy.decide(self.step, self.steps, x, self.memory)
+
+
+DECIDERS: dict[type[Policy], type[Decider[Any]]] = {TeaCachePolicy: ByModulatedInput}
+
+
+def decider_of(policy: Policy, anatomy: Anatomy, ranks: Ranks) -> Decider[Any]:
+    return DECIDERS[type(policy)](policy, anatomy, ranks)

@@ -1,0 +1,70 @@
+"""The processes that a model is spread over: what is measured is averaged, so that all decide alike."""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+PATIENCE = 300.0  # seconds that one rank waits for the others at a decision
+
+
+class RanksError(RuntimeError):
+    """The ranks of a process group cannot decide together."""
+
+
+class Ranks:
+    """The ranks of a process group, or this process alone.
+
+    Args:
+        group: Of `torch.distributed`; None for a model that is whole in this process.
+        patience: Seconds to wait for the others.
+    """
+
+    def __init__(self, group: Any | None = None, patience: float = PATIENCE) -> None:
+        self._group = group
+        self._patience = timedelta(seconds=patience)
+
+    def quotients(self, sums: Tensor) -> list[float]:
+        """Return each row's first number divided by its second, each summed over the ranks first.
+
+        It is the one place where the host waits for the device, once a call.
+
+        Args:
+            sums: (n, 2), float32; n is the same on all ranks.
+
+        Raises:
+            RanksError: If another rank has failed in this step, or does not come within the time.
+        """
+        if self._group is not None:
+            failed = self._reduce(torch.cat([sums.new_zeros(1), sums.flatten()]))
+            if bool(torch.isnan(failed[0])):
+                raise RanksError("another rank has failed in this step; see its own error")
+            sums = failed[1:].view_as(sums)
+        found: list[float] = (sums[:, 0] / sums[:, 1]).tolist()
+        return found
+
+    def give_up(self, count: int, device: torch.device) -> None:
+        """Let the other ranks, which wait for `count` numbers of this one, fail as well."""
+        if self._group is not None:
+            self._reduce(torch.full((1 + count,), torch.nan, device=device))
+
+    def _reduce(self, numbers: Tensor) -> Tensor:
+        work = distributed.all_reduce(numbers, group=self._group, async_op=True)
+        try:
+            work.wait(self._patience)
+        except RuntimeError as error:
+            rank, count = distributed.get_rank(self._group), distributed.get_world_size(self._group)
+            raise RanksError(
+                f"rank {rank} of {count} waited {self._patience.total_seconds():g} s for the others to decide on this "
+                "step: one of them has failed, or does not run the same steps. All ranks of the group given to "
+                "apply() must call the model with the same generations"
+            ) from error
+        return numbers
+
+
+def group_of(model: nn.Module) -> Any | None:
+    """Return the process group that diffusers has spread a model's tokens over, None if it has not."""
+    spread = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    mesh = getattr(spread, "_flattened_mesh", None)
+    return None if mesh is None else mesh.get_group()
