@@ -61,8 +61,8 @@ def find_limit(name: str, steps: int, speedup: Callable[[float], float], highest
     """
     if speedup(highest) < target:
         raise CalibrationError(
-            f"{name}: a speed-up of {target:g} cannot be reached in {steps} steps; with every step skipped that may be it "
-            f"is {speedup(highest):.2f}"
+            f"{name}: a speed-up of {target:g} cannot be reached in {steps} steps; with every step skipped that may be "
+            f"it is {speedup(highest):.2f}"
         )
     low, high = 0.0, highest
     for _ in range(40):

@@ -89,6 +89,7 @@ class Adaptive:
         """Forget the call that ran, also when it failed."""
         self._lane = None
         self._inputs.clear()
+        self._decider.leave()
 
     @property
     def letter(self) -> str:

@@ -14,7 +14,7 @@ from dicache.runtime.executor import Executor, Installer
 from dicache.runtime.generation import Call, Generation
 from dicache.runtime.guidance import WHOLE, Collapse, twice
 from dicache.runtime.naming import PassNames
-from dicache.runtime.ranks import Ranks
+from dicache.runtime.ranks import Ranks, RanksError
 from dicache.runtime.replay import Replay
 from dicache.runtime.requests import Request, Requests
 from dicache.runtime.stats import Stats
@@ -270,9 +270,10 @@ class Cache:
                 executor.finish(lane)
             if collapse is not None and action == "lead":
                 collapse.ran(call, out)
-        except BaseException:
+        except BaseException as error:
             lane.clear()  # half a step is of no use to the next one
-            executor.fail()
+            if isinstance(error, Exception) and not isinstance(error, RanksError):
+                executor.fail()
             self._installer.uninstall()
             raise
         finally:

@@ -1,6 +1,7 @@
 """Deciders: what each policy looks at while the model runs, and when."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
@@ -47,7 +48,8 @@ class Decider(ABC, Generic[P]):
         cut = ((max(start, a), min(stop, b)) for a, b in anatomy.segments)
         self.parts: tuple[Range, ...] = tuple((a, b) for a, b in cut if a < b)
         self._ranks = ranks
-        self._awaited = False
+        self._agreed = False
+        self.entries: dict[Hashable, Any] = {}
 
     def begin(self, lane: Lane, generation: Generation) -> None:
         """Make ready for a call of a guidance pass."""
@@ -55,11 +57,7 @@ class Decider(ABC, Generic[P]):
             lane.memory = self.policy.remember()
         self.memory, self.entries = lane.memory, lane.entries
         self.step, self.steps = generation.step, generation.steps
-        self._awaited = self.measures()
-
-    @abstractmethod
-    def measures(self) -> bool:
-        """Return whether something is measured in this call, so that the ranks have to agree on it."""
+        self._agreed = False
 
     def watch(self, model: nn.Module, program: Program, installer: Installer) -> None:  # most need nothing
         """Add to the forwards of a call what else the decider has to see."""
@@ -76,13 +74,16 @@ class Decider(ABC, Generic[P]):
 
     def agree(self, sums: Tensor) -> list[float]:
         """Return the quotients of pairs of numbers, (measured, 2), as all ranks have them."""
-        self._awaited = False
+        self._agreed = True
         return self._ranks.quotients(sums)
 
+    def leave(self) -> None:
+        """Let go of what the pass keeps."""
+        self.entries = {}
+
     def fail(self, device: torch.device) -> None:
-        """Tell the other ranks, if they wait for this one in this call, that it has failed."""
-        if self._awaited:
-            self._awaited = False
+        """Tell the other ranks, where a decision is still to come in this generation, that this one has failed."""
+        if any(not self.policy.forced(step, self.steps) for step in range(self.step + self._agreed, self.steps)):
             self._ranks.give_up(2 * self.measured, device)
 
 
@@ -91,13 +92,10 @@ class ByModulatedInput(Decider[TeaCachePolicy]):
 
     moment = "site"
 
-    def measures(self) -> bool:
-        return self.comparable and INPUT in self.entries
-
     def decide(self, seen: Tensor | None) -> bool:
         assert seen is not None
         x = None
-        if self.measures():
+        if self.comparable and INPUT in self.entries:
             x = self.agree(torch.stack(l1_change(seen, self.entries[INPUT]))[None])[0]
         self.entries[INPUT] = seen
         return self.policy.decide(self.step, self.steps, x, self.memory)

@@ -1,12 +1,9 @@
 """The processes that a model is spread over: what is measured is averaged, so that all decide alike."""
 
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-
-PATIENCE = 300.0  # seconds that one rank waits for the others at a decision
 
 
 class RanksError(RuntimeError):
@@ -17,13 +14,12 @@ class Ranks:
     """The ranks of a process group, or this process alone.
 
     Args:
-        group: Of `torch.distributed`; None for a model that is whole in this process.
-        patience: Seconds to wait for the others.
+        group: Of `torch.distributed`; its time-out is how long one rank waits for the others. None for a model that is
+            whole in this process.
     """
 
-    def __init__(self, group: Any | None = None, patience: float = PATIENCE) -> None:
+    def __init__(self, group: Any | None = None) -> None:
         self._group = group
-        self._patience = timedelta(seconds=patience)
 
     def quotients(self, sums: Tensor) -> list[float]:
         """Return each row's first number divided by its second, each summed over the ranks first.
@@ -50,15 +46,14 @@ class Ranks:
             self._reduce(torch.full((1 + count,), torch.nan, device=device))
 
     def _reduce(self, numbers: Tensor) -> Tensor:
-        work = distributed.all_reduce(numbers, group=self._group, async_op=True)
         try:
-            work.wait(self._patience)
+            distributed.all_reduce(numbers, group=self._group)
         except RuntimeError as error:
             rank, count = distributed.get_rank(self._group), distributed.get_world_size(self._group)
             raise RanksError(
-                f"rank {rank} of {count} waited {self._patience.total_seconds():g} s for the others to decide on this "
-                "step: one of them has failed, or does not run the same steps. All ranks of the group given to "
-                "apply() must call the model with the same generations"
+                f"rank {rank} of {count} waited in vain for the others to decide on this step: one of them has failed, "
+                "or does not run the same steps. All ranks of the group given to apply() must call the model for the "
+                "same generations"
             ) from error
         return numbers
 
