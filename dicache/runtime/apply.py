@@ -12,6 +12,7 @@ from dicache.runtime.ranks import Ranks, group_of
 from dicache.schedules import Schedule, ScheduleError
 
 DENOISERS = ("transformer", "unet", "prior")  # what diffusers' pipelines call the model in their sampling loop
+SECOND = ("transformer_2",)  # and what they call one that takes turns with the first
 BOUND = ("model", "weights", "dtype", "latents", "scheduler", "num_inference_steps", "timesteps", "noise_levels")
 
 
@@ -21,6 +22,7 @@ def apply(
     *,
     fit: Fit = "exact",
     allow: Collection[str] = (),
+    component: str | None = None,
     group: Any | None = None,
 ) -> Cache:
     """Attach a schedule to a pipeline or a bare model, and return the cache that replays it.
@@ -35,6 +37,8 @@ def apply(
         fit: `exact` refuses another number of steps or other timesteps; `resample` maps the schedule to them by
             noise level.
         allow: Names of what may differ from what the schedule was made for, such as `dtype`.
+        component: Name of the model in the pipeline, where it has two that share its steps, such as `transformer_2` of
+            Wan 2.2. Each is given a schedule of its own.
         group: Process group of `torch.distributed` that the model's tokens or samples are spread over, so that all its
             ranks decide alike on what is skipped; they must call the model for the same steps. Where diffusers has
             spread the model (`enable_parallelism`), its own group is taken. A plan decides nothing, and needs none.
@@ -49,32 +53,43 @@ def apply(
         raise ValueError(f"fit must be exact or resample, found {fit!r}")
     if unknown := sorted(set(allow) - set(BOUND)):
         raise ValueError(f"allow names {unknown[0]!r}; what may be allowed to differ is {', '.join(BOUND)}")
-    model = denoiser(target)
+    model = denoiser(target, component)
     pipeline = None if model is target else target
     allowed = frozenset(allow) | ({"num_inference_steps"} if "timesteps" in allow else set())
     _check(model, pipeline, schedule, fit, allowed)
     return Cache(model, schedule, pipeline, fit, allowed, Ranks(group_of(model) if group is None else group))
 
 
-def denoiser(target: Any) -> nn.Module:
+def denoiser(target: Any, component: str | None = None) -> nn.Module:
     """Return the model that a pipeline calls at each step, or the bare model itself.
 
+    Args:
+        target: A pipeline or a model.
+        component: Name of the model in the pipeline; needed where it has two.
+
     Raises:
-        CacheError: If there is none, or more than one.
+        CacheError: If there is none, or more than one and no name.
     """
     if isinstance(target, nn.Module):
         return target
-    found = [name for name in DENOISERS if isinstance(getattr(target, name, None), nn.Module)]
+    known = (*DENOISERS, *SECOND)
+    found = [name for name in known if isinstance(getattr(target, name, None), nn.Module)]
+    if component is not None and component not in found:
+        raise CacheError(
+            f"{type(target).__name__} has no model {component!r} that it calls at its steps; it has "
+            f"{', '.join(found) or 'none'}"
+        )
     if not found or not hasattr(target, "scheduler"):
         raise CacheError(
             f"{type(target).__name__} is neither a torch module nor a pipeline with a scheduler and one of "
             f"{', '.join(DENOISERS)}; pass the model itself and use begin_generation() and begin_step()"
         )
-    if isinstance(getattr(target, "transformer_2", None), nn.Module):
+    if component is None and any(name in found for name in SECOND):
         raise CacheError(
-            f"{type(target).__name__} has two transformers that share its steps, which one schedule cannot describe yet"
+            f"{type(target).__name__} has two models that share its steps, {' and '.join(found)}, and a schedule is "
+            "for one of them: say for which with component=..., and apply another schedule to the other"
         )
-    model: nn.Module = getattr(target, found[0])
+    model: nn.Module = getattr(target, component or found[0])
     return model
 
 

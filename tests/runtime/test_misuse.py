@@ -92,7 +92,10 @@ def test_a_sampling_loop_longer_than_the_schedule_is_refused(build: Build) -> No
     [
         (SimpleNamespace(), "SimpleNamespace is neither a torch module nor a pipeline with a scheduler"),
         (SimpleNamespace(transformer=dit()), "neither a torch module nor a pipeline with a scheduler"),
-        (SimpleNamespace(transformer=dit(), transformer_2=dit(), scheduler=None), "has two transformers"),
+        (
+            SimpleNamespace(transformer=dit(), transformer_2=dit(), scheduler=None),
+            "has two models that share its steps, transformer and transformer_2",
+        ),
     ],
     ids=["nothing", "no scheduler", "two transformers"],
 )
