@@ -1,6 +1,6 @@
 """The measurements of one guidance pass: what is held of a few steps, and what is made of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,8 +21,10 @@ class Pass:
     The rings are made after the first step of a generation, which tells the sizes; that step's outputs are held whole.
     """
 
-    def __init__(self, anatomy: Anatomy, lags: int) -> None:
+    def __init__(self, anatomy: Anatomy, lags: int, time_signals: Sequence[str] = ()) -> None:
         self.anatomy, self.lags = anatomy, lags
+        self.signals = (*TEACACHE_SIGNALS, *time_signals)
+        self.time: dict[str, Tensor] = {}  # the time signals of the call that runs
         self.parts = 1
         self.outputs: dict[tuple[int, int], Tensor] = {}  # whole, by site and step
         self.modulated: Tensor | None = None
@@ -33,7 +35,7 @@ class Pass:
         self._first_deltas: dict[int, Tensorlist] = {}
         self._surviving = [anatomy.blocks[anatomy.segment(b.index)[1] - 1].streams for b in anatomy.blocks]
         self._sites: Ring | None = None
-        self._before: list[Tensorlist] = []  # the four signals of the step before
+        self._before: list[Tensorlist] = []  # the signals of the step before
         self._delta_of: dict[int, tuple[Ring, int]] = {}
         self._deltas: list[tuple[list[int], Ring]] = []
         self.restart()
@@ -97,7 +99,13 @@ class Pass:
     def end(self, out: Tensorlist) -> None:
         """Measure the call that ends."""
         assert self.modulated is not None
-        signals = [[self.modulated], self._residual, self._body, out]
+        signals = [
+            [self.modulated],
+            self._residual,
+            self._body,
+            out,
+            *([self.time[name]] for name in self.signals[len(TEACACHE_SIGNALS) :]),
+        ]
         if not self._ready:
             self._set_up()
         assert self._sites is not None
@@ -112,7 +120,7 @@ class Pass:
         self._tables["size"][self.step] = torch.stack([_mean([x.abs() for x in signal]) for signal in signals])
         self._before = signals
         self._grams[self.step] = [ring.gram() for _, ring in self._deltas]
-        self._entered, self._body, self.modulated = {}, [], None
+        self._entered, self._body, self.modulated, self.time = {}, [], None, {}
 
     def given(self) -> PassOutput:
         """Return what the step's guidance is made of."""
@@ -131,7 +139,7 @@ class Pass:
         """Return the measurements, step first; NaN where there is nothing to compare with."""
         sites, blocks, lags = len(self.anatomy.sites), len(self.anatomy.blocks), self.lags
         out = {f"sites/{name}": np.full((steps, sites, lags), np.nan) for name in SITE_STATISTICS}
-        out |= {f"teacache/{name}": np.full((steps, 2), np.nan) for name in TEACACHE_SIGNALS}
+        out |= {f"teacache/{name}": np.full((steps, 2), np.nan) for name in self.signals}
         out["delta/gram"] = np.full((steps, 2 * blocks, 2 * blocks), np.nan)
         out["magnitude"] = np.full((steps, len(MAGNITUDES)), np.nan)
         if self._sites is None:
@@ -148,7 +156,7 @@ class Pass:
             out["sites/dot"][step, :, :seen] = found[:, 2 : 2 + seen]
             out["sites/diff_l1"][step, :, :seen] = found[:, 2 + lags : 2 + lags + seen] / counts
             if since:
-                for place, name in enumerate(TEACACHE_SIGNALS):
+                for place, name in enumerate(self.signals):
                     out[f"teacache/{name}"][step] = changes[step][place], sizes[step - 1][place]
                 ratio, square, cosine = magnitudes[step]
                 out["magnitude"][step] = ratio, np.sqrt(max(square - ratio**2, 0)), 1 - cosine
@@ -166,6 +174,7 @@ class Pass:
 
     def _clear_step(self) -> None:
         self.modulated = None
+        self.time = {}
         self._entered, self._residual, self._body = {}, [], []
 
     def _rings(self) -> Iterator[Ring]:

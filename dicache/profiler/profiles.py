@@ -49,6 +49,7 @@ class Provenance:
         lags: How many steps back a branch's output was compared with.
         contexts: Names of the guidance passes.
         parts: How many samples each pass has in its batch: 2 if it holds the guided and the unguided half, else 1.
+        time_signals: Which of `time` and `time_projected` were measured: what the model makes of its timestep alone.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Provenance:
     lags: int
     contexts: tuple[str, ...]
     parts: tuple[int, ...]
+    time_signals: tuple[str, ...] = ()
 
     @property
     def layout(self) -> str:
@@ -74,6 +76,7 @@ class Provenance:
             "versions": dict(self.versions),
             "contexts": list(self.contexts),
             "parts": list(self.parts),
+            "time_signals": list(self.time_signals),
         }
 
     @classmethod
@@ -85,6 +88,7 @@ class Provenance:
                 "target": Target.from_json(content["target"]),
                 "contexts": tuple(content["contexts"]),
                 "parts": tuple(content["parts"]),
+                "time_signals": tuple(content.get("time_signals", ())),  # older profiles have none
             }
         )
 
@@ -107,6 +111,8 @@ class Profile:
             - `teacache/input`, `teacache/residual`, `teacache/body`, `teacache/output`, (r, c, s, 2): mean |difference|
               to the step before and mean |step before| of the modulated input, the body's residual, the body's output,
               the model's output.
+            - `teacache/time`, `teacache/time_projected`, (r, c, s, 2): the same of the time embedding and its
+              projection, where `provenance.time_signals` has them.
             - `magnitude`, (r, c, s, 3): over tokens, mean and deviation of the ratio of the body residual's norm to
               that of the step before, and mean of 1 - their cosine (MagCache, arXiv 2506.09045).
             - `body/weights`, (r, s, parts): with which the parts of all passes add up to what the scheduler is given.
@@ -168,7 +174,7 @@ class Profile:
         return out
 
     def relative_l1(self, what: str) -> np.ndarray:
-        """Return mean |x_i - x_(i-1)| / mean |x_(i-1)|, shape (r, c, s - 1), of one of `teacache`'s four signals.
+        """Return mean |x_i - x_(i-1)| / mean |x_(i-1)|, shape (r, c, s - 1), of one of `teacache`'s signals.
 
         References:
             TeaCache, arXiv 2411.19108, equation 3.

@@ -19,6 +19,7 @@ from dicache.anatomy import Anatomy, StepClock, survey
 from dicache.anatomy.clock import noise_levels, timesteps
 from dicache.anatomy.fingerprint import fingerprint
 from dicache.anatomy.inputs import capture_inputs
+from dicache.anatomy.time_embedding import find_time_embedding
 from dicache.anatomy.unets import is_unet
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, default_conditions, sample
@@ -139,9 +140,11 @@ def profile_pipeline(
             f"a profile measures what a row of blocks adds to one stream, and {type(model).__name__} is a U-Net, whose "
             "stream changes its shape; take a method that needs no profile, such as `dicache calibrate deepcache`"
         )
-    anatomy = survey(model, capture_inputs(model, lambda: sample(pipeline, conditions[:1], [seed], sampling)))
+    inputs = capture_inputs(model, lambda: sample(pipeline, conditions[:1], [seed], sampling))
+    anatomy = survey(model, inputs)
+    time = find_time_embedding(model, inputs, anatomy)
     steps_kept = _steps_of_priors(priors, anatomy, len(pipeline.scheduler.timesteps))
-    with Recorder(pipeline, model, anatomy, lags, steps_kept) as recorder:
+    with Recorder(pipeline, model, anatomy, lags, steps_kept, time) as recorder:
         _first_step(pipeline, lambda: sample(pipeline, conditions[:1], [seed], sampling))
         provenance = _provenance(pipeline, name, anatomy, sampling, recorder, priors)
         if before is not None:
@@ -304,6 +307,7 @@ def _provenance(
         lags=recorder.lags,
         contexts=recorder.contexts,
         parts=recorder.parts,
+        time_signals=recorder.time_signals,
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from dicache.anatomy import Anatomy, StepClock
 from dicache.anatomy.inputs import latents_of
 from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.time_embedding import Reading, watch_reading
 from dicache.profiler.guided import GuidedSteps
 from dicache.profiler.passes import Pass
 from dicache.profiler.profiles import Provenance, Run
@@ -32,6 +34,7 @@ class Recorder:
         anatomy: The model's.
         lags: How many steps back each branch's output is compared with.
         priors: Steps at which a site's outputs are handed out whole, by the site's key.
+        time: Where the time embedding and its projection are read, by the name of the signal.
     """
 
     def __init__(
@@ -41,8 +44,10 @@ class Recorder:
         anatomy: Anatomy,
         lags: int,
         priors: Mapping[str, Sequence[int]] | None = None,
+        time: Mapping[str, Reading] | None = None,
     ) -> None:
         self.lags = lags
+        self.time_signals = tuple(time or ())
         self._anatomy = anatomy
         self._places = {key: place for place, key in enumerate(anatomy.sites)}
         self._wanted = [frozenset((priors or {}).get(key, ())) for key in anatomy.sites]
@@ -63,6 +68,8 @@ class Recorder:
         first = anatomy.blocks[0]
         entrance = model.get_submodule(f"{first.module}.{first.sites[0].entrance}")
         self._overrides.set(entrance, self._entrance(entrance.forward))
+        for name, reading in (time or {}).items():
+            watch_reading(self._overrides, model, reading, partial(self._time, name))
         self._clock = StepClock(pipeline.scheduler, self._begin, self._step)
 
     def detach(self) -> None:
@@ -109,7 +116,7 @@ class Recorder:
         """Return the rows of the latest generation; NaN where a pass or a step was not seen."""
         assert self._generation is not None
         assert self._guided is not None
-        steps, empty = self._generation.steps, Pass(self._anatomy, self.lags)
+        steps, empty = self._generation.steps, self._new_pass()
         passes = [self._passes.get(name, empty) for name in provenance.contexts]
         records = [found.arrays(steps) for found in passes]
         arrays = {name: np.stack([record[name] for record in records]) for name in records[0]}
@@ -130,6 +137,13 @@ class Recorder:
             return None
         step, index = min(found)
         return f"step {step} in {self._anatomy.sites[index]}"
+
+    def _new_pass(self) -> Pass:
+        return Pass(self._anatomy, self.lags, self.time_signals)
+
+    def _time(self, name: str, embedding: Tensor) -> None:
+        if self._running is not None:
+            self._running.time[name] = embedding
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
@@ -163,7 +177,7 @@ class Recorder:
                 return forward(*args, **kwargs)
             name, _ = generation.lane(self._context, Call(args, kwargs))
             if name not in self._passes:
-                self._passes[name] = Pass(self._anatomy, self.lags)
+                self._passes[name] = self._new_pass()
             self._running = record = self._passes[name]
             record.begin(generation.step, len(latents_of(args, kwargs)))
             try:

@@ -49,7 +49,7 @@ def shapes(provenance: Provenance) -> dict[str, tuple[int, ...]]:
         **{f"sites/{name}": (contexts, steps, sites, provenance.lags) for name in SITE_STATISTICS},
         "delta/gram": (contexts, steps, 2 * blocks, 2 * blocks),
         "delta/cosine": (contexts, steps, blocks),
-        **{f"teacache/{name}": (contexts, steps, 2) for name in TEACACHE_SIGNALS},
+        **{f"teacache/{name}": (contexts, steps, 2) for name in (*TEACACHE_SIGNALS, *provenance.time_signals)},
         "magnitude": (contexts, steps, len(MAGNITUDES)),
         "body/weights": (steps, sum(provenance.parts)),
         "body/gram": (steps, steps),
