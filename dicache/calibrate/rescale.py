@@ -55,6 +55,58 @@ class Rescale:
         return {**content, "input_range": list(self.input_range)}
 
 
+@dataclass(frozen=True)
+class Judged:
+    """How well a polynomial that was fitted to something else foretells some pairs.
+
+    Attributes:
+        pairs: How many pairs of x and y.
+        r2: Share of the variance of y explained; below 0 the mean of y foretells better.
+        rmse: Root mean square error of y.
+        outside_share: Share of x outside the range in which x is held.
+        negative_share: Share of them at which the polynomial is negative.
+        falling_share: Share of them at which a larger change of the input foretells a smaller one of the output.
+    """
+
+    pairs: int
+    r2: float
+    rmse: float
+    outside_share: float
+    negative_share: float
+    falling_share: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers, rounded."""
+        return {name: round(value, 5) if isinstance(value, float) else value for name, value in asdict(self).items()}
+
+
+def judge(policy: TeaCachePolicy, x: np.ndarray, y: np.ndarray) -> Judged:
+    """Return how well a policy's polynomial foretells y from x, as the policy uses it.
+
+    Args:
+        policy: With the polynomial, the range that x is held in, and what becomes of negative values.
+        x: Relative L1 change of the signal since the step before, unitless, of any shape; NaN where there is none.
+        y: The same of the output.
+
+    Raises:
+        CalibrationError: If there is no pair.
+    """
+    known = np.isfinite(x) & np.isfinite(y)
+    if not known.any():
+        raise CalibrationError("teacache: found no pair of a change of the signal and one of the output")
+    x, y = x[known], y[known]
+    foretold, outside, negative, falling = _applied(policy, x)
+    error = foretold - y
+    return Judged(
+        pairs=len(x),
+        r2=float(1 - (error**2).sum() / _variation(y)),
+        rmse=float(np.sqrt((error**2).mean())),
+        outside_share=float(outside.mean()),
+        negative_share=float(negative.mean()),
+        falling_share=float(falling.mean()),
+    )
+
+
 def fit_rescale(x: np.ndarray, y: np.ndarray, *, degree: int = 4, negative: Negative = "clamp") -> Rescale:
     """Fit the polynomial that foretells how much the output changes from how much the input did.
 
@@ -95,15 +147,10 @@ def fit_rescale(x: np.ndarray, y: np.ndarray, *, degree: int = 4, negative: Nega
         part = _polynomial(x[seen], y[seen], degree)
         low, high = float(x[seen].min()), float(x[seen].max())
         policy = TeaCachePolicy(0.0, tuple(part.tolist()), (low, high), negative=negative)
-        given = x[left_out]
-        at = given if negative == "reference" else np.clip(given, low, high)
-        foretold[left_out] = np.reshape([policy.rescale(v) for v in given.flat], given.shape)
-        outside[left_out] = (given < low) | (given > high)
-        below[left_out] = np.polyval(part, at) < 0
-        falling[left_out] = np.polyval(np.polyder(part), at) < 0
+        foretold[left_out], outside[left_out], below[left_out], falling[left_out] = _applied(policy, x[left_out])
         by_step[left_out] = np.nanmedian(np.where(known, y, np.nan)[~left_out], axis=0)
     error, step_error = foretold[known] - y[known], by_step[known] - y[known]
-    variation = max(((y[known] - y[known].mean()) ** 2).sum(), 1e-24)  # a y that never varies has none to explain
+    variation = _variation(y[known])
     coefficients = _polynomial(x[known], y[known], degree)
     grid = np.polyval(coefficients, np.linspace(x[known].min(), x[known].max(), 1000))
     return Rescale(
@@ -120,6 +167,20 @@ def fit_rescale(x: np.ndarray, y: np.ndarray, *, degree: int = 4, negative: Nega
         negative_share=float((grid < 0).mean()),
         falling_share=float((np.diff(grid) < 0).mean()),
     )
+
+
+def _applied(policy: TeaCachePolicy, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return what a policy foretells at x; where x lies outside its range; where p is negative, and where it falls."""
+    low, high = policy.input_range
+    at = x if policy.negative == "reference" else np.clip(x, low, high)
+    foretold = np.reshape([policy.rescale(float(value)) for value in x.flat], x.shape)
+    slope = np.polyval(np.polyder(policy.coefficients), at)
+    return foretold, (x < low) | (x > high), np.polyval(policy.coefficients, at) < 0, slope < 0
+
+
+def _variation(y: np.ndarray) -> float:
+    """Return the sum of squares about the mean; a y that never varies has none to explain."""
+    return float(max(((y - y.mean()) ** 2).sum(), 1e-24))
 
 
 def _polynomial(x: np.ndarray, y: np.ndarray, degree: int) -> np.ndarray:

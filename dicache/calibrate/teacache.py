@@ -8,17 +8,20 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from dicache.anatomy import Anatomy
 from dicache.calibrate.methods import Axis, Between, CalibrationError, body_plan, method
-from dicache.calibrate.rescale import fit_rescale
+from dicache.calibrate.rescale import fit_rescale, judge
 from dicache.calibrate.simulating import find_limit, macs_fraction, simulate
+from dicache.calibrate.teacache_published import IN_WORDS, SIGNALS, Signal, published, quoted_in_words
 from dicache.profiler import Profile
-from dicache.schedules import Schedule, TeaCachePolicy
+from dicache.schedules import Schedule, Target, TeaCachePolicy
 from dicache.schedules.policies import Negative
 
 FitTo = Literal["residual", "body", "output"]
 Foretell = Literal["input", "steps"]
 USUAL_SPEEDUP = 1.8
 HIGHEST_DEGREE = 8  # beyond it a fit to noise is all that is gained
+ROUNDING = 1e-3  # relative to the largest change, by which what timesteps alone make may differ between runs
 DEGREES = range(1, 7)  # that a search tries; a published attempt with six gave absurd coefficients, so no higher
 
 
@@ -36,6 +39,13 @@ class TeaCache:
             change that the profile's runs had at each step. That needs no polynomial and no decision at run time: it
             gives a plan.
         negative: What a negative value of the polynomial adds to the sum; see the policy.
+        signal: Whose change foretells that of the output: the `modulated` input of the first block; the `time`
+            embedding; or `time-projected`, the projection of it that the blocks share. The latter two see nothing but
+            the timestep, so that what they decide is known beforehand: they give a plan.
+        first_steps: How many steps at the start are always computed.
+        last_steps: How many at the end.
+        published: Name of a published polynomial, which is taken in the place of a fit.
+        input_range: Where x is held, if not in the range of the fit or where the published polynomial makes sense.
 
     References:
         TeaCache, arXiv 2411.19108, section 3.3.
@@ -47,6 +57,11 @@ class TeaCache:
     fit_to: FitTo = "output"
     foretell: Foretell = "input"
     negative: Negative = "clamp"
+    signal: Signal = "modulated"
+    first_steps: int = 1
+    last_steps: int = 1
+    published: str | None = None
+    input_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         given = [value for value in (self.threshold, self.target_speedup) if value is not None]
@@ -70,6 +85,29 @@ class TeaCache:
             raise CalibrationError(
                 f"teacache: negative is one of {', '.join(get_args(Negative))}, found {self.negative!r}"
             )
+        if self.signal not in get_args(Signal):
+            raise CalibrationError(
+                f"teacache: the signal is one of {', '.join(get_args(Signal))}, found {self.signal!r}"
+            )
+        if self.first_steps < 1 or self.last_steps < 0:
+            raise CalibrationError(
+                "teacache: at least the first step is computed, and no fewer than 0 of the last; found "
+                f"{self.first_steps} and {self.last_steps}"
+            )
+        if self.input_range is not None and not 0 <= self.input_range[0] < self.input_range[1] < np.inf:
+            raise CalibrationError(
+                f"teacache: the range of x is from 0 or more to something larger, found {self.input_range}"
+            )
+        if self.foretell == "steps" and (self.published is not None or self.signal != "modulated"):
+            raise CalibrationError(
+                "teacache: foretold from the steps alone it needs no signal and no polynomial; leave them out"
+            )
+        if self.published is not None and published(self.published).signal != self.signal:
+            needed = published(self.published).signal
+            raise CalibrationError(
+                f"teacache: the polynomial of {self.published} is of the signal {needed}, and means nothing for "
+                f"another; found {self.signal}"
+            )
 
     def calibrate(self, profile: Profile) -> Schedule:
         """Return the schedule that this profile gives.
@@ -77,50 +115,150 @@ class TeaCache:
         Raises:
             CalibrationError: If the profile has too few runs, or the target speed-up cannot be reached.
         """
-        x, y = profile.relative_l1("input"), profile.relative_l1(self.fit_to)  # (runs, contexts, steps - 1)
-        rescale = fit_rescale(x, y, degree=self.degree, negative=self.negative)
-        coefficients, input_range, signal = rescale.coefficients, rescale.input_range, x
+        x, y = changes(profile, self.signal), profile.relative_l1(self.fit_to)  # (runs, contexts, steps - 1)
+        found: dict[str, Any]
+        if self.published is None:
+            fit = fit_rescale(x, y, degree=self.degree, negative=self.negative)
+            policy, found = self._policy(fit.coefficients, fit.input_range), {"fit": fit.to_json()}
+        else:
+            policy, found = self._published_policy()
+            found["published"]["on_profile"] = judge(policy, x, y).to_json()
         if self.foretell == "steps":  # the change itself is known, so it is taken as it is
-            signal = np.nanmedian(y, axis=(0, 1), keepdims=True)
-            coefficients, input_range = (1.0, 0.0), (0.0, float(signal.max()))
-        policy = TeaCachePolicy(self.threshold or 0.0, coefficients, input_range, negative=self.negative)
+            x = np.nanmedian(y, axis=(0, 1), keepdims=True)
+            policy = replace(policy, coefficients=(1.0, 0.0), input_range=(0.0, float(x.max())))
+        elif self.signal != "modulated":
+            x = of_timesteps(x)
+        known = {
+            "model": profile.provenance.model,
+            "runs": sum(run.ok for run in profile.runs),
+            "guidance": profile.provenance.settings.get("guidance"),
+        }
+        return self._schedule(policy, x, profile.anatomy, profile.provenance.target, known | found)
+
+    def without_profile(
+        self, model: str, anatomy: Anatomy, target: Target, steps: int, x: np.ndarray | None = None
+    ) -> Schedule:
+        """Return the schedule of a published polynomial, for a model that was not measured.
+
+        Args:
+            model: Its name.
+            anatomy: Of it.
+            target: What the schedule is bound to.
+            steps: As the step clock counts them.
+            x: Relative L1 change of the signal from each step to the next, shape (steps - 1,), of a signal that sees
+                nothing but the timestep.
+
+        Raises:
+            CalibrationError: If no polynomial is named, the signal is needed and not given, or the target speed-up
+                cannot be reached or, of the modulated input, not be foreseen.
+        """
+        if self.published is None:
+            raise CalibrationError("teacache: a fit needs a profile; name a published polynomial, or give a profile")
+        policy, found = self._published_policy()
+        if self.signal != "modulated":
+            if x is None:
+                raise CalibrationError(
+                    f"teacache: the polynomial of {self.published} is of the {IN_WORDS[self.signal]}, which takes the "
+                    "model's weights to compute; give a --model with weights, or a --profile"
+                )
+            return self._schedule(policy, x[None, None], anatomy, target, {"model": model, **found})
         if self.target_speedup is not None:
-            policy = replace(policy, threshold=_find_threshold(policy, signal, profile, self.target_speedup))
-        computed = simulate(policy, signal)  # (runs, contexts, steps)
+            raise CalibrationError(
+                "teacache: what a threshold saves with the modulated input is only known from a profile; give one, or "
+                f"a --threshold. {quoted_in_words(found['published'])}"
+            )
+        measured = {"model": model, **found, "threshold": policy.threshold}
+        return Schedule("teacache", self._settings(), anatomy, target, steps, policy=policy, measured=measured)
+
+    def _policy(self, coefficients: tuple[float, ...], input_range: tuple[float, float]) -> TeaCachePolicy:
+        return TeaCachePolicy(
+            self.threshold or 0.0,
+            coefficients,
+            self.input_range or input_range,
+            self.negative,
+            first_steps=self.first_steps,
+            last_steps=self.last_steps,
+        )
+
+    def _published_policy(self) -> tuple[TeaCachePolicy, dict[str, Any]]:
+        """Return the policy, and what is known of its polynomial."""
+        assert self.published is not None
+        known = published(self.published)
+        policy = self._policy(known.coefficients, known.held_range)
+        kind = "given" if self.input_range is not None else "sensible" if known.input_range is None else "fitted"
+        return policy, {"published": {**known.to_json(), "range": list(policy.input_range), "range_is": kind}}
+
+    def _settings(self) -> dict[str, Any]:
+        unused = ("degree", "foretell") if self.published is not None else ("published",)
+        return {name: value for name, value in asdict(self).items() if name not in unused}
+
+    def _schedule(
+        self, policy: TeaCachePolicy, x: np.ndarray, anatomy: Anatomy, target: Target, known: Mapping[str, Any]
+    ) -> Schedule:
+        """Return what the policy decides on changes x, shape (runs, contexts, steps - 1): a plan, if it is known."""
+        if self.target_speedup is not None:
+            policy = replace(policy, threshold=_find_threshold(policy, x, anatomy, self.target_speedup))
+        computed = simulate(policy, x)  # (runs, contexts, steps)
         often = computed.mean(axis=(0, 1))
+        decided = self.foretell == "steps" or self.signal != "modulated"
+        plan = body_plan({"*": "".join("C" if c else "." for c in computed[0, 0])})
         return Schedule(
             method="teacache",
-            settings=asdict(self),
-            anatomy=profile.anatomy,
-            target=profile.provenance.target,
-            steps=profile.steps,
-            plan=body_plan({"*": "".join("C" if c else "." for c in computed[0, 0])})
-            if self.foretell == "steps"
-            else None,
-            policy=None if self.foretell == "steps" else policy,
+            settings=self._settings(),
+            anatomy=anatomy,
+            target=target,
+            steps=computed.shape[-1],
+            plan=plan if decided else None,
+            policy=None if decided else policy,
             measured={
-                "model": profile.provenance.model,
-                "runs": sum(run.ok for run in profile.runs),
-                "guidance": profile.provenance.settings.get("guidance"),
-                "fit": rescale.to_json(),
+                **known,
                 "threshold": policy.threshold,
                 "computed_steps": round(float(often.sum()), 2),
                 "expected_steps": "".join("C" if share >= 0.5 else "." for share in often),
-                "macs_fraction": round(macs_fraction(policy, profile.anatomy, float(often.mean())), 4),
+                "macs_fraction": round(macs_fraction(policy, anatomy, float(often.mean())), 4),
             },
         )
 
 
-def _find_threshold(policy: TeaCachePolicy, x: np.ndarray, profile: Profile, target_speedup: float) -> float:
+def changes(profile: Profile, signal: Signal) -> np.ndarray:
+    """Return the relative L1 change of a signal in a profile, shape (runs, contexts, steps - 1).
+
+    Raises:
+        CalibrationError: If the profile does not have it.
+    """
+    if signal != "modulated" and SIGNALS[signal] not in profile.provenance.time_signals:
+        raise CalibrationError(
+            f"teacache: the profile has no {IN_WORDS[signal]}: it is an older one, or the model makes none before its "
+            "blocks of the timestep alone; profile again, or take --signal modulated"
+        )
+    return profile.relative_l1(SIGNALS[signal])
+
+
+def of_timesteps(x: np.ndarray) -> np.ndarray:
+    """Return the one row, shape (1, 1, steps - 1), that all runs and guidance passes have of what timesteps alone make.
+
+    Raises:
+        CalibrationError: If they differ, by more than rounding.
+    """
+    row: np.ndarray = np.nanmedian(x, axis=(0, 1), keepdims=True)
+    if np.nanmax(np.abs(x - row)) > ROUNDING * np.nanmax(row):
+        raise CalibrationError(
+            "teacache: the time embedding changes differently from run to run, so it depends on more than the "
+            "timestep; take --signal modulated"
+        )
+    return row
+
+
+def _find_threshold(policy: TeaCachePolicy, x: np.ndarray, anatomy: Anatomy, target_speedup: float) -> float:
     """Return the smallest threshold with which the simulated rule reaches a speed-up in multiply-accumulates."""
     foretold = np.vectorize(policy.rescale)(np.nan_to_num(x, nan=0.0))
     highest = float(np.maximum(foretold, 0).sum(axis=-1).max()) * 1.001 + 1e-9  # no sum of changes reaches it
 
     def speedup(threshold: float) -> float:
         tried = replace(policy, threshold=threshold)
-        return 1 / macs_fraction(tried, profile.anatomy, float(simulate(tried, x).mean()))
+        return 1 / macs_fraction(tried, anatomy, float(simulate(tried, x).mean()))
 
-    return find_limit(policy.name, profile.steps, speedup, highest, target_speedup)
+    return find_limit(policy.name, x.shape[-1] + 1, speedup, highest, target_speedup)
 
 
 @dataclass(frozen=True)
@@ -144,15 +282,16 @@ class TeaCacheSpace:
 
     @cached_property
     def axes(self) -> Mapping[str, Axis]:
+        always = self.settings.first_steps + self.settings.last_steps
         policy = TeaCachePolicy(0.0, (1.0, 0.0), (0.0, 1.0), negative=self.settings.negative)
-        least = macs_fraction(policy, self.profile.anatomy, 2 / self.profile.steps)  # all but its two forced steps
+        least = macs_fraction(policy, self.profile.anatomy, always / self.profile.steps)  # all others skipped
         low, high = least, 1.0
         if self.max_macs is not None:  # the profile's runs foresee the cost of others to some hundredths
             low, high = max(least, 0.8 * self.max_macs), min(1.0, 1.2 * self.max_macs)
         if low >= high:
             raise CalibrationError(
                 f"teacache: a share of {self.max_macs or 1:.3f} of the MACs cannot be reached in "
-                f"{self.profile.steps} steps; with all but the first and last step skipped it is {least:.3f}"
+                f"{self.profile.steps} steps; with all but {always} steps skipped it is {least:.3f}"
             )
         axes: dict[str, Axis] = {
             "macs": Between(low, high),
@@ -160,11 +299,13 @@ class TeaCacheSpace:
             "fit_to": get_args(FitTo),
             "degree": DEGREES,
         }
-        return {name: axis for name, axis in axes.items() if name not in self.fixed}
+        fixed = {*self.fixed, *(("foretell",) if self.settings.signal != "modulated" else ())}
+        return {name: axis for name, axis in axes.items() if name not in fixed}
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        measured = [self.profile.relative_l1(name) for name in ("input", *get_args(FitTo))]
+        signal = changes(self.profile, self.settings.signal)
+        measured = [signal, *(self.profile.relative_l1(name) for name in get_args(FitTo))]
         settings = {**asdict(self.settings), "threshold": None, "target_speedup": None}  # what is searched for
         profile = hashlib.sha256(np.stack(measured).tobytes()).hexdigest()[:16]
         return {"method": "teacache", "settings": settings, "profile": profile}

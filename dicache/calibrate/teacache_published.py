@@ -91,19 +91,15 @@ class Published:
         self,
         threshold: float,
         negative: Negative = "clamp",
-        *,
-        input_range: tuple[float, float] | None = None,
-        first_steps: int | None = None,
-        last_steps: int | None = None,
     ) -> TeaCachePolicy:
-        """Return the policy; what is left out is as published."""
+        """Return the policy, with the steps that are always computed where it was published."""
         return TeaCachePolicy(
             threshold,
             self.coefficients,
-            input_range or self.held_range,
-            self.first_steps if first_steps is None else first_steps,
-            self.last_steps if last_steps is None else last_steps,
+            self.held_range,
             negative,
+            first_steps=self.first_steps,
+            last_steps=self.last_steps,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -146,6 +142,17 @@ def published(name: str) -> Published:
 def published_for(transformer: str) -> list[Published]:
     """Return the polynomials for a class of diffusers."""
     return [entry for entry in all_published().values() if transformer in entry.transformers]
+
+
+def quoted_in_words(told: Mapping[str, Any]) -> str:
+    """Return which speed-ups were quoted for which threshold, of what `Published.to_json` says."""
+    if not told["quoted"]:
+        return f"No threshold was quoted for {told['name']}."
+    at = told["quoted_for"]
+    steps = "an unstated number of steps" if at["steps"] is None else f"{at['steps']} steps"
+    return (
+        f"Quoted for {told['name']} as published (--negative {at['negative']}, {steps}): {'; '.join(told['quoted'])}."
+    )
 
 
 def sensible_range(coefficients: tuple[float, ...]) -> tuple[float, float]:

@@ -7,6 +7,7 @@ from dicache.cli.calibrate import calibrate
 from dicache.cli.calibrate_l2c import l2c
 from dicache.cli.calibrate_predicted import eoc, faster_diffusion, magcache, pab, smoothcache, taylorseer, tgate
 from dicache.cli.calibrate_ranges import delta_cache, delta_dit, mask
+from dicache.cli.calibrate_teacache import teacache
 from dicache.cli.calibrate_unets import deepcache
 from dicache.cli.command import Group
 from dicache.cli.cost import cost
@@ -33,7 +34,7 @@ def main() -> None:
 
 for command in (demo, models, zoo, profile, profiles, calibrate, schedules, generate, evaluate, cost, plot):
     main.add_command(command)
-for method in (mask, delta_cache, delta_dit, deepcache):
+for method in (teacache, mask, delta_cache, delta_dit, deepcache):
     calibrate.add_command(method)
 for method in (taylorseer, faster_diffusion, smoothcache, magcache, pab, tgate, l2c, eoc):
     calibrate.add_command(method)

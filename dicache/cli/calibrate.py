@@ -9,16 +9,13 @@ import click
 from dicache.cli.calibrating import (
     output_option,
     planned_subject,
-    profile_option,
     share_of,
     subject_of,
-    subject_of_profile,
     subject_options,
     target_options,
     write_schedule,
 )
 from dicache.cli.command import Group, json_option
-from dicache.cli.profiles import newest
 from dicache.cli.searching import Searching, given_options, search_for, search_options
 
 
@@ -85,73 +82,3 @@ def fora(
         f"fora: a speed-up of {1 / share:g} cannot be reached in {subject.steps} steps; with an interval of "
         f"{settings.interval} it is {1 / schedule.macs_fraction():.3g}"
     )
-
-
-@calibrate.command()
-@click.option("--threshold", type=float, help="Of the accumulated relative change, such as 0.1.")
-@target_options
-@click.option("--degree", type=int, default=4, show_default=True, help="Of the polynomial.")
-@click.option(
-    "--fit-to",
-    type=click.Choice(["output", "body", "residual"]),
-    default="output",
-    show_default=True,
-    help="What is foretold.",
-)
-@click.option(
-    "--foretell",
-    type=click.Choice(["input", "steps"]),
-    default="input",
-    show_default=True,
-    help="From the modulated input at run time, or by the median of each step, which gives a fixed plan.",
-)
-@click.option(
-    "--negative",
-    type=click.Choice(["clamp", "abs", "reference"]),
-    default="clamp",
-    show_default=True,
-    help="Where the polynomial is negative: nothing is added, its magnitude is, or it is subtracted as published.",
-)
-@profile_option
-@search_options
-@output_option
-@json_option
-def teacache(
-    threshold: float | None,
-    target_speedup: float | None,
-    max_macs: float | None,
-    degree: int,
-    fit_to: Any,
-    foretell: Any,
-    negative: Any,
-    profile_file: Path | None,
-    output: Path | None,
-    as_json: bool,
-    **searching: Any,
-) -> None:
-    """Skip the body until its foretold change adds up to a threshold (arXiv 2411.19108).
-
-    Without --threshold, --target-speedup and --max-macs, it aims at 1.8 times fewer MACs. With --search it tries
-    thresholds and fits (--foretell, --fit-to, --degree) on real runs; what is given on the command line is kept.
-    """
-    from dicache.calibrate.teacache import USUAL_SPEEDUP, TeaCache, TeaCacheSpace
-    from dicache.profiler.storage import load
-
-    search, share = Searching(**searching), share_of(target_speedup, max_macs)
-    if search.wanted and threshold is not None:
-        raise click.UsageError("--search finds the threshold; leave --threshold out")
-    speedup = target_speedup if share is None or target_speedup is not None else 1 / share
-    if threshold is None and speedup is None:
-        speedup = USUAL_SPEEDUP
-        share = None if search.wanted and search.min_psnr is not None else 1 / speedup
-    settings = TeaCache(threshold, speedup, degree, fit_to, foretell, negative)
-    file = profile_file or newest()
-    profile = load(file)
-    model = profile.provenance.model
-    if not search.wanted:
-        return write_schedule(settings.calibrate(profile), "", model, output, as_json)
-    goal = search.goal(share)
-    space = TeaCacheSpace(profile, settings, given_options(), goal.max_macs)
-    subject = subject_of_profile(profile.provenance, profile.runs)
-    output = output or Path("teacache.json")
-    return write_schedule(*search_for(subject, space, goal, search, output), model, output, as_json)

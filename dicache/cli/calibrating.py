@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from dicache.profiler import Provenance, Run
     from dicache.schedules import Schedule
 
+RANGES = {  # what the range that x is held in is, if it is
+    "fitted": "x is held in it unless --negative is reference",
+    "given": "[{low:.4g}, {high:.4g}] was given",
+    "sensible": "in [{low:.4g}, {high:.4g}] it is not negative, and does not fall towards that",
+}
 POOR_FIT = 0.7  # held-out R2 below which what foretells the change is warned of
 CLEARLY_BETTER = 0.9  # share of the polynomial's error below which the median of each step is pointed out
 F = TypeVar("F", bound=Callable[..., Any])
@@ -130,15 +135,52 @@ def write_schedule(
     else:
         if told:
             click.echo(told)
-        click.echo(f"Wrote {output}: {schedule.method}, {schedule.steps} steps of {model}, {fraction:.3f} of the MACs")
+        share = f"{fraction:.3f} of the MACs" if schedule.foreseen else "decides at run time what it saves"
+        click.echo(f"Wrote {output}: {schedule.method}, {schedule.steps} steps of {model}, {share}")
         if fit:
             _show_fit(schedule, fit)
+        for line in published_in_words(schedule):
+            click.echo(f"  {line}")
     if fit:
         _warn(schedule, fit)
     if not as_json:
-        if fraction >= 1:
+        if schedule.foreseen and fraction >= 1:
             click.echo("It computes everything, and saves nothing.")
         click.echo(f"Next: dicache evaluate --model {model} --schedule {output}")
+
+
+def published_in_words(schedule: "Schedule") -> list[str]:
+    """Return what is to be known of the published polynomial that a schedule uses, if it does, a sentence a line."""
+    told = schedule.measured.get("published")
+    if told is None:
+        return []
+    from dicache.calibrate.teacache_published import quoted_in_words
+
+    lines = [f"p of the {told['signal']}, published for {told['model']}: {told['source']}"]
+    low, high = told["range"]
+    fitted = told["fitted_range"]
+    known = "is not known" if fitted is None else f"is [{fitted[0]:.4g}, {fitted[1]:.4g}]"
+    lines.append(f"the range of x that it was fitted on {known}; {RANGES[told['range_is']].format(low=low, high=high)}")
+    if "note" in told:
+        lines.append(told["note"])
+    lines.append(quoted_in_words(told))
+    if "computed_steps" in schedule.measured:
+        by = "" if schedule.adaptive else ", whatever the prompt"
+        lines.append(
+            f"threshold {schedule.measured['threshold']:.4g}: {schedule.measured['computed_steps']:g} of "
+            f"{schedule.steps} steps computed{by}"
+        )
+    if "on_profile" in told:
+        lines.append(f"on this profile: {judged_in_words(told['on_profile'])}")
+    return lines
+
+
+def judged_in_words(judged: Mapping[str, Any]) -> str:
+    """Return how well a published polynomial foretells the pairs of a profile."""
+    return (
+        f"R2 {judged['r2']:.3f}, RMSE {judged['rmse']:.2g}; {judged['outside_share']:.1%} of x outside its range, "
+        f"negative at {judged['negative_share']:.1%}, falling at {judged['falling_share']:.1%}"
+    )
 
 
 def _show_fit(schedule: "Schedule", fit: Mapping[str, Any]) -> None:

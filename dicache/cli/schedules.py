@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dicache.cli.calibrating import profile_option
+from dicache.cli.calibrating import profile_option, published_in_words
 from dicache.cli.command import Group, json_option, model_option, show_json
 from dicache.cli.profiles import newest
 
@@ -24,7 +24,7 @@ PASSES = "passes"  # line of a drawing with the number of guidance passes at eac
 NEGATIVE = {
     "clamp": ("x is held in", "a negative p(x) adds nothing"),
     "abs": ("x is held in", "a negative p(x) adds its magnitude"),
-    "reference": ("p was fitted to x in", "x is taken as it is, and a negative p(x) lowers the sum"),
+    "reference": ("x is taken as it is, also outside of", "a negative p(x) lowers the sum"),
 }
 
 
@@ -56,8 +56,10 @@ def show(file: Path, as_json: bool) -> None:
     if schedule.policy is not None:
         for line in _in_words(schedule.policy):
             click.echo(line)
-        if not schedule.foreseen:
-            return
+    for line in published_in_words(schedule):
+        click.echo(line)
+    if not schedule.foreseen:
+        return
     for context in (*schedule.contexts, None):
         click.echo()
         if schedule.contexts:

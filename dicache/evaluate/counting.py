@@ -21,6 +21,8 @@ from dicache.models.configs import ModelConfig
 COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SHALLOW = 2  # blocks of each list in the copy that is surveyed: a last block may differ from the others
 COPIED_WHOLE = 2e8  # parameters, 0.8 GB, up to which a copy of all blocks is surveyed where a shallow one does not do
+WIDE_BY_HEADS = ("FluxTransformer2DModel",)  # no other number of their configuration has to agree with the width
+HEADS = 2  # in a copy of these
 NARROW = 8  # channels of a U-Net's first stage in the copy
 SMALL = 8  # height and width of the latents that it is surveyed with
 
@@ -94,7 +96,7 @@ class PassCost:
         whole is described by the one there that is built from the same modules. A small model is copied whole if
         blocks of its middle are like none at its ends.
 
-        A U-Net's copy has all blocks, of fewer channels.
+        The copy has all blocks, of fewer channels, of a U-Net or where a width follows from the number of heads alone.
 
         Raises:
             AnatomyError: If there are no blocks, or some that none of those that are surveyed describes.
@@ -103,6 +105,10 @@ class PassCost:
             copied = _with_numbers(self.source, _narrow_config(self.source))
             small = survey(copied, example_inputs(copied))
             return self._measured(small, self._shaped(small.blocks))
+        if self.source.kind in WIDE_BY_HEADS:
+            copied = _with_numbers(self.source, {**self.source.config, "num_attention_heads": HEADS})
+            small = survey(copied, example_inputs(copied))
+            return self._measured(small, list(small.blocks))
         small, blocks, unlike = self._described(_shallow_config(self.source, self.model))
         if unlike and sum(parameter.numel() for parameter in self.model.parameters()) <= COPIED_WHOLE:
             small, blocks, unlike = self._described(dict(self.source.config))
