@@ -96,6 +96,8 @@ def judge(policy: TeaCachePolicy, x: np.ndarray, y: np.ndarray) -> Judged:
         raise CalibrationError("teacache: found no pair of a change of the signal and one of the output")
     x, y = x[known], y[known]
     foretold, outside, negative, falling = _applied(policy, x)
+    if policy.negative != "reference":  # where x is held, a larger one foretells the same
+        falling = falling & ~outside
     error = foretold - y
     return Judged(
         pairs=len(x),

@@ -1,7 +1,7 @@
 """TeaCache: fit how much the model's output will change from how much its modulated input has."""
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -10,9 +10,9 @@ import numpy as np
 
 from dicache.anatomy import Anatomy
 from dicache.calibrate.methods import Axis, Between, CalibrationError, body_plan, method
-from dicache.calibrate.rescale import fit_rescale, judge
+from dicache.calibrate.rescale import Judged, fit_rescale, judge
 from dicache.calibrate.simulating import find_limit, macs_fraction, simulate
-from dicache.calibrate.teacache_published import IN_WORDS, SIGNALS, Signal, published, quoted_in_words
+from dicache.calibrate.teacache_published import IN_WORDS, SIGNALS, Signal, published, published_for, quoted_in_words
 from dicache.profiler import Profile
 from dicache.schedules import Schedule, Target, TeaCachePolicy
 from dicache.schedules.policies import Negative
@@ -232,6 +232,25 @@ def changes(profile: Profile, signal: Signal) -> np.ndarray:
             "blocks of the timestep alone; profile again, or take --signal modulated"
         )
     return profile.relative_l1(SIGNALS[signal])
+
+
+def published_fits(profile: Profile, names: Sequence[str] = (), fit_to: FitTo = "output") -> dict[str, Judged]:
+    """Return how well published polynomials foretell a profile's own pairs, by name.
+
+    Args:
+        profile: With the pairs.
+        names: Of the polynomials; none takes those for the model's class whose signal the profile has.
+        fit_to: What is foretold.
+
+    Raises:
+        CalibrationError: If a name is not known, or the profile does not have its signal.
+    """
+    known = [published(name) for name in names]
+    if not names:
+        measured = {"input", *profile.provenance.time_signals}
+        known = [each for each in published_for(profile.anatomy.model) if SIGNALS[each.signal] in measured]
+    y = profile.relative_l1(fit_to)
+    return {each.name: judge(each.policy(0.0), changes(profile, each.signal), y) for each in known}
 
 
 def of_timesteps(x: np.ndarray) -> np.ndarray:

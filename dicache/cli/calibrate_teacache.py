@@ -180,6 +180,7 @@ def _without_profile(
     from dicache.calibrate import CalibrationError
     from dicache.calibrate.teacache_published import IN_WORDS, SIGNALS
     from dicache.models.names import ModelError
+    from dicache.models.sampling import default_conditions, sample
     from dicache.profiler.profiling import target_of
     from dicache.profiler.time_signal import measure_time
 
@@ -190,14 +191,16 @@ def _without_profile(
             f"teacache: the polynomial of {known.name} is of the {IN_WORDS[known.signal]}, which takes the model's "
             f"weights to compute; give a --model with weights, or a --profile ({error})"
         ) from None
-    measured = measure_time(subject.pipeline, subject.anatomy, subject.sampling)
+    pipeline, sampling = subject.pipeline, subject.sampling.resolved(subject.pipeline)
+    condition = default_conditions(pipeline, 1)
+    measured = measure_time(pipeline, subject.anatomy, lambda: sample(pipeline, condition, [0], sampling))
     if SIGNALS[known.signal] not in measured:
         raise CalibrationError(
             f"teacache: {subject.anatomy.model} makes no {IN_WORDS[known.signal]} before its blocks of the timestep "
             f"alone, which the polynomial of {known.name} is of"
         )
     # The decisions hang on the weights and the timesteps, but not on the size of the picture or the precision.
-    target = replace(target_of(subject.pipeline, subject.anatomy, subject.sampling), dtype=None, latents=None)
+    target = replace(target_of(pipeline, subject.anatomy, sampling), dtype=None, latents=None)
     made = settings.without_profile(model, subject.anatomy, target, subject.steps, measured[SIGNALS[known.signal]])
     return made, model
 

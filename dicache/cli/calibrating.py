@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dicache.cli.command import show_json
-from dicache.cli.profiles import newest
+from dicache.cli.profiles import judged_in_words, newest
 from dicache.cli.searching import Subject
 
 if TYPE_CHECKING:
@@ -173,14 +173,6 @@ def published_in_words(schedule: "Schedule") -> list[str]:
     if "on_profile" in told:
         lines.append(f"on this profile: {judged_in_words(told['on_profile'])}")
     return lines
-
-
-def judged_in_words(judged: Mapping[str, Any]) -> str:
-    """Return how well a published polynomial foretells the pairs of a profile."""
-    return (
-        f"R2 {judged['r2']:.3f}, RMSE {judged['rmse']:.2g}; {judged['outside_share']:.1%} of x outside its range, "
-        f"negative at {judged['negative_share']:.1%}, falling at {judged['falling_share']:.1%}"
-    )
 
 
 def _show_fit(schedule: "Schedule", fit: Mapping[str, Any]) -> None:

@@ -52,9 +52,11 @@ def similarity(profile: Path, lag: int, output: Path) -> None:
 @plot.command()
 @click.argument("profile", type=click.Path(path_type=Path))
 @click.option("--schedule", "schedule_file", type=click.Path(path_type=Path), help="Draw its polynomial.")
+@click.option("--published", "name", help="Draw this published polynomial, such as flux, and its signal.")
 @picture_option
-def teacache(profile: Path, schedule_file: Path | None, output: Path) -> None:
+def teacache(profile: Path, schedule_file: Path | None, name: str | None, output: Path) -> None:
     """Whether the modulated input foretells the output's change (TeaCache)."""
+    from dicache.calibrate.teacache_published import published
     from dicache.figures import save
     from dicache.figures.teacache import teacache_fit
     from dicache.profiler.storage import load
@@ -62,7 +64,9 @@ def teacache(profile: Path, schedule_file: Path | None, output: Path) -> None:
 
     schedule = Schedule.load(schedule_file) if schedule_file else None
     fitted_to = str(schedule.settings.get("fit_to", "output")) if schedule else "output"
-    save(teacache_fit(load(profile), schedule, fitted_to), output)
+    if schedule_file and name:
+        raise click.UsageError("give either --schedule or --published")
+    save(teacache_fit(load(profile), schedule, fitted_to, published(name) if name else None), output)
     click.echo(f"Wrote {output}")
 
 

@@ -1,13 +1,15 @@
 """`dicache profiles`: look at profiles."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dicache.cli.command import Group, json_option, show_json
 
 if TYPE_CHECKING:
+    from dicache.calibrate.rescale import Judged
     from dicache.profiler import Profile
 
 FOLDER = Path("profiles")
@@ -20,9 +22,19 @@ def profiles() -> None:
 
 @profiles.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--published",
+    "names",
+    multiple=True,
+    help="Judge this published TeaCache polynomial on the profile.  [default: those for the model's class]",
+)
 @json_option
-def show(file: Path | None, as_json: bool) -> None:
-    """Show what a profile holds and where it came from; the newest in ./profiles when FILE is left out."""
+def show(file: Path | None, names: tuple[str, ...], as_json: bool) -> None:
+    """Show what a profile holds and where it came from; the newest in ./profiles when FILE is left out.
+
+    TeaCache's polynomials, one fitted to the profile and those that are published for the model, are judged by how well
+    they foretell the change of the model's output: the share of its variance that they explain (R2), and their error.
+    """
     from dicache.profiler.profiling import byte_size
     from dicache.profiler.storage import array_shapes, load
 
@@ -30,6 +42,7 @@ def show(file: Path | None, as_json: bool) -> None:
     read = load(file)
     origin, target = read.provenance, read.provenance.target
     likeness = redundancy(read)
+    own, published = teacache_fits(read, names)
     if as_json:
         show_json(
             {
@@ -42,6 +55,7 @@ def show(file: Path | None, as_json: bool) -> None:
                 "made_for": target.to_json(),
                 "settings": dict(origin.settings),
                 "redundancy": likeness,
+                "teacache": {"own": own, "published": {name: judged.to_json() for name, judged in published.items()}},
                 "versions": dict(origin.versions),
             }
         )
@@ -56,6 +70,10 @@ def show(file: Path | None, as_json: bool) -> None:
     click.echo(f"{len(read.anatomy.blocks)} blocks, {len(read.anatomy.sites)} sites: {', '.join(read.branches)}")
     for name, value in likeness.items():
         click.echo(f"  {name:18} {'-' if value is None else f'{value:.4f}':>6}  {_meaning(name)}")
+    if own is not None:
+        click.echo(f"  {'TeaCache, own fit':18} R2 {own['r2']:.3f}, RMSE {own['rmse']:.2g} on held-out runs")
+    for name, judged in published.items():
+        click.echo(f"  published for {name}: {judged_in_words(judged.to_json())}")
     click.echo(f"arrays, {byte_size(file.stat().st_size)} in all:")
     shapes = array_shapes(file)
     priors = [name for name in shapes if name.startswith("/priors/")]
@@ -83,6 +101,35 @@ def redundancy(profile: "Profile") -> dict[str, float | None]:
         means["correlation"] = np.corrcoef(x[known], y[known])[0, 1]
     means["rank correlation"] = spearmanr(x[known], y[known]).statistic
     return {name: round(float(mean), 5) if np.isfinite(mean) else None for name, mean in means.items()}
+
+
+def teacache_fits(profile: "Profile", names: Sequence[str] = ()) -> "tuple[dict[str, float] | None, dict[str, Judged]]":
+    """Return how well TeaCache's polynomials foretell the output's change: a fit of its own, and published ones.
+
+    The former is None where the profile does not suffice for a fit.
+
+    Args:
+        profile: With the pairs.
+        names: Of published ones; none takes those for the model's class.
+    """
+    from dicache.calibrate import CalibrationError
+    from dicache.calibrate.rescale import fit_rescale
+    from dicache.calibrate.teacache import published_fits
+
+    published = published_fits(profile, names)
+    try:
+        fit = fit_rescale(profile.relative_l1("input"), profile.relative_l1("output"))
+    except CalibrationError:
+        return None, published
+    return {"r2": round(fit.held_out_r2, 5), "rmse": round(fit.held_out_rmse, 5)}, published
+
+
+def judged_in_words(judged: Mapping[str, Any]) -> str:
+    """Return how well a published polynomial foretells the pairs of a profile."""
+    return (
+        f"R2 {judged['r2']:.3f}, RMSE {judged['rmse']:.2g}; {judged['outside_share']:.1%} of x outside its range, "
+        f"negative at {judged['negative_share']:.1%}, falling at {judged['falling_share']:.1%}"
+    )
 
 
 def _meaning(name: str) -> str:

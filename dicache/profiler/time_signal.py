@@ -1,6 +1,6 @@
 """Measure what a model makes of its timesteps alone, without its blocks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
@@ -15,7 +15,6 @@ from dicache.anatomy.inputs import capture_inputs, latents_of
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.signal import l1_change
 from dicache.anatomy.time_embedding import BlocksEntered, find_time_embedding, watch_reading
-from dicache.models.sampling import Sampling, default_conditions, sample
 from dicache.runtime.apply import denoiser
 
 
@@ -23,7 +22,7 @@ class _LastStepDone(BaseException):  # past the pipeline's own `except Exception
     pass
 
 
-def measure_time(pipeline: Any, anatomy: Anatomy, sampling: Sampling) -> dict[str, np.ndarray]:
+def measure_time(pipeline: Any, anatomy: Anatomy, run: Callable[[], Any]) -> dict[str, np.ndarray]:
     """Return the relative L1 change of the time embedding, and of its projection, from each step to the next.
 
     The pipeline runs, so that the timesteps are those that it gives its model; the blocks run in the first step only,
@@ -33,18 +32,13 @@ def measure_time(pipeline: Any, anatomy: Anatomy, sampling: Sampling) -> dict[st
     Args:
         pipeline: A diffusers pipeline.
         anatomy: Of its denoiser.
-        sampling: How it is called.
+        run: Calls the pipeline.
 
     Returns:
         For `time` and `time_projected`, where the model has them, an array of shape (steps - 1,), unitless. Both are
         left out of a model that embeds its timestep inside the blocks, or with something else.
     """
     model = denoiser(pipeline)
-    condition = default_conditions(pipeline, 1)
-
-    def run() -> None:
-        sample(pipeline, condition, [0], sampling)
-
     readings = find_time_embedding(model, capture_inputs(model, run), anatomy)
     if not readings:
         return {}
