@@ -10,12 +10,12 @@ from tests.models.folders import folder
 
 
 def test_the_configurations_in_the_package_agree_with_what_is_known_of_the_models() -> None:
-    assert set(NAMES) == {"dit", "dit-512", "pixart", "pixart-lcm", "sd15", "sd3", "sdxl"}
+    assert set(NAMES) == {"dit", "dit-512", "flux", "pixart", "pixart-lcm", "sd15", "sd3", "sdxl"}
     for name in set(NAMES) & set(HUB):
         usual = read_config(name).usual
         assert (usual["steps"], usual["guidance"]) == (HUB[name].steps, HUB[name].guidance)
         assert HUB[name].size in (None, usual["height"])
-        assert usual["height"] == usual["width"] == 8 * read_config(name).config["sample_size"]
+        assert usual["height"] == usual["width"] == 8 * read_config(name).config.get("sample_size", 128)
         text = json.loads((Path(__file__).parents[2] / "dicache/models/configs" / f"{name}.json").read_text())
         assert text["repository"] == HUB[name].repository
 
@@ -35,8 +35,8 @@ def test_the_text_tokens_of_a_folder_are_its_pipelines(kind: str, tokens: int | 
 
 
 def test_what_is_no_pipeline_is_told_in_a_line(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="configuration of flux is not in the package; needed one of dit, dit-512"):
-        read_config("flux")
+    with pytest.raises(ModelError, match="configuration of ltx is not in the package; needed one of dit, dit-512"):
+        read_config("ltx")
     with pytest.raises(ModelError, match="did you mean digits"):
         read_config("digit")
     broken = shutil.copytree(folder("dit"), tmp_path / "broken")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dicache.anatomy import survey
 from dicache.anatomy.inputs import capture_inputs
 from dicache.anatomy.time_embedding import find_time_embedding
 from dicache.profiler.recorder import Recorder
@@ -17,7 +18,8 @@ from tests.tiny import dit, generate, pipeline_of
 
 def embedded(pipe: Any) -> dict[str, list[Tensor]]:
     """Return what the model makes of the scheduler's timesteps, by signal and step, by calling its modules."""
-    model, found = pipe.transformer, {}
+    model = pipe.transformer
+    found: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for t in pipe.scheduler.timesteps[:, None]:
             if hasattr(model, "condition_embedder"):
@@ -88,6 +90,4 @@ def test_a_profile_holds_the_same_in_every_run_and_guidance_pass() -> None:
 
 def test_a_model_that_embeds_its_timestep_inside_the_blocks_has_none() -> None:
     pipe = pipeline_of(dit)
-    from dicache.anatomy import survey
-
     assert measure_time(pipe, survey(pipe.transformer), lambda: generate(pipe)) == {}
