@@ -8,6 +8,7 @@ import pytest
 
 import dicache
 from dicache.calibrate import CalibrationError
+from dicache.calibrate.freezing import freeze
 from dicache.calibrate.simulating import simulate
 from dicache.calibrate.teacache import TeaCache, changes, published_fits
 from dicache.calibrate.teacache_published import (
@@ -30,6 +31,8 @@ from tests.timed import STEPS, anatomy_of, cogvideox, hidream, wan
 EVERY = pytest.mark.parametrize("name", list(all_published()))
 
 NEGATIVES: tuple[Negative, ...] = ("reference", "clamp", "abs")
+
+SEEN: tuple[Signal, ...] = ("modulated", "time")
 
 # Where p < 0, between 0 and 0.6; found by evaluating the coefficients.
 NEGATIVE = [
@@ -230,6 +233,17 @@ def test_a_signal_that_sees_the_timestep_alone_gives_a_plan() -> None:
     assert schedule.table()["0.attn"] == "CSSCCSSSSCC"
     again = TeaCache(target_speedup=1.3, signal="time", degree=1).calibrate(timed_profile(x))
     assert 1 / again.macs_fraction() >= 1.3
+
+
+def test_frozen_a_policy_that_sees_the_timestep_alone_is_that_plan() -> None:
+    x = np.array([0.1, 0.1, 0.1, 0.3, 0.05, 0.05, 0.05, 0.05, 0.1, 0.1])
+    profile = timed_profile(x)
+    arrays = {**profile.arrays, "teacache/input": profile.arrays["teacache/time"], "body/gram": np.ones((3, 11, 11))}
+    profile = replace(profile, arrays=arrays)
+    adaptive, plan = (TeaCache(threshold=0.5, signal=each, degree=1).calibrate(profile) for each in SEEN)
+    frozen = freeze(adaptive, profile)
+    assert frozen.measured["agreement"] == [1.0] * 11
+    assert frozen.plan == plan.plan
 
 
 def test_a_profile_without_the_signal_or_with_one_that_differs_between_runs_is_refused() -> None:

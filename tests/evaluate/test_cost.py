@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from dicache.evaluate import counting
 from dicache.evaluate.cost import passes_of, planned_cost, schedule_cost
 from dicache.evaluate.counting import CostError, Macs, PassCost, Size
 from dicache.models.configs import ModelConfig, read_config
@@ -149,3 +150,15 @@ def test_a_schedule_for_a_whole_generation_is_the_sum_of_its_passes() -> None:
     schedule = Schedule("test", {}, whole.anatomy(), Target(), 2, plan)
     one = schedule_cost(whole, whole.anatomy(), schedule, passes=1)
     assert schedule_cost(whole, whole.anatomy(), schedule, passes=2) == one.times(2)
+
+
+def test_a_copy_of_few_heads_describes_the_blocks_as_a_copy_of_few_blocks_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    flux = read_config("flux")
+    small = {"num_attention_heads": 3, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6], "num_single_layers": 4}
+    source = replace(flux, config={**flux.config, **small, "num_layers": 3, "joint_attention_dim": 32})
+    of_few_heads = PassCost(source, Size(64, 64, 8)).anatomy()
+    monkeypatch.setattr(counting, "WIDE_BY_HEADS", ())
+    assert PassCost(source, Size(64, 64, 8)).anatomy() == of_few_heads
+    assert [block.path for block in of_few_heads.blocks] == ["transformer_blocks"] * 3 + [
+        "single_transformer_blocks"
+    ] * 4

@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from dicache.calibrate.teacache_published import published
 from dicache.figures import teacache_fit
 from dicache.profiler import Profile, ProfileError
 from dicache.schedules import Rule
@@ -69,3 +72,25 @@ def test_only_an_output_can_be_foretold() -> None:
 def test_a_profile_without_the_signals_is_an_error() -> None:
     with pytest.raises(ProfileError, match="no signal 'input'"):
         teacache_fit(synthetic.profile(np.ones((2, 1, 4, 2))))
+
+
+def test_a_published_polynomial_is_drawn_over_the_points_of_its_signal() -> None:
+    profile = known()
+    provenance = replace(profile.provenance, time_signals=("time",))
+    timed = {**profile.arrays, "teacache/time": profile.arrays["teacache/residual"]}  # 3 INPUT
+    figure = teacache_fit(replace(profile, provenance=provenance, arrays=timed), published=published("wan2.1-i2v-480p"))
+    scatter = figure.axes[0]
+    np.testing.assert_allclose(drawn.points(scatter), np.stack([3 * INPUT.ravel(), 2 * INPUT.ravel()], axis=1))
+    assert scatter.get_xlabel() == "relative L1 change of the time embedding"
+    policy = published("wan2.1-i2v-480p").policy(0.0)
+    inside = scatter.lines[0]
+    assert inside.get_label() == "published for wan2.1-i2v-480p"
+    x, y = np.asarray(inside.get_xdata()), np.asarray(inside.get_ydata())
+    assert (x[0], x[-1]) == pytest.approx(policy.input_range)
+    np.testing.assert_allclose(y, [policy.rescale(value) for value in x])
+
+
+def test_one_that_is_held_far_beyond_the_points_does_not_widen_the_picture() -> None:
+    scatter = teacache_fit(known(), published=published("flux")).axes[0]
+    assert scatter.get_xlim()[1] < 0.9  # flux is held in [0, 1]; the points end at 0.8
+    assert np.asarray(scatter.lines[0].get_xdata())[-1] == pytest.approx(scatter.get_xlim()[1])

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dicache.models.loading import load
 from dicache.models.sampling import Sampling, sample
 from dicache.profiler import ProfileError, storage
 from dicache.profiler.profiling import hashed, profile_pipeline
@@ -235,3 +237,29 @@ def test_a_file_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
         file["delta/gram"] = np.zeros((1, 1, 4, 2, 2))
     with pytest.raises(ProfileError, match=r"found delta/gram of shape \(1, 1, 4, 2, 2\)"):
         storage.load(path)
+
+
+def test_the_time_embedding_is_measured_where_the_model_has_one(tmp_path: Path) -> None:
+    path = tmp_path / "p.h5"
+    pipeline = load("scenes", device="cpu")
+    profile_pipeline(pipeline, "scenes", path, ["a red circle"] * 2, sampling=SAMPLING, lags=1, progress=False)
+    profile = storage.load(path)
+    assert profile.provenance.time_signals == ("time", "time_projected")
+    for name in profile.provenance.time_signals:
+        x = profile.relative_l1(name)
+        assert x.shape == (2, 1, 3)
+        assert (x > 0).all()
+        assert (x[0] == x[1]).all()  # whatever the seed
+    assert storage.load(profiled(tmp_path / "dit.h5")).provenance.time_signals == ()
+
+
+def test_a_profile_from_before_the_time_embedding_was_measured_is_read(tmp_path: Path) -> None:
+    path = profiled(tmp_path / "p.h5")
+    with h5py.File(path, "r+") as file:
+        content = json.loads(file.attrs["provenance"])
+        del content["time_signals"]
+        file.attrs["provenance"] = json.dumps(content)
+    profile = storage.load(path)
+    assert profile.provenance.time_signals == ()
+    with pytest.raises(ProfileError, match="no signal 'time' in this profile; it has input"):
+        profile.relative_l1("time")
