@@ -9,10 +9,10 @@ import click
 from dicache.cli.calibrating import (
     output_option,
     planned_subject,
+    profile_option,
     share_of,
     subject_of,
     subject_of_profile,
-    subject_options,
     target_options,
     write_schedule,
 )
@@ -76,7 +76,9 @@ class Range(click.ParamType[tuple[float, float]]):
 @click.option("--last-steps", type=click.IntRange(0), help="Computed always.  [default: 1, or as published]")
 @click.option("--published", "name", help="Take a published polynomial, such as flux; a wrong name lists them.")
 @click.option("--input-range", type=Range(), help="Hold x in LOW,HIGH, and not in the fitted or a sensible range.")
-@subject_options
+@profile_option
+@click.option("--model", help="With --published, in the place of a profile.  [default: what it was published for]")
+@click.option("--steps", type=click.IntRange(1), help="With --model: inference steps.  [default: as published]")
 @search_options
 @output_option
 @json_option
