@@ -161,5 +161,3 @@ def test_a_copy_of_few_heads_describes_the_blocks_as_a_copy_of_few_blocks_does(m
     assert PassCost(source, Size(64, 64, 8)).anatomy() == of_few_heads
     lists = ["transformer_blocks"] * 3 + ["single_transformer_blocks"] * 4
     assert [block.path for block in of_few_heads.blocks] == lists
-        "single_transformer_blocks"
-    ] * 4
