@@ -1,5 +1,6 @@
 """TeaCache's polynomial: fitted to a profile, and judged on runs that the fit did not see."""
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -150,7 +151,9 @@ def fit_rescale(x: np.ndarray, y: np.ndarray, *, degree: int = 4, negative: Nega
         low, high = float(x[seen].min()), float(x[seen].max())
         policy = TeaCachePolicy(0.0, tuple(part.tolist()), (low, high), negative=negative)
         foretold[left_out], outside[left_out], below[left_out], falling[left_out] = _applied(policy, x[left_out])
-        by_step[left_out] = np.nanmedian(np.where(known, y, np.nan)[~left_out], axis=0)
+        with warnings.catch_warnings():  # of steps that no run knows
+            warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+            by_step[left_out] = np.nanmedian(np.where(known, y, np.nan)[~left_out], axis=0)
     error, step_error = foretold[known] - y[known], by_step[known] - y[known]
     variation = _variation(y[known])
     coefficients = _polynomial(x[known], y[known], degree)

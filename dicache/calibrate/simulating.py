@@ -41,6 +41,18 @@ def simulate(policy: TeaCachePolicy, x: np.ndarray) -> np.ndarray:
     return computed
 
 
+def called_steps(x: np.ndarray) -> np.ndarray:
+    """Return at which steps the model was called, boolean, shape (steps,): another may have had some of them.
+
+    Args:
+        x: A change from step to step, shape (runs, contexts, steps - 1); NaN where a step or the one before was not.
+    """
+    compared: np.ndarray = np.isfinite(x).any(axis=(0, 1))
+    if not compared.any():
+        return np.ones(len(compared) + 1, dtype=bool)
+    return np.asarray(np.append(False, compared) | np.append(compared, False))
+
+
 def macs_fraction(policy: Policy, anatomy: Anatomy, computed: float) -> float:
     """Return the share of all multiply-accumulates where a policy computes this share of the steps."""
     return 1 - (1 - computed) * policy.macs_saved(anatomy) / anatomy.macs

@@ -11,7 +11,7 @@ import numpy as np
 from dicache.anatomy import Anatomy
 from dicache.calibrate.methods import Axis, Between, CalibrationError, body_plan, method
 from dicache.calibrate.rescale import Judged, fit_rescale, judge
-from dicache.calibrate.simulating import find_limit, macs_fraction, simulate
+from dicache.calibrate.simulating import called_steps, find_limit, macs_fraction, simulate
 from dicache.calibrate.teacache_published import IN_WORDS, SIGNALS, Signal, published, published_for, quoted_in_words
 from dicache.profiler import Profile
 from dicache.schedules import Schedule, Target, TeaCachePolicy
@@ -125,7 +125,7 @@ class TeaCache:
             found["published"]["on_profile"] = judge(policy, x, y).to_json()
         if self.foretell == "steps":  # the change itself is known, so it is taken as it is
             x = np.nanmedian(y, axis=(0, 1), keepdims=True)
-            policy = replace(policy, coefficients=(1.0, 0.0), input_range=(0.0, float(x.max())))
+            policy = replace(policy, coefficients=(1.0, 0.0), input_range=(0.0, float(np.nanmax(x))))
         elif self.signal != "modulated":
             x = of_timesteps(x)
         known = {
@@ -200,6 +200,7 @@ class TeaCache:
             policy = replace(policy, threshold=_find_threshold(policy, x, anatomy, self.target_speedup))
         computed = simulate(policy, x)  # (runs, contexts, steps)
         often = computed.mean(axis=(0, 1))
+        called = called_steps(x)
         decided = self.foretell == "steps" or self.signal != "modulated"
         plan = body_plan({"*": "".join("C" if c else "." for c in computed[0, 0])})
         return Schedule(
@@ -213,9 +214,9 @@ class TeaCache:
             measured={
                 **known,
                 "threshold": policy.threshold,
-                "computed_steps": round(float(often.sum()), 2),
+                "computed_steps": round(float(often[called].sum()), 2),
                 "expected_steps": "".join("C" if share >= 0.5 else "." for share in often),
-                "macs_fraction": round(macs_fraction(policy, anatomy, float(often.mean())), 4),
+                "macs_fraction": round(macs_fraction(policy, anatomy, float(often[called].mean())), 4),
             },
         )
 
@@ -273,9 +274,11 @@ def _find_threshold(policy: TeaCachePolicy, x: np.ndarray, anatomy: Anatomy, tar
     foretold = np.vectorize(policy.rescale)(np.nan_to_num(x, nan=0.0))
     highest = float(np.maximum(foretold, 0).sum(axis=-1).max()) * 1.001 + 1e-9  # no sum of changes reaches it
 
+    called = called_steps(x)
+
     def speedup(threshold: float) -> float:
         tried = replace(policy, threshold=threshold)
-        return 1 / macs_fraction(tried, anatomy, float(simulate(tried, x).mean()))
+        return 1 / macs_fraction(tried, anatomy, float(simulate(tried, x)[..., called].mean()))
 
     return find_limit(policy.name, x.shape[-1] + 1, speedup, highest, target_speedup)
 

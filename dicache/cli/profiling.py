@@ -18,6 +18,7 @@ from dicache.cli.profiles import FOLDER
 @click.option("--height", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
 @click.option("--width", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
 @click.option("--frames", type=click.IntRange(1), help="Of a video.  [default: the pipeline's]")
+@click.option("--component", help="Where two models share the steps, as in Wan 2.2: transformer or transformer_2.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first run; the next ones count up.")
 @click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else bfloat16]")
@@ -39,6 +40,7 @@ def profile(
     height: int | None,
     width: int | None,
     frames: int | None,
+    component: str | None,
     seed: int,
     device: str | None,
     dtype: str | None,
@@ -69,7 +71,8 @@ def profile(
     sampling = Sampling(steps, guidance, height, width, frames).usual_for(model).resolved(pipeline)
     if output is None:
         sampler = type(pipeline.scheduler).__name__.removesuffix("Scheduler").lower()
-        output = FOLDER / f"{source.name}-{sampler}-{sampling.steps}.h5"
+        part = f"-{component}" if component else ""
+        output = FOLDER / f"{source.name}{part}-{sampler}-{sampling.steps}.h5"
     profile_pipeline(
         pipeline,
         model,
@@ -78,6 +81,7 @@ def profile(
         sampling=sampling,
         seed=seed,
         lags=lags,
+        component=component,
         priors=Schedule.load(priors_for) if priors_for else priors,
         max_memory=max_memory,
         keep_prompts=not no_prompts,

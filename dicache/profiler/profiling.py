@@ -90,6 +90,7 @@ def profile_pipeline(
     seed: int = 0,
     lags: int = 3,
     priors: bool | Schedule = False,
+    component: str | None = None,
     max_memory: int | None = None,
     keep_prompts: bool = True,
     resume: bool = False,
@@ -110,6 +111,8 @@ def profile_pipeline(
         lags: How many steps back each branch's output is compared with.
         priors: Whether to keep the mean output of each site at each step; of a schedule's plan, only where it reuses an
             output and at the step that this output is from.
+        component: Name of the model in the pipeline, where it has two that share its steps. The steps of the other have
+            no measurements.
         max_memory: Bytes, of the device or of main memory, above which to refuse.
         keep_prompts: Whether to write prompts down, or what they hash to. Who guesses a prompt can verify the guess.
         resume: Go on with the file if it is there and was begun with the same model and settings.
@@ -134,7 +137,7 @@ def profile_pipeline(
         before, done = storage.header(output)
         if not resume:
             raise ProfileError(f"{output} exists, with {len(done)} runs; pass --resume to go on with it, or another -o")
-    model = denoiser(pipeline)
+    model = denoiser(pipeline, component)
     if is_unet(model):
         raise ProfileError(
             f"a profile measures what a row of blocks adds to one stream, and {type(model).__name__} is a U-Net, whose "
@@ -145,8 +148,8 @@ def profile_pipeline(
     time = find_time_embedding(model, inputs, anatomy)
     steps_kept = _steps_of_priors(priors, anatomy, len(pipeline.scheduler.timesteps))
     with Recorder(pipeline, model, anatomy, lags, steps_kept, time) as recorder:
-        _first_step(pipeline, lambda: sample(pipeline, conditions[:1], [seed], sampling))
-        provenance = _provenance(pipeline, name, anatomy, sampling, recorder, priors)
+        _first_step(pipeline, recorder, lambda: sample(pipeline, conditions[:1], [seed], sampling))
+        provenance = _provenance(pipeline, component, name, anatomy, sampling, recorder, priors)
         if before is not None:
             _check_resumable(output, before, provenance, done, planned)
         need = _need(recorder, provenance, steps_kept, len(planned))
@@ -184,9 +187,9 @@ def survey_pipeline(pipeline: Any, sampling: Sampling) -> tuple[Anatomy, Target,
     return anatomy, Target(num_inference_steps=sampling.steps), len(pipeline.scheduler.timesteps)
 
 
-def target_of(pipeline: Any, anatomy: Anatomy, sampling: Sampling) -> Target:
+def target_of(pipeline: Any, anatomy: Anatomy, sampling: Sampling, component: str | None = None) -> Target:
     """Return all that a schedule can be bound to, of a pipeline whose sampling has begun at least once."""
-    model, scheduler = denoiser(pipeline), pipeline.scheduler
+    model, scheduler = denoiser(pipeline, component), pipeline.scheduler
     return Target(
         weights=fingerprint(model),
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -231,11 +234,12 @@ class _FirstStepDone(BaseException):  # past the pipeline's own `except Exceptio
     pass
 
 
-def _first_step(pipeline: Any, run: Callable[[], Any]) -> None:
-    """Call a pipeline and break it off when its first step is done."""
+def _first_step(pipeline: Any, recorder: Recorder, run: Callable[[], Any]) -> None:
+    """Call a pipeline and break it off when the first step in which the model is called is done."""
 
     def stop() -> None:
-        raise _FirstStepDone
+        if recorder.contexts:
+            raise _FirstStepDone
 
     clock = StepClock(pipeline.scheduler, lambda scheduler: None, stop)
     try:
@@ -244,7 +248,7 @@ def _first_step(pipeline: Any, run: Callable[[], Any]) -> None:
         return
     finally:
         clock.detach()
-    raise ProfileError(f"the {type(pipeline).__name__} ended without a step of its scheduler")
+    raise ProfileError(f"the {type(pipeline).__name__} ended without a step in which it calls the model")
 
 
 def _need(recorder: Recorder, provenance: Provenance, priors: Mapping[str, Sequence[int]], runs: int) -> Need:
@@ -273,6 +277,7 @@ def _check_need(need: Need, max_memory: int | None, output: Path) -> None:
 
 def _provenance(
     pipeline: Any,
+    component: str | None,
     name: str,
     anatomy: Anatomy,
     sampling: Sampling,
@@ -282,13 +287,14 @@ def _provenance(
     import diffusers
 
     configured = {k: v for k, v in dict(pipeline.scheduler.config).items() if not k.startswith("_")}
-    device = next(denoiser(pipeline).parameters()).device
+    device = next(denoiser(pipeline, component).parameters()).device
     return Provenance(
         model=name,
         anatomy=anatomy,
-        target=target_of(pipeline, anatomy, sampling),
+        target=target_of(pipeline, anatomy, sampling, component),
         settings={
             "pipeline": type(pipeline).__name__,
+            **({"component": component} if component else {}),
             "guidance": sampling.guidance,
             "height": sampling.height,
             "width": sampling.width,
