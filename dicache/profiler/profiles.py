@@ -11,6 +11,8 @@ from dicache.anatomy import Anatomy
 from dicache.schedules import Target
 
 FORMAT = "dicache.profile/1"
+RATES = 12  # steps back that a decision block's residuals are compared with: the largest published rate of AdaCache
+RESIDUALS = ("attn", "rest", "block")  # what a block's attention adds to the stream, what all behind it adds, and both
 
 
 class ProfileError(ValueError):
@@ -49,6 +51,7 @@ class Provenance:
         lags: How many steps back a branch's output was compared with.
         contexts: Names of the guidance passes.
         parts: How many samples each pass has in its batch: 2 if it holds the guided and the unguided half, else 1.
+        decision_blocks: Blocks of which what they add to the stream was measured, for AdaCache.
     """
 
     model: str
@@ -59,6 +62,7 @@ class Provenance:
     lags: int
     contexts: tuple[str, ...]
     parts: tuple[int, ...]
+    decision_blocks: tuple[int, ...] = ()
 
     @property
     def layout(self) -> str:
@@ -74,6 +78,7 @@ class Provenance:
             "versions": dict(self.versions),
             "contexts": list(self.contexts),
             "parts": list(self.parts),
+            "decision_blocks": list(self.decision_blocks),
         }
 
     @classmethod
@@ -85,6 +90,7 @@ class Provenance:
                 "target": Target.from_json(content["target"]),
                 "contexts": tuple(content["contexts"]),
                 "parts": tuple(content["parts"]),
+                "decision_blocks": tuple(content.get("decision_blocks", ())),
             }
         )
 
@@ -109,6 +115,11 @@ class Profile:
               the model's output.
             - `magnitude`, (r, c, s, 3): over tokens, mean and deviation of the ratio of the body residual's norm to
               that of the step before, and mean of 1 - their cosine (MagCache, arXiv 2506.09045).
+            - `motion/abs_l1`, `motion/diff_l1`, (r, c, s, d, 3) and (r, c, s, d, 3, 12): mean |x_i| and mean
+              |x_i - x_(i-k)|, k = 1 first, of what each of d decision blocks adds to the stream of the latents: its
+              attention, all behind that, and both (`RESIDUALS`), after their gates. `motion/between_frames`,
+              (r, c, s, d, 3): of a video, how much each differs from frame to frame, from 0 to 1. Not in profiles of
+              before 0.1.0's AdaCache.
             - `body/weights`, (r, s, parts): with which the parts of all passes add up to what the scheduler is given.
             - `body/gram`, `body/output`, (r, s, s): products of the guided body residuals, and of the guided outputs of
               the model, of all steps with one another.

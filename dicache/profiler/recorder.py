@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dicache.anatomy import Anatomy, StepClock
 from dicache.anatomy.inputs import latents_of
 from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.signal import frames_of
 from dicache.profiler.guided import GuidedSteps
 from dicache.profiler.passes import Pass
 from dicache.profiler.profiles import Provenance, Run
@@ -32,6 +33,7 @@ class Recorder:
         anatomy: The model's.
         lags: How many steps back each branch's output is compared with.
         priors: Steps at which a site's outputs are handed out whole, by the site's key.
+        decision_blocks: Blocks of which what they add to the stream is measured for AdaCache.
     """
 
     def __init__(
@@ -41,8 +43,11 @@ class Recorder:
         anatomy: Anatomy,
         lags: int,
         priors: Mapping[str, Sequence[int]] | None = None,
+        decision_blocks: Sequence[int] = (),
     ) -> None:
         self.lags = lags
+        self.decision_blocks = tuple(decision_blocks)
+        self._denoiser = model
         self._anatomy = anatomy
         self._places = {key: place for place, key in enumerate(anatomy.sites)}
         self._wanted = [frozenset((priors or {}).get(key, ())) for key in anatomy.sites]
@@ -60,6 +65,11 @@ class Recorder:
             for site in block.sites:
                 branch = model.get_submodule(f"{block.module}.{site.module}")
                 self._overrides.set(branch, self._site(self._places[block.key(site)], branch.forward))
+        for index in self.decision_blocks:
+            if anatomy.blocks[index].middle:
+                module = model.get_submodule(f"{anatomy.blocks[index].module}.{anatomy.blocks[index].middle}")
+                # It may be a branch as well, which is watched already.
+                self._overrides.set(module, self._middle(index, module.forward))
         first = anatomy.blocks[0]
         entrance = model.get_submodule(f"{first.module}.{first.sites[0].entrance}")
         self._overrides.set(entrance, self._entrance(entrance.forward))
@@ -109,7 +119,7 @@ class Recorder:
         """Return the rows of the latest generation; NaN where a pass or a step was not seen."""
         assert self._generation is not None
         assert self._guided is not None
-        steps, empty = self._generation.steps, Pass(self._anatomy, self.lags)
+        steps, empty = self._generation.steps, Pass(self._anatomy, self.lags, self.decision_blocks)
         passes = [self._passes.get(name, empty) for name in provenance.contexts]
         records = [found.arrays(steps) for found in passes]
         arrays = {name: np.stack([record[name] for record in records]) for name in records[0]}
@@ -163,7 +173,8 @@ class Recorder:
                 return forward(*args, **kwargs)
             name, _ = generation.lane(self._context, Call(args, kwargs))
             if name not in self._passes:
-                self._passes[name] = Pass(self._anatomy, self.lags)
+                frames = frames_of(self._denoiser, latents_of(args, kwargs))
+                self._passes[name] = Pass(self._anatomy, self.lags, self.decision_blocks, frames)
             self._running = record = self._passes[name]
             record.begin(generation.step, len(latents_of(args, kwargs)))
             try:
@@ -193,6 +204,16 @@ class Recorder:
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._running is not None:
                 self._running.modulated = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            return forward(*args, **kwargs)
+
+        return run
+
+    def _middle(self, index: int, forward: Forward) -> Forward:
+        """Look at the stream inside a block."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._running is not None:
+                self._running.middle(index, next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
             return forward(*args, **kwargs)
 
         return run
