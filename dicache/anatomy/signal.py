@@ -1,5 +1,6 @@
 """Distances between steps and between frames, as the profiler measures and the runtime decides by them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,26 +17,28 @@ def l1_change(now: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     return (now - before).abs().mean(dtype=accumulate_in), before.abs().mean(dtype=accumulate_in)
 
 
-def frames_of(model: nn.Module, latents: Tensor) -> int:
-    """Return how many frames the tokens of a video's latents are of; 0 for anything else.
+def frames_of(model: nn.Module, latents: Sequence[int]) -> int:
+    """Return how many frames the tokens of a video are of; 0 for anything else.
 
     Args:
         model: Its configuration says which axis has the channels, and how many frames a patch spans.
-        latents: Of a video (batch, channels, frames, height, width) or (batch, frames, channels, height, width).
+        latents: Shape of the latents; a video's are (batch, channels, frames, height, width) or (batch, frames,
+            channels, height, width).
     """
-    if latents.ndim != 5:
+    if len(latents) != 5:
         return 0
     config: Any = getattr(model, "config", {})
-    frames_first = latents.shape[2] == config.get("in_channels") != latents.shape[1]
+    frames_first = latents[2] == config.get("in_channels") != latents[1]
     patch = config.get("patch_size")
     span = config.get("patch_size_t") or (patch[0] if isinstance(patch, (tuple, list)) and len(patch) == 3 else 1)
-    return int(latents.shape[1 if frames_first else 2]) // int(span)
+    return int(latents[1 if frames_first else 2]) // int(span)
 
 
-def motion_of(change: Tensor, frames: int, batch: int) -> Tensor:
-    """Return how much what a block adds differs from frame to frame, a scalar in float32 from 0 to 1.
+def motion_of(change: Tensor, frames: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Return how much what a block adds differs from frame to frame: two scalars in float32.
 
-    It is the sum of |x[f + 1] - x[f]| over that of |x[f + 1]| + |x[f]|, over all frames f.
+    They are the sums of |x[f + 1] - x[f]| and of |x[f + 1]| + |x[f]| over all frames f; their quotient is AdaCache's
+    motion, from 0 to 1.
 
     Args:
         change: Tokens, (rows, length, channels): with a row a sample its frames one after another, with a row a frame
@@ -52,7 +55,7 @@ def motion_of(change: Tensor, frames: int, batch: int) -> Tensor:
     x = by_frame(change, frames, batch)
     after, before = x[:, 1:], x[:, :-1]
     apart = (after - before).abs().sum(dtype=accumulate_in)
-    return apart / (after.abs().sum(dtype=accumulate_in) + before.abs().sum(dtype=accumulate_in))
+    return apart, after.abs().sum(dtype=accumulate_in) + before.abs().sum(dtype=accumulate_in)
 
 
 def by_frame(change: Tensor, frames: int, batch: int) -> Tensor:

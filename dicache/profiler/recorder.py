@@ -173,7 +173,7 @@ class Recorder:
                 return forward(*args, **kwargs)
             name, _ = generation.lane(self._context, Call(args, kwargs))
             if name not in self._passes:
-                frames = frames_of(self._denoiser, latents_of(args, kwargs))
+                frames = frames_of(self._denoiser, latents_of(args, kwargs).shape)
                 self._passes[name] = Pass(self._anatomy, self.lags, self.decision_blocks, frames)
             self._running = record = self._passes[name]
             record.begin(generation.step, len(latents_of(args, kwargs)))

@@ -66,7 +66,8 @@ class Residuals:
 
     def _between_frames(self, whole: list[Tensor], batch: int) -> Tensor:
         try:
-            return torch.stack([motion_of(each, self._frames, batch) for each in whole])
+            pairs = [motion_of(each, self._frames, batch) for each in whole]
+            return torch.stack([apart / size for apart, size in pairs])
         except AnatomyError:  # no frames, or none that can be told apart
             return torch.full((len(whole),), torch.nan, device=whole[0].device)
 
