@@ -193,6 +193,55 @@ class Profile:
             ratio: np.ndarray = pairs[..., 0] / pairs[..., 1]
         return ratio
 
+    def residual_change(self, block: int, residual: str) -> np.ndarray:
+        """Return |r_i - r_(i-k)| / |r_(i-k)| in the 1-norm of what a decision block adds, shape (r, c, s, 12), k = 1 first.
+
+        Args:
+            block: One of the decision blocks that were measured.
+            residual: `attn`, `rest` or `block`.
+
+        Raises:
+            ProfileError: If the block was not measured, or what its attention adds cannot be told from the rest.
+
+        References:
+            AdaCache, arXiv 2411.02397, equation 3, before it is divided by the rate.
+        """
+        place, kind = self._decision(block, residual)
+        change = self.arrays["motion/diff_l1"][:, :, :, place, kind]  # (r, c, s, lags)
+        size = self.arrays["motion/abs_l1"][:, :, :, place, kind]  # (r, c, s)
+        before = np.full_like(change, np.nan)
+        for lag in range(1, min(change.shape[-1], size.shape[-1] - 1) + 1):
+            before[:, :, lag:, lag - 1] = size[:, :, :-lag]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(change / before)
+
+    def between_frames(self, block: int, residual: str) -> np.ndarray | None:
+        """Return how much what a decision block adds differs from frame to frame, shape (r, c, s); None without frames.
+
+        Raises:
+            ProfileError: As `residual_change`.
+        """
+        place, kind = self._decision(block, residual)
+        found = self.arrays["motion/between_frames"][:, :, :, place, kind]
+        return None if np.isnan(found).all() else np.asarray(found)
+
+    def _decision(self, block: int, residual: str) -> tuple[int, int]:
+        """Return the places of a decision block and a residual in the arrays of `motion`."""
+        measured = self.provenance.decision_blocks
+        if not measured:
+            raise ProfileError("this profile does not say what a decision block adds to the stream; profile again")
+        if block not in measured:
+            raise ProfileError(
+                f"block {block} was not measured as a decision block, but {', '.join(map(str, measured))}; take that, or "
+                f"profile again with --decision-blocks {block}"
+            )
+        if residual != "block" and not self.anatomy.blocks[block].middle:
+            raise ProfileError(
+                f"what the attention of block {block} adds cannot be told from what the rest of it adds: no module is "
+                "given the stream between the two. Take the branch `block`, or another decision block"
+            )
+        return measured.index(block), RESIDUALS.index(residual)
+
     def range_cosine(self, start: int, stop: int) -> np.ndarray:
         """Return the cosine between a block range's delta at each step and the step before, shape (r, c, s).
 
