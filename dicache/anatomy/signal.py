@@ -63,7 +63,7 @@ def by_frame(change: Tensor, frames: int, batch: int) -> Tensor:
     shape = tuple(change.shape)
     if len(shape) == 3 and frames > 1:
         rows, length = shape[:2]
-        found = []
+        found: list[Tensor] = []
         if rows == batch and length % frames == 0:
             found.append(change.unflatten(1, (frames, -1)))  # (batch, frames, places, channels)
         if rows == batch * frames:

@@ -17,7 +17,7 @@ Preset = Literal["slow", "fast", "long"]
 MotionFrom = Literal["profile", "published", "none"]
 
 # Of the released code for Open-Sora: two for 30 steps, one for 100.
-PRESETS: dict[Preset, Codebook] = {
+PRESETS: dict[str, Codebook] = {
     "slow": ((0.08, 3), (0.16, 2), (0.24, 1), (0.32, 1), (0.40, 1), (1.00, 1)),
     "fast": ((0.08, 6), (0.16, 5), (0.24, 4), (0.32, 3), (0.40, 2), (1.00, 1)),
     "long": ((0.03, 12), (0.05, 10), (0.07, 8), (0.09, 6), (0.11, 4), (1.00, 3)),
@@ -81,9 +81,11 @@ class AdaCache:
             PlanError: If the codebook is wrong.
         """
         blocks = self.decision_blocks or profile.provenance.decision_blocks
-        named: dict[str, Codebook] = {**PRESETS}
-        if self.codebook or self.preset is not None:
-            named = {self.preset or "": self.codebook or PRESETS[self.preset or "slow"]}
+        if not blocks:
+            raise CalibrationError("adacache: the profile does not say what a block adds to the stream; profile again")
+        named = {name: PRESETS[name] for name in ([self.preset] if self.preset else PRESETS)}
+        if self.codebook:
+            named = {"": self.codebook}
         plain = AdaCachePolicy(((1.0, 1),), tuple(sorted(blocks)), self.branch)
         changes, _ = rate_signals(plain, profile)
         if not len(changes):
@@ -98,8 +100,8 @@ class AdaCache:
             if self.target_speedup is not None:
                 try:
                     policy = _scaled(policy, profile, signals, self.target_speedup)
-                except CalibrationError as error:
-                    failed = error
+                except CalibrationError as said:
+                    failed = said
                     continue
             computed = simulate_rates(policy, *signals)  # (runs, contexts, steps)
             error = residual_error(profile, computed)
@@ -139,8 +141,8 @@ class AdaCache:
         low, middle, high = np.nanpercentile(moved[..., active], [10, 50, 90])
         if not 0 < low < high:
             raise CalibrationError(
-                f"adacache: motion cannot be fitted, as it is {low:.3g} to {high:.3g} in all runs; profile more, or take "
-                "--published-motion or --no-motion"
+                f"adacache: motion cannot be fitted, as it is {low:.3g} to {high:.3g} in all runs; profile more of them, "
+                "or take --published-motion or --no-motion"
             )
         power = min(published.power, math.log(SPREAD) / math.log(high / low))
         return replace(published, scale=float(f"{middle:.5g}"), power=round(power, 3))

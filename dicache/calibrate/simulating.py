@@ -54,14 +54,16 @@ def rate_signals(policy: AdaCachePolicy, profile: Profile) -> tuple[np.ndarray, 
     changes = [profile.residual_change(block, policy.branch) for block in policy.decision_blocks]
     rate = max(rate for _, rate in policy.codebook)
     if rate > RATES and rate < profile.steps - policy.last_steps:
-        raise CalibrationError(f"adacache: steps up to {RATES} apart were measured, but the codebook has a rate of {rate}")
+        raise CalibrationError(
+            f"adacache: steps up to {RATES} apart were measured, but the codebook has a rate of {rate}"
+        )
     motion = None
     if policy.motion is not None:
         motion = profile.between_frames(policy.decision_blocks[-1], policy.branch)
         if motion is None:
             raise CalibrationError(
-                "adacache: the profile holds no motion, as the latents have no frames or the tokens of a frame cannot be "
-                "told; leave motion out"
+                "adacache: the profile holds no motion, as the latents have no frames or the tokens of a frame cannot "
+                "be told; leave motion out"
             )
     return np.stack(changes, axis=3), motion
 

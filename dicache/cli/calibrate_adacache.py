@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.option("--codebook", help="Pairs of a limit and a rate in steps: 0.03:12,0.05:10,1:3. The last limit has no effect.")
+@click.option(
+    "--codebook", help="Pairs of a limit and a rate in steps: 0.03:12,0.05:10,1:3. The last limit has no effect."
+)
 @click.option(
     "--preset",
     type=click.Choice(["slow", "fast", "long"]),
@@ -94,7 +96,9 @@ def told_of(schedule: "Schedule") -> str:
         + ("not known" if found["residual_error"] is None else f"{found['residual_error']:.4f}")
     ]
     if policy.motion is not None:
-        lines.append(f"The motion factor is 1 at a motion of {policy.motion.scale:.3g}, power {policy.motion.power:.3g}")
+        lines.append(
+            f"The motion factor is 1 at a motion of {policy.motion.scale:.3g}, power {policy.motion.power:.3g}"
+        )
     elif not found["frames"]:
         lines.append("No frames in the latents, or none that can be told apart: the motion factor is 1")
     return "\n".join(lines)

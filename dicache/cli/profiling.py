@@ -25,7 +25,8 @@ from dicache.cli.profiles import FOLDER
 @click.option("--priors", is_flag=True, help="Keep the mean output of each branch at each step, for EOC.")
 @click.option("--priors-for", type=click.Path(dir_okay=False), help="Keep them only where this schedule reuses.")
 @click.option(
-    "--decision-blocks", help="Blocks that AdaCache may decide by, separated by commas: 13,20.  [default: the middle one]"
+    "--decision-blocks",
+    help="Blocks that AdaCache may decide by, separated by commas: 13,20.  [default: the middle one]",
 )
 @click.option("--max-memory", type=Bytes(), help="Refuse to start if more is needed, such as 8GB.")
 @click.option("--no-prompts", is_flag=True, help="Write down a hash of each prompt, not the prompt.")

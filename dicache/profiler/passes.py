@@ -62,8 +62,8 @@ class Pass:
     @property
     def bytes(self) -> int:
         held = [tensor for signal in self._before for tensor in signal]
-        rings = (*self._rings(), *self._residuals.values())
-        return sum(ring.bytes for ring in rings) + sum(tensor.nbytes for tensor in held)
+        residuals = sum(residuals.bytes for residuals in self._residuals.values())
+        return residuals + sum(ring.bytes for ring in self._rings()) + sum(tensor.nbytes for tensor in held)
 
     def site_size(self, place: int) -> int:
         """Return how many numbers a site gives."""

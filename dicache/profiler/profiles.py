@@ -194,7 +194,7 @@ class Profile:
         return ratio
 
     def residual_change(self, block: int, residual: str) -> np.ndarray:
-        """Return |r_i - r_(i-k)| / |r_(i-k)| in the 1-norm of what a decision block adds, shape (r, c, s, 12), k = 1 first.
+        """Return |r_i - r_(i-k)| / |r_(i-k)| in the 1-norm of what a decision block adds, (r, c, s, 12), k = 1 first.
 
         Args:
             block: One of the decision blocks that were measured.
@@ -232,8 +232,8 @@ class Profile:
             raise ProfileError("this profile does not say what a decision block adds to the stream; profile again")
         if block not in measured:
             raise ProfileError(
-                f"block {block} was not measured as a decision block, but {', '.join(map(str, measured))}; take that, or "
-                f"profile again with --decision-blocks {block}"
+                f"block {block} was not measured as a decision block, but {', '.join(map(str, measured))}; take that, "
+                f"or profile again with --decision-blocks {block}"
             )
         if residual != "block" and not self.anatomy.blocks[block].middle:
             raise ProfileError(

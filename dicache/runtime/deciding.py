@@ -158,7 +158,8 @@ class ByResiduals(Decider[AdaCachePolicy]):
             if self._computing and self.policy.watches(self.step, self.steps):
                 start = streams.read(args, kwargs)[name] if branch != "rest" else self._middle
                 stop = streams.unpack(returned)[name] if branch != "attn" else self._middle
-                assert start is not None and stop is not None
+                assert start is not None
+                assert stop is not None
                 self._take(block.index, stop - start)
             self._middle = None
             return returned

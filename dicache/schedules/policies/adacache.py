@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, Self, get_args
 
 from dicache.anatomy.parts import Anatomy
@@ -99,7 +100,7 @@ class AdaCachePolicy(Policy):
             raise self.error(f"the codebook must be pairs of a limit and a rate, at least one, found {pairs!r}")
         limits, rates = [limit for limit, _ in pairs], [rate for _, rate in pairs]
         self.check_finite("the limits of the codebook", tuple(limits))
-        if limits[0] <= 0 or any(b <= a for a, b in zip(limits, limits[1:], strict=False)):
+        if limits[0] <= 0 or any(b <= a for a, b in pairwise(limits)):
             raise self.error(f"the limits of the codebook must be above 0 and rise, found {limits}")
         if not all(type(rate) is int and rate >= 1 for rate in rates):
             raise self.error(f"the rates of the codebook must be whole numbers of 1 or more steps, found {rates}")
@@ -202,6 +203,8 @@ class AdaCachePolicy(Policy):
         if "motion" in given:
             keys = set(Motion.__dataclass_fields__)
             if not isinstance(motion, Mapping) or set(motion) != keys:
-                raise PlanError(f"policy adacache: motion must be an object with {', '.join(sorted(keys))}, found {motion!r}")
+                raise PlanError(
+                    f"policy adacache: motion must be an object with {', '.join(sorted(keys))}, found {motion!r}"
+                )
             given["motion"] = Motion(**motion)
         return super().from_json(given)
