@@ -85,8 +85,12 @@ class Decider(ABC, Generic[P]):
 
     def fail(self, device: torch.device) -> None:
         """Tell the other ranks, where a decision is still to come in this generation, that this one has failed."""
-        if any(not self.policy.forced(step, self.steps) for step in range(self.step + self._agreed, self.steps)):
+        if self._awaited():
             self._ranks.give_up(2 * self.measured, device)
+
+    def _awaited(self) -> bool:
+        """Return whether other ranks will wait for this one in this generation, if it fails now."""
+        return any(not self.policy.forced(step, self.steps) for step in range(self.step + self._agreed, self.steps))
 
 
 class ByModulatedInput(Decider[TeaCachePolicy]):
@@ -112,26 +116,30 @@ class ByResiduals(Decider[AdaCachePolicy]):
         super().__init__(policy, anatomy, ranks)
         self.measured = len(policy.decision_blocks) + (policy.motion is not None)
         self._watched = [anatomy.blocks[index] for index in policy.decision_blocks]
-        self._computing = False
+        self._watching = self._measuring = False
         self._middle: Tensor | None = None  # the stream in the decision block that runs
         self._sums: list[Tensor] = []  # pairs, of those that have run
 
     def begin(self, lane: Lane, generation: Generation) -> None:
         super().begin(lane, generation)
-        self._computing, self._latents = False, lane.latents
-        self._middle, self._sums = None, []
-
-    def measures(self) -> bool:
-        policy = self.policy
-        return (
-            policy.watches(self.step, self.steps)
-            and policy.due(self.step, self.steps, self.memory)
-            and all(_residual(block.index) in self.entries for block in self._watched)
-        )
+        self._latents, self._middle, self._sums = lane.latents, None, []
 
     def decide(self, seen: Tensor | None) -> bool:
-        self._computing = self.policy.decide(self.step, self.steps, None, self.memory)
-        return self._computing
+        compute = self.policy.decide(self.step, self.steps, None, self.memory)
+        self._watching = compute and self.policy.watches(self.step, self.steps)
+        self._measuring = self._watching and all(_residual(block.index) in self.entries for block in self._watched)
+        return compute
+
+    def leave(self) -> None:
+        super().leave()
+        self._middle, self._sums = None, []
+
+    def _awaited(self) -> bool:
+        if self._measuring and not self._agreed:
+            return True
+        later = range(self.step + 1, self.steps)
+        computed = next((step for step in later if self.policy.due(step, self.steps, self.memory)), None)
+        return computed is not None and self.policy.watches(computed, self.steps)
 
     def watch(self, model: nn.Module, program: Program, installer: Installer) -> None:
         self._frames = partial(frames_of, model)
@@ -155,7 +163,7 @@ class ByResiduals(Decider[AdaCachePolicy]):
 
         def run(*args: Any, **kwargs: Any) -> Any:
             returned = streams.forward(*args, **kwargs)
-            if self._computing and self.policy.watches(self.step, self.steps):
+            if self._watching:
                 start = streams.read(args, kwargs)[name] if branch != "rest" else self._middle
                 stop = streams.unpack(returned)[name] if branch != "attn" else self._middle
                 assert start is not None
@@ -170,7 +178,7 @@ class ByResiduals(Decider[AdaCachePolicy]):
         """Keep what a decision block adds; with that of the last of them, choose the rate."""
         before = self.entries.get(_residual(index))
         self.entries[_residual(index)] = residual
-        if not self._awaited or before is None:
+        if not self._measuring:
             return
         self._sums.append(torch.stack(l1_change(residual, before)))
         if index != self._watched[-1].index:
