@@ -25,6 +25,7 @@ PRESETS: dict[str, Codebook] = {
 USUAL_SPEEDUP = 1.8
 SPREAD = 4.0  # between a profile's first and ninth decile of motion, the fitted M grows by this
 WIDEST = 1e6  # factor by which limits are scaled up or down at most
+BEYOND = 1.0001  # the smallest factor puts a limit upon a distance; a little more, and rounding decides nothing
 
 
 @method("adacache")
@@ -157,12 +158,12 @@ def _scaled(
         CalibrationError: If none does.
     """
 
-    def at(place: float) -> AdaCachePolicy:
-        factor = WIDEST ** (2 * place - 1)
+    def at(place: float, beyond: float = 1.0) -> AdaCachePolicy:
+        factor = WIDEST ** (2 * place - 1) * beyond
         return replace(policy, codebook=tuple((limit * factor, rate) for limit, rate in policy.codebook))
 
     def speedup(place: float) -> float:
         computed = simulate_rates(at(place), *signals)
         return 1 / macs_fraction(policy, profile.anatomy, float(computed.mean()))
 
-    return at(find_limit(policy.name, profile.steps, speedup, 1.0, target_speedup))
+    return at(find_limit(policy.name, profile.steps, speedup, 1.0, target_speedup), BEYOND)
