@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dicache.anatomy import Anatomy
 from dicache.anatomy.overrides import Overrides
+from dicache.calibrate.adacache import AdaCache
 from dicache.calibrate.delta_cache import DeltaCache
 from dicache.calibrate.delta_dit import DeltaDit, ordered
 from dicache.calibrate.eoc import Eoc
@@ -27,6 +29,7 @@ from dicache.calibrate.magcache import MagCache
 from dicache.calibrate.mask import Mask
 from dicache.calibrate.methods import PlanMethod, planned_schedule
 from dicache.calibrate.pab import Pab
+from dicache.calibrate.simulating import decisions
 from dicache.calibrate.smoothcache import SmoothCache
 from dicache.calibrate.taylorseer import TaylorSeer
 from dicache.calibrate.teacache import TeaCache
@@ -42,6 +45,7 @@ from dicache.models.loading import load
 from dicache.models.sampling import Sampling, default_conditions, sample
 from dicache.profiler import Profile, storage
 from dicache.profiler.profiling import profile_pipeline, survey_pipeline
+from dicache.runtime import apply
 from dicache.schedules import Schedule, Target
 
 BUILD = Path(__file__).parents[1] / "build" / "ablations"
@@ -49,7 +53,8 @@ RESULTS = Path(__file__).parent / "results"
 RANGES = ("shallow", "middle", "deep")
 TEMPORAL = "temporal_transformer_blocks"
 RUNS = 32  # of a profile; with priors, so many conditions are averaged
-GUIDANCE = {"digits": 4.0}  # other models: their pipelines' own
+GUIDANCE = {"digits": 4.0}  # other models: what is usual for them
+FORESEEN = 12  # of the profile's runs are replayed, to compare decisions with those foreseen
 Named = list[tuple[str, Schedule]]
 
 
@@ -64,7 +69,8 @@ class Bench:
         self._surveys: dict[int, tuple[Anatomy, Target, int]] = {}
 
     def sampling(self, steps: int, guidance: float | None = None) -> Sampling:
-        return Sampling(steps, GUIDANCE.get(self.model) if guidance is None else guidance).resolved(self.pipeline)
+        asked = Sampling(steps, GUIDANCE.get(self.model) if guidance is None else guidance)
+        return asked.usual_for(self.model).resolved(self.pipeline)
 
     def profile(self, steps: int) -> Profile:
         return storage.load(self.profile_file(steps))
@@ -253,6 +259,45 @@ def l2c(bench: Bench, steps: int) -> str:
     return results_table(bench.results(rows, bench.sampling(steps)))
 
 
+def adacache(bench: Bench, steps: int) -> str:
+    """AdaCache's codebooks as published and fitted, with and without motion; of clips, who gets the steps."""
+    profile = bench.profile(steps)
+    settings = {f"{x}x": AdaCache(target_speedup=x) for x in (1.4, 1.8)}
+    settings |= {
+        "1.8x, fast": AdaCache(preset="fast", target_speedup=1.8),
+        "slow as published": AdaCache(preset="slow"),
+    }
+    if profile.between_frames(profile.provenance.decision_blocks[-1], "attn") is not None:
+        settings["1.8x, no motion"] = AdaCache(target_speedup=1.8, motion="none")
+        settings["1.8x, fast, published motion"] = AdaCache(preset="fast", target_speedup=1.8, motion="published")
+    rows = [(name, each.calibrate(profile)) for name, each in settings.items()]
+    results = bench.results(rows, bench.sampling(steps))
+    cells = []
+    said = [word for word in ("fast", "slowly", "still") if any(word in text for text in bench.conditions)]
+    for (name, schedule), result in zip(rows, results[1:], strict=False):
+        found = np.array(result.computed_each)
+        of = [found[[word in text for text in bench.conditions]].mean() for word in said]
+        foreseen, same, alike = _foreseen(bench, profile, schedule, steps)
+        numbers = (schedule.measured["computed_steps"], found.mean(), foreseen, same)
+        cells.append([name, *(f"{x:.1f}" for x in (*numbers, *of)), f"{alike:.3f}"])
+    header = ["computed steps", "foreseen", "achieved", f"of {FORESEEN}: foreseen", "achieved", *said, "decided alike"]
+    return f"{results_table(results)}\n\n{table(header, cells)}"
+
+
+def _foreseen(bench: Bench, profile: Profile, schedule: Schedule, steps: int) -> tuple[float, float, float]:
+    """Return the computed steps that are foreseen of some of the profile's runs, those achieved in the same runs, and
+    the share of decisions that are alike."""
+    assert schedule.policy is not None
+    foreseen = decisions(schedule.policy, profile)[:FORESEEN, 0]  # (runs, steps)
+    achieved = np.zeros_like(foreseen)
+    with apply(bench.pipeline, schedule) as cache:
+        for place, run in enumerate([run for run in profile.runs if run.ok][:FORESEEN]):
+            sample(bench.pipeline, [run.prompt], [run.seed], bench.sampling(steps))
+            achieved[place] = [letter == "C" for letter in next(iter(cache.stats.steps.values()))]
+    one, two = (float(each.sum(axis=1).mean()) for each in (foreseen, achieved))
+    return one, two, float((foreseen == achieved).mean())
+
+
 EXPERIMENTS: dict[str, Callable[[Bench, int], str]] = {
     "methods": methods,
     "fora-steps": fora_steps,
@@ -263,8 +308,10 @@ EXPERIMENTS: dict[str, Callable[[Bench, int], str]] = {
     "eoc": eoc,
     "tgate": tgate,
     "l2c": l2c,
+    "adacache": adacache,
 }
 NEEDS_CROSS_ATTENTION = ("tgate",)
+TIMED = ("methods", "adacache")
 
 
 def main() -> None:
@@ -277,7 +324,7 @@ def main() -> None:
     options = parser.parse_args()
     every = [name for name in EXPERIMENTS if options.model != "digits" or name not in NEEDS_CROSS_ATTENTION]
     for name in every if options.experiment == "all" else (options.experiment,):
-        bench = Bench(options.model, options.images, options.rounds if name == "methods" else 0)
+        bench = Bench(options.model, options.images, options.rounds if name in TIMED else 0)
         text = f"{name}: {options.model}, {options.images} images, {options.steps} steps but where stated\n\n"
         text += EXPERIMENTS[name](bench, options.steps)
         print(text)  # noqa: T201

@@ -9,6 +9,7 @@ from typing import Any
 
 BRANCHES = ("attn", "cross_attn", "joint_attn", "mlp", "fused", "conv")
 ROLES = ("main", "refiner")
+MAIN_STREAMS = ("hidden_states", "x")  # what blocks call the stream of the latents
 
 
 class AnatomyError(ValueError):
@@ -48,6 +49,7 @@ class Block:
     norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # path inside the block -> all branches it feeds
     macs: int = 0  # of one call, its sites included
     shapes: tuple[tuple[int, ...], ...] = ()  # of a U-Net: of its stream as it enters and as it leaves, without batch
+    middle: str = ""  # path inside the block of the module that is given the stream as the attention left it, if any
 
     @property
     def module(self) -> str:
@@ -59,6 +61,11 @@ class Block:
         """Names of the arguments that enter as a stream and leave as one."""
         returns = (self.returns,) if isinstance(self.returns, str) else self.returns
         return tuple(name for name in returns if name is not None)
+
+    @property
+    def main_stream(self) -> str:
+        """Name of the stream that holds the latents' tokens."""
+        return next((name for name in MAIN_STREAMS if name in self.streams), self.streams[0])
 
     def key(self, site: Site) -> str:
         return f"{self.index}.{site.branch}"
@@ -134,7 +141,7 @@ class Anatomy:
         def shape(block: Block) -> tuple[Any, ...]:
             norms = tuple(sorted(block.norms.items()))
             where = (block.index - block.position, block.path, block.kind, block.returns)
-            return *where, block.sites, norms, block.macs, block.shapes
+            return *where, block.sites, norms, block.macs, block.shapes, block.middle
 
         blocks = []
         for _, run in groupby(self.blocks, key=shape):
@@ -150,6 +157,7 @@ class Anatomy:
                     "norms": {path: list(feeds) for path, feeds in first.norms.items()},
                     "macs": first.macs,
                     **({"shapes": [list(shape) for shape in first.shapes]} if first.shapes else {}),
+                    **({"middle": first.middle} if first.middle else {}),
                 }
             )
         return {
@@ -209,7 +217,7 @@ def _written(site: Site) -> dict[str, Any]:
 
 def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
     keys = {"blocks", "module", "class", "returns", "sites", "norms", "macs"}
-    check_keys("anatomy block", entry, keys, optional={"shapes"})
+    check_keys("anatomy block", entry, keys, optional={"shapes", "middle"})
     first, last = parse_span(entry["blocks"])
     path, _, positions = entry["module"].rpartition(".")
     start, end = parse_span(positions)
@@ -236,6 +244,7 @@ def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
             norms={norm: tuple(feeds) for norm, feeds in entry["norms"].items()},
             macs=int(entry["macs"]),
             shapes=tuple(tuple(int(n) for n in shape) for shape in entry.get("shapes", ())),
+            middle=str(entry.get("middle", "")),
         )
         for offset in range(last - first + 1)
     ]

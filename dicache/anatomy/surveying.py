@@ -7,6 +7,7 @@ from torch import nn
 from dicache.anatomy.branches import sites_of
 from dicache.anatomy.inputs import Inputs, example_inputs, latents_of
 from dicache.anatomy.macs import TOTAL, count_macs
+from dicache.anatomy.middles import middle_of
 from dicache.anatomy.parts import Anatomy, AnatomyError, Block
 from dicache.anatomy.probing import norms_of
 from dicache.anatomy.recognising import containers
@@ -86,7 +87,7 @@ def _block(index: int, call: BlockCall, returns: Returns) -> Block:
         returns=returns,
         sites=sites_of(call, returns),
     )
-    return replace(block, norms=norms_of(block, call))
+    return replace(block, norms=norms_of(block, call), middle=middle_of(block, call))
 
 
 def _measure(model: nn.Module, blocks: list[Block], inputs: Inputs) -> tuple[list[Block], int]:

@@ -60,8 +60,8 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
     }
     agreement = np.where(computed, share, 1 - share).min(axis=0)
     errors = {
-        "residual_error": _error(profile, np.broadcast_to(computed, decided.shape)),
-        "adaptive_residual_error": _error(profile, decided),
+        "residual_error": residual_error(profile, np.broadcast_to(computed, decided.shape)),
+        "adaptive_residual_error": residual_error(profile, decided),
     }
     return Schedule(
         method=schedule.method,
@@ -82,7 +82,7 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
     )
 
 
-def _error(profile: Profile, computed: np.ndarray) -> float | None:
+def residual_error(profile: Profile, computed: np.ndarray) -> float | None:
     """Return the mean relative change of the guided residual from the step that stands in to the one it stands for.
 
     Args:

@@ -7,7 +7,8 @@ import numpy as np
 from dicache.anatomy import Anatomy
 from dicache.calibrate.methods import CalibrationError
 from dicache.profiler import Profile
-from dicache.schedules import TeaCachePolicy
+from dicache.profiler.profiles import RATES
+from dicache.schedules import AdaCachePolicy, TeaCachePolicy
 from dicache.schedules.policies import Policy
 
 
@@ -19,6 +20,8 @@ def decisions(policy: Policy, profile: Profile) -> np.ndarray:
     """
     if isinstance(policy, TeaCachePolicy):
         return simulate(policy, profile.relative_l1("input"))
+    if isinstance(policy, AdaCachePolicy):
+        return simulate_rates(policy, *rate_signals(policy, profile))
     raise CalibrationError(f"{policy.name}: a profile does not hold what it decides by")
 
 
@@ -51,6 +54,52 @@ def called_steps(x: np.ndarray) -> np.ndarray:
     if not compared.any():
         return np.ones(len(compared) + 1, dtype=bool)
     return np.asarray(np.append(False, compared) | np.append(compared, False))
+
+
+def rate_signals(policy: AdaCachePolicy, profile: Profile) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return what AdaCache decides by: the changes of its decision blocks, (runs, contexts, steps, blocks, 12), by how
+    many steps they are apart, and motion, (runs, contexts, steps), None where the policy has none.
+
+    Raises:
+        CalibrationError: If motion was not measured, or no step as far apart as the policy's largest rate.
+    """
+    changes = [profile.residual_change(block, policy.branch) for block in policy.decision_blocks]
+    rate = max(rate for _, rate in policy.codebook)
+    if rate > RATES and rate < profile.steps - policy.last_steps:
+        raise CalibrationError(
+            f"adacache: steps up to {RATES} apart were measured, but the codebook has a rate of {rate}"
+        )
+    motion = None
+    if policy.motion is not None:
+        motion = profile.between_frames(policy.decision_blocks[-1], policy.branch)
+        if motion is None:
+            raise CalibrationError(
+                "adacache: the profile holds no motion, as the latents have no frames or the tokens of a frame cannot "
+                "be told; leave motion out"
+            )
+    return np.stack(changes, axis=3), motion
+
+
+def simulate_rates(policy: AdaCachePolicy, changes: np.ndarray, motion: np.ndarray | None) -> np.ndarray:
+    """Return which steps AdaCache would compute on recorded signals, boolean, shape (runs, contexts, steps).
+
+    Args:
+        policy: The rule.
+        changes: Of what each decision block adds, shape (runs, contexts, steps, blocks, lags), lag 1 first.
+        motion: Of the last of them, shape (runs, contexts, steps); None where the policy leaves it out.
+    """
+    runs, contexts, steps = changes.shape[:3]
+    computed = np.zeros((runs, contexts, steps), dtype=bool)
+    for run, context in np.ndindex(runs, contexts):
+        memory = policy.remember()
+        for step in range(steps):
+            last = memory.last
+            computed[run, context, step] = policy.decide(step, steps, None, memory)
+            if computed[run, context, step] and last is not None and policy.watches(step, steps):
+                found = changes[run, context, step, :, step - last - 1].tolist()
+                moved = None if motion is None else float(motion[run, context, step])
+                policy.observe(step, steps, found, moved, memory)
+    return computed
 
 
 def macs_fraction(policy: Policy, anatomy: Anatomy, computed: float) -> float:

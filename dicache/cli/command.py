@@ -92,3 +92,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
+
+
+def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """Read what an option lists, separated by commas; None where it is not given."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise click.UsageError(f"{option} takes whole numbers separated by commas, found {text!r}") from None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from dicache.cli.command import Bytes, Command, json_option, model_option, show_json
+from dicache.cli.command import Bytes, Command, json_option, model_option, show_json, whole_numbers
 from dicache.cli.profiles import FOLDER
 
 
@@ -25,6 +25,10 @@ from dicache.cli.profiles import FOLDER
 @click.option("--lags", type=click.IntRange(1), default=3, show_default=True, help="Steps back to compare with.")
 @click.option("--priors", is_flag=True, help="Keep the mean output of each branch at each step, for EOC.")
 @click.option("--priors-for", type=click.Path(dir_okay=False), help="Keep them only where this schedule reuses.")
+@click.option(
+    "--decision-blocks",
+    help="Blocks that AdaCache may decide by, separated by commas: 13,20.  [default: the middle one]",
+)
 @click.option("--max-memory", type=Bytes(), help="Refuse to start if more is needed, such as 8GB.")
 @click.option("--no-prompts", is_flag=True, help="Write down a hash of each prompt, not the prompt.")
 @click.option("--resume", is_flag=True, help="Go on with a profile that was broken off.")
@@ -47,6 +51,7 @@ def profile(
     lags: int,
     priors: bool,
     priors_for: str | None,
+    decision_blocks: str | None,
     max_memory: int | None,
     no_prompts: bool,
     resume: bool,
@@ -83,6 +88,7 @@ def profile(
         lags=lags,
         component=component,
         priors=Schedule.load(priors_for) if priors_for else priors,
+        decision_blocks=whole_numbers("--decision-blocks", decision_blocks),
         max_memory=max_memory,
         keep_prompts=not no_prompts,
         resume=resume,

@@ -271,8 +271,20 @@ def _macs(fraction: float) -> str:
 
 def _in_words(policy: "Policy") -> list[str]:
     """Return what a policy decides by, in lines."""
-    from dicache.schedules import TeaCachePolicy
+    from dicache.schedules import AdaCachePolicy, TeaCachePolicy
 
+    if isinstance(policy, AdaCachePolicy):
+        of = {"attn": "what the attention adds in", "rest": "what is behind the attention in", "block": "all of"}
+        lines = [
+            f"decides at run time: {policy.limit} on the change of {of[policy.branch]} "
+            f"block {', '.join(map(str, policy.decision_blocks))}"
+        ]
+        if (motion := policy.motion) is not None:
+            lines.append(
+                f"times a factor of motion: M + |{motion.gradient:g} * change of M / rate|, "
+                f"M = (m / {motion.scale:.4g}) ^ {motion.power:g}"
+            )
+        return lines
     if isinstance(policy, TeaCachePolicy):
         low, high = policy.input_range
         range_held, added = NEGATIVE[policy.negative]

@@ -42,6 +42,7 @@ class Result:
             empty for another number of steps.
         distances: From the uncached images by other measures, by name.
         judged: What the judges say, by name.
+        computed_each: The steps at which everything was computed, image by image; empty where all have the same.
         images: What was made, (n, h, w, 3).
     """
 
@@ -56,6 +57,7 @@ class Result:
     latent_error: tuple[float, ...] = ()
     distances: Mapping[str, Mean] = field(default_factory=dict)
     judged: Mapping[str, float] = field(default_factory=dict)
+    computed_each: tuple[float, ...] = ()
     images: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -82,12 +84,17 @@ class Replayed:
     Attributes:
         trajectory: The images and the latents on the way to them.
         macs_fraction: Multiply-accumulates as a share of the uncached run's.
-        computed_steps: Mean over images of the steps at which everything was computed.
+        computed_each: Of an adaptive schedule, the steps at which everything was computed, image by image; of any other
+            batch by batch.
     """
 
     trajectory: Trajectory
     macs_fraction: float
-    computed_steps: float
+    computed_each: tuple[float, ...]
+
+    @property
+    def computed_steps(self) -> float:
+        return float(np.mean(self.computed_each))
 
 
 @dataclass(frozen=True)
@@ -163,7 +170,14 @@ def evaluate(
     variants = [uncached, *(row[0] for row in cached), *(row[0] for row in fewer.values())]
     seconds = _time(pipeline, variants, conditions[0], seeds[0], timing_rounds, progress) if timing_rounds else {}
 
-    def result(variant: _Variant, made: Trajectory, computed: float, fraction: float, count: int = 0) -> Result:
+    def result(
+        variant: _Variant,
+        made: Trajectory,
+        computed: float,
+        fraction: float,
+        count: int = 0,
+        each: tuple[float, ...] = (),
+    ) -> Result:
         images = made.images
         decibels = psnr(images, reference.images)
         rival = psnr(fewer[count][1].images, reference.images) if count in fewer else None
@@ -184,6 +198,7 @@ def evaluate(
                 for name, distance in (distances or {}).items()
             },
             judged={name: judge(images) for name, judge in judges.items()},
+            computed_each=each,
             images=images,
         )
 
@@ -191,7 +206,14 @@ def evaluate(
     return (
         result(uncached, reference, steps, 1.0),
         [
-            result(variant, made.trajectory, made.computed_steps, made.macs_fraction, count)
+            result(
+                variant,
+                made.trajectory,
+                made.computed_steps,
+                made.macs_fraction,
+                count,
+                made.computed_each if variant.batch == 1 else (),
+            )
             for (variant, made), count in zip(cached, alike, strict=True)
         ],
         [result(variant, made, count, count / steps) for count, (variant, made) in fewer.items()],
@@ -242,7 +264,7 @@ def replay(
     """
     made, stats = _images(pipeline, _with_schedule(name, sampling, schedule), conditions, seeds, progress)
     shares, computed = zip(*stats, strict=True)
-    return Replayed(made, float(np.mean(shares)), float(np.mean(computed)))
+    return Replayed(made, float(np.mean(shares)), computed)
 
 
 def _with_schedule(name: str, sampling: Sampling, schedule: Schedule) -> _Variant:

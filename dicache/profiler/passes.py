@@ -8,6 +8,8 @@ from torch import Tensor
 
 from dicache.anatomy import Anatomy
 from dicache.profiler.guided import PassOutput
+from dicache.profiler.profiles import RATES
+from dicache.profiler.residuals import Residuals
 from dicache.profiler.rings import Ring, wide
 from dicache.profiler.storage import MAGNITUDES, SITE_STATISTICS, TEACACHE_SIGNALS
 from dicache.runtime.streams import Tensors
@@ -19,12 +21,28 @@ class Pass:
     """The measurements of one guidance pass, on the model's device until they are asked for.
 
     The rings are made after the first step of a generation, which tells the sizes; that step's outputs are held whole.
+
+    Args:
+        anatomy: The model's.
+        lags: How many steps back each branch's output is compared with.
+        time_signals: Which of `time` and `time_projected` are measured.
+        decision_blocks: Blocks of which what they add to the stream is measured for AdaCache.
+        frames: Of a video; 0 otherwise.
     """
 
-    def __init__(self, anatomy: Anatomy, lags: int, time_signals: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        lags: int,
+        time_signals: Sequence[str] = (),
+        decision_blocks: Sequence[int] = (),
+        frames: int = 0,
+    ) -> None:
         self.anatomy, self.lags = anatomy, lags
         self.signals = (*TEACACHE_SIGNALS, *time_signals)
         self.time: dict[str, Tensor] = {}  # the time signals of the call that runs
+        self._residuals = {block: Residuals(RATES, frames) for block in decision_blocks}
+        self._middles: dict[int, Tensor] = {}
         self.parts = 1
         self.outputs: dict[tuple[int, int], Tensor] = {}  # whole, by site and step
         self.modulated: Tensor | None = None
@@ -45,6 +63,8 @@ class Pass:
         self.step, self._ready, self._compared = -1, False, False
         self._before = []
         self.outputs.clear()
+        for residuals in self._residuals.values():
+            residuals.restart()
         self._tables: dict[str, dict[int, Tensor]] = {"sites": {}, "change": {}, "size": {}, "magnitude": {}}
         self._grams: dict[int, list[Tensor]] = {}
         self._clear_step()
@@ -52,7 +72,8 @@ class Pass:
     @property
     def bytes(self) -> int:
         held = [tensor for signal in self._before for tensor in signal]
-        return sum(ring.bytes for ring in self._rings()) + sum(tensor.nbytes for tensor in held)
+        residuals = sum(residuals.bytes for residuals in self._residuals.values())
+        return residuals + sum(ring.bytes for ring in self._rings()) + sum(tensor.nbytes for tensor in held)
 
     def site_size(self, place: int) -> int:
         """Return how many numbers a site gives."""
@@ -79,8 +100,16 @@ class Pass:
         rows = [tensor.reshape(self.parts, -1, tensor.shape[-1]).float() for tensor in out]
         self.outputs[place, self.step] = torch.cat(rows, dim=1).cpu()
 
+    def middle(self, index: int, stream: Tensor) -> None:
+        """Take the stream as a block's attention left it."""
+        self._middles[index] = stream
+
     def block(self, index: int, into: Tensors, out: Tensors) -> None:
         """Take what entered and what left a block."""
+        if index in self._residuals:
+            name = self.anatomy.blocks[index].main_stream
+            middle = self._middles.pop(index, None)
+            self._residuals[index].add(self.step, into[name], middle, out[name], self.parts)
         start, stop = self.anatomy.segment(index)
         if index == start:
             self._entered = into
@@ -142,6 +171,10 @@ class Pass:
         out |= {f"teacache/{name}": np.full((steps, 2), np.nan) for name in self.signals}
         out["delta/gram"] = np.full((steps, 2 * blocks, 2 * blocks), np.nan)
         out["magnitude"] = np.full((steps, len(MAGNITUDES)), np.nan)
+        seen = dict(self._steps_compared())
+        measured = [residuals.arrays(seen, steps) for residuals in self._residuals.values()]
+        for name in measured[0] if measured else ():
+            out[f"motion/{name}"] = np.stack([found[name] for found in measured], axis=1)  # (steps, blocks, ...)
         if self._sites is None:
             return out | {"delta/cosine": _cosine(out["delta/gram"])}
         sums, changes, sizes, magnitudes = (
@@ -149,12 +182,12 @@ class Pass:
             for table in self._tables.values()
         )
         counts = np.array([sum(sizes) for sizes in self._sites.sizes])[:, None]
-        for step, since in self._steps_compared():
-            seen, found = min(since, lags), sums[step]  # (sites, 2 lags + 2)
+        for step, since in seen.items():
+            back, found = min(since, lags), sums[step]  # (sites, 2 lags + 2)
             out["sites/abs_l1"][step] = found[:, :1] / counts
             out["sites/norm2"][step] = found[:, 1:2]
-            out["sites/dot"][step, :, :seen] = found[:, 2 : 2 + seen]
-            out["sites/diff_l1"][step, :, :seen] = found[:, 2 + lags : 2 + lags + seen] / counts
+            out["sites/dot"][step, :, :back] = found[:, 2 : 2 + back]
+            out["sites/diff_l1"][step, :, :back] = found[:, 2 + lags : 2 + lags + back] / counts
             if since:
                 for place, name in enumerate(self.signals):
                     out[f"teacache/{name}"][step] = changes[step][place], sizes[step - 1][place]
@@ -176,6 +209,7 @@ class Pass:
         self.modulated = None
         self.time = {}
         self._entered, self._residual, self._body = {}, [], []
+        self._middles.clear()
 
     def _rings(self) -> Iterator[Ring]:
         if self._sites is not None:

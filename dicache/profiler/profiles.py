@@ -11,6 +11,8 @@ from dicache.anatomy import Anatomy
 from dicache.schedules import Target
 
 FORMAT = "dicache.profile/1"
+RATES = 12  # steps back that a decision block's residuals are compared with: the largest published rate of AdaCache
+RESIDUALS = ("attn", "rest", "block")  # what a block's attention adds to the stream, what all behind it adds, and both
 
 
 class ProfileError(ValueError):
@@ -50,6 +52,7 @@ class Provenance:
         contexts: Names of the guidance passes.
         parts: How many samples each pass has in its batch: 2 if it holds the guided and the unguided half, else 1.
         time_signals: Which of `time` and `time_projected` were measured: what the model makes of its timestep alone.
+        decision_blocks: Blocks of which what they add to the stream was measured, for AdaCache.
     """
 
     model: str
@@ -61,6 +64,7 @@ class Provenance:
     contexts: tuple[str, ...]
     parts: tuple[int, ...]
     time_signals: tuple[str, ...] = ()
+    decision_blocks: tuple[int, ...] = ()
 
     @property
     def layout(self) -> str:
@@ -77,6 +81,7 @@ class Provenance:
             "contexts": list(self.contexts),
             "parts": list(self.parts),
             "time_signals": list(self.time_signals),
+            "decision_blocks": list(self.decision_blocks),
         }
 
     @classmethod
@@ -89,6 +94,7 @@ class Provenance:
                 "contexts": tuple(content["contexts"]),
                 "parts": tuple(content["parts"]),
                 "time_signals": tuple(content.get("time_signals", ())),  # older profiles have none
+                "decision_blocks": tuple(content.get("decision_blocks", ())),
             }
         )
 
@@ -115,6 +121,11 @@ class Profile:
               projection, where `provenance.time_signals` has them.
             - `magnitude`, (r, c, s, 3): over tokens, mean and deviation of the ratio of the body residual's norm to
               that of the step before, and mean of 1 - their cosine (MagCache, arXiv 2506.09045).
+            - `motion/abs_l1`, `motion/diff_l1`, (r, c, s, d, 3) and (r, c, s, d, 3, 12): mean |x_i| and mean
+              |x_i - x_(i-k)|, k = 1 first, of what each of d decision blocks adds to the stream of the latents: its
+              attention, all behind that, and both (`RESIDUALS`), after their gates. `motion/between_frames`,
+              (r, c, s, d, 3): of a video, how much each differs from frame to frame, from 0 to 1. Not in profiles of
+              before 0.1.0's AdaCache.
             - `body/weights`, (r, s, parts): with which the parts of all passes add up to what the scheduler is given.
             - `body/gram`, `body/output`, (r, s, s): products of the guided body residuals, and of the guided outputs of
               the model, of all steps with one another.
@@ -187,6 +198,55 @@ class Profile:
         with np.errstate(invalid="ignore", divide="ignore"):
             ratio: np.ndarray = pairs[..., 0] / pairs[..., 1]
         return ratio
+
+    def residual_change(self, block: int, residual: str) -> np.ndarray:
+        """Return |r_i - r_(i-k)| / |r_(i-k)| in the 1-norm of what a decision block adds, (r, c, s, 12), k = 1 first.
+
+        Args:
+            block: One of the decision blocks that were measured.
+            residual: `attn`, `rest` or `block`.
+
+        Raises:
+            ProfileError: If the block was not measured, or what its attention adds cannot be told from the rest.
+
+        References:
+            AdaCache, arXiv 2411.02397, equation 3, before it is divided by the rate.
+        """
+        place, kind = self._decision(block, residual)
+        change = self.arrays["motion/diff_l1"][:, :, :, place, kind]  # (r, c, s, lags)
+        size = self.arrays["motion/abs_l1"][:, :, :, place, kind]  # (r, c, s)
+        before = np.full_like(change, np.nan)
+        for lag in range(1, min(change.shape[-1], size.shape[-1] - 1) + 1):
+            before[:, :, lag:, lag - 1] = size[:, :, :-lag]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(change / before)
+
+    def between_frames(self, block: int, residual: str) -> np.ndarray | None:
+        """Return how much what a decision block adds differs from frame to frame, shape (r, c, s); None without frames.
+
+        Raises:
+            ProfileError: As `residual_change`.
+        """
+        place, kind = self._decision(block, residual)
+        found = self.arrays["motion/between_frames"][:, :, :, place, kind]
+        return None if np.isnan(found).all() else np.asarray(found)
+
+    def _decision(self, block: int, residual: str) -> tuple[int, int]:
+        """Return the places of a decision block and a residual in the arrays of `motion`."""
+        measured = self.provenance.decision_blocks
+        if not measured:
+            raise ProfileError("this profile does not say what a decision block adds to the stream; profile again")
+        if block not in measured:
+            raise ProfileError(
+                f"block {block} was not measured as a decision block, but {', '.join(map(str, measured))}; take that, "
+                f"or profile again with --decision-blocks {block}"
+            )
+        if residual != "block" and not self.anatomy.blocks[block].middle:
+            raise ProfileError(
+                f"what the attention of block {block} adds cannot be told from what the rest of it adds: no module is "
+                "given the stream between the two. Take the branch `block`, or another decision block"
+            )
+        return measured.index(block), RESIDUALS.index(residual)
 
     def range_cosine(self, start: int, stop: int) -> np.ndarray:
         """Return the cosine between a block range's delta at each step and the step before, shape (r, c, s).

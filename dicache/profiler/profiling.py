@@ -91,6 +91,7 @@ def profile_pipeline(
     lags: int = 3,
     priors: bool | Schedule = False,
     component: str | None = None,
+    decision_blocks: Sequence[int] | None = None,
     max_memory: int | None = None,
     keep_prompts: bool = True,
     resume: bool = False,
@@ -113,6 +114,8 @@ def profile_pipeline(
             output and at the step that this output is from.
         component: Name of the model in the pipeline, where it has two that share its steps. The steps of the other have
             no measurements.
+        decision_blocks: Blocks of which to measure what they add to the stream, for AdaCache; its usual one when left
+            out.
         max_memory: Bytes, of the device or of main memory, above which to refuse.
         keep_prompts: Whether to write prompts down, or what they hash to. Who guesses a prompt can verify the guess.
         resume: Go on with the file if it is there and was begun with the same model and settings.
@@ -147,7 +150,12 @@ def profile_pipeline(
     anatomy = survey(model, inputs)
     time = find_time_embedding(model, inputs, anatomy)
     steps_kept = _steps_of_priors(priors, anatomy, len(pipeline.scheduler.timesteps))
-    with Recorder(pipeline, model, anatomy, lags, steps_kept, time) as recorder:
+    if decision_blocks is None:
+        decision_blocks = (usual_decision_block(anatomy),)
+    elif wrong := [block for block in decision_blocks if not 0 <= block < len(anatomy.blocks)]:
+        raise ProfileError(f"no block {wrong[0]} in this {anatomy.model}; it has 0 to {len(anatomy.blocks) - 1}")
+    blocks = sorted(set(decision_blocks))
+    with Recorder(pipeline, model, anatomy, lags, steps_kept, time, blocks) as recorder:
         _first_step(pipeline, recorder, lambda: sample(pipeline, conditions[:1], [seed], sampling))
         provenance = _provenance(pipeline, component, name, anatomy, sampling, recorder, priors)
         if before is not None:
@@ -199,6 +207,20 @@ def target_of(pipeline: Any, anatomy: Anatomy, sampling: Sampling, component: st
         timesteps=timesteps(scheduler),
         noise_levels=noise_levels(scheduler),
     )
+
+
+def usual_decision_block(anatomy: Anatomy) -> int:
+    """Return the block that AdaCache decides by: the middle one of those whose attention can be told from the rest.
+
+    Of a video model with lists of spatial and of temporal blocks, the middle one of the temporal ones.
+
+    References:
+        AdaCache-DiT/AdaCache, which takes block 13 of 28.
+    """
+    seen = [block for block in anatomy.blocks if block.middle] or list(anatomy.blocks)
+    temporal = [block for block in seen if "temporal" in block.path]
+    blocks = temporal or seen
+    return blocks[(len(blocks) - 1) // 2].index
 
 
 def _steps_of_priors(priors: bool | Schedule, anatomy: Anatomy, steps: int) -> dict[str, tuple[int, ...]]:
@@ -314,6 +336,7 @@ def _provenance(
         contexts=recorder.contexts,
         parts=recorder.parts,
         time_signals=recorder.time_signals,
+        decision_blocks=recorder.decision_blocks,
     )
 
 

@@ -13,6 +13,7 @@ from dicache.anatomy import Anatomy, StepClock
 from dicache.anatomy.inputs import latents_of
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.time_embedding import Reading, watch_reading
+from dicache.anatomy.signal import frames_of
 from dicache.profiler.guided import GuidedSteps
 from dicache.profiler.passes import Pass
 from dicache.profiler.profiles import Provenance, Run
@@ -35,6 +36,7 @@ class Recorder:
         lags: How many steps back each branch's output is compared with.
         priors: Steps at which a site's outputs are handed out whole, by the site's key.
         time: Where the time embedding and its projection are read, by the name of the signal.
+        decision_blocks: Blocks of which what they add to the stream is measured for AdaCache.
     """
 
     def __init__(
@@ -45,9 +47,12 @@ class Recorder:
         lags: int,
         priors: Mapping[str, Sequence[int]] | None = None,
         time: Mapping[str, Reading] | None = None,
+        decision_blocks: Sequence[int] = (),
     ) -> None:
         self.lags = lags
         self.time_signals = tuple(time or ())
+        self.decision_blocks = tuple(decision_blocks)
+        self._denoiser = model
         self._anatomy = anatomy
         self._places = {key: place for place, key in enumerate(anatomy.sites)}
         self._wanted = [frozenset((priors or {}).get(key, ())) for key in anatomy.sites]
@@ -65,6 +70,11 @@ class Recorder:
             for site in block.sites:
                 branch = model.get_submodule(f"{block.module}.{site.module}")
                 self._overrides.set(branch, self._site(self._places[block.key(site)], branch.forward))
+        for index in self.decision_blocks:
+            if anatomy.blocks[index].middle:
+                module = model.get_submodule(f"{anatomy.blocks[index].module}.{anatomy.blocks[index].middle}")
+                # It may be a branch as well, which is watched already.
+                self._overrides.set(module, self._middle(index, module.forward))
         first = anatomy.blocks[0]
         entrance = model.get_submodule(f"{first.module}.{first.sites[0].entrance}")
         self._overrides.set(entrance, self._entrance(entrance.forward))
@@ -138,8 +148,8 @@ class Recorder:
         step, index = min(found)
         return f"step {step} in {self._anatomy.sites[index]}"
 
-    def _new_pass(self) -> Pass:
-        return Pass(self._anatomy, self.lags, self.time_signals)
+    def _new_pass(self, frames: int = 0) -> Pass:
+        return Pass(self._anatomy, self.lags, self.time_signals, self.decision_blocks, frames)
 
     def _time(self, name: str, embedding: Tensor) -> None:
         if self._running is not None:
@@ -177,7 +187,7 @@ class Recorder:
                 return forward(*args, **kwargs)
             name, _ = generation.lane(self._context, Call(args, kwargs))
             if name not in self._passes:
-                self._passes[name] = self._new_pass()
+                self._passes[name] = self._new_pass(frames_of(self._denoiser, latents_of(args, kwargs).shape))
             self._running = record = self._passes[name]
             record.begin(generation.step, len(latents_of(args, kwargs)))
             try:
@@ -207,6 +217,16 @@ class Recorder:
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._running is not None:
                 self._running.modulated = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            return forward(*args, **kwargs)
+
+        return run
+
+    def _middle(self, index: int, forward: Forward) -> Forward:
+        """Look at the stream inside a block."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self._running is not None:
+                self._running.middle(index, next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
             return forward(*args, **kwargs)
 
         return run

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from dicache.anatomy import AnatomyError
-from dicache.profiler.profiles import FORMAT, Profile, ProfileError, Provenance, Run
+from dicache.profiler.profiles import FORMAT, RATES, RESIDUALS, Profile, ProfileError, Provenance, Run
 from dicache.schedules import ScheduleError
 
 SITE_STATISTICS = ("diff_l1", "abs_l1", "dot", "norm2")
@@ -45,6 +45,8 @@ def shapes(provenance: Provenance) -> dict[str, tuple[int, ...]]:
     anatomy, steps = provenance.anatomy, len(provenance.target.timesteps or ())
     contexts, blocks, sites = len(provenance.contexts), len(anatomy.blocks), len(anatomy.sites)
     branches = len({key.partition(".")[2] for key in anatomy.sites})
+    decisions = (contexts, steps, len(provenance.decision_blocks), len(RESIDUALS))
+    motion = {"diff_l1": (*decisions, RATES), "abs_l1": decisions, "between_frames": decisions}
     return {
         **{f"sites/{name}": (contexts, steps, sites, provenance.lags) for name in SITE_STATISTICS},
         "delta/gram": (contexts, steps, 2 * blocks, 2 * blocks),
@@ -55,6 +57,7 @@ def shapes(provenance: Provenance) -> dict[str, tuple[int, ...]]:
         "body/gram": (steps, steps),
         "body/output": (steps, steps),
         "body/branches": (branches, steps, steps),
+        **({f"motion/{name}": shape for name, shape in motion.items()} if provenance.decision_blocks else {}),
     }
 
 

@@ -123,7 +123,8 @@ def _missing_modules(model: nn.Module, schedule: Schedule) -> list[str]:
     paths = [
         f"{block.module}.{path}"
         for block in schedule.anatomy.blocks
-        for path in (*(path for site in block.sites for path in site.modules), *block.norms)
+        for path in (*(path for site in block.sites for path in site.modules), *block.norms, block.middle)
+        if path
     ]
     absent = [path for path in paths if path not in modules]
     said = [f"a model with {absent[0]}, found none"] if absent else []

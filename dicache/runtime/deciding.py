@@ -2,17 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dicache.anatomy import Anatomy
-from dicache.anatomy.signal import l1_change
-from dicache.runtime.executor import Installer, Program
+from dicache.anatomy import Anatomy, Block
+from dicache.anatomy.signal import frames_of, l1_change, motion_of
+from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane
 from dicache.runtime.ranks import Ranks
-from dicache.schedules.policies import Policy, TeaCachePolicy
+from dicache.runtime.streams import Streams
+from dicache.schedules.policies import AdaCachePolicy, Policy, TeaCachePolicy
 from dicache.schedules.rows import Range
 
 Moment = Literal["call", "site", "block"]
@@ -83,8 +85,12 @@ class Decider(ABC, Generic[P]):
 
     def fail(self, device: torch.device) -> None:
         """Tell the other ranks, where a decision is still to come in this generation, that this one has failed."""
-        if any(not self.policy.forced(step, self.steps) for step in range(self.step + self._agreed, self.steps)):
+        if self._awaited():
             self._ranks.give_up(2 * self.measured, device)
+
+    def _awaited(self) -> bool:
+        """Return whether other ranks will wait for this one in this generation, if it fails now."""
+        return any(not self.policy.forced(step, self.steps) for step in range(self.step + self._agreed, self.steps))
 
 
 class ByModulatedInput(Decider[TeaCachePolicy]):
@@ -101,7 +107,97 @@ class ByModulatedInput(Decider[TeaCachePolicy]):
         return self.policy.decide(self.step, self.steps, x, self.memory)
 
 
-DECIDERS: dict[type[Policy], type[Decider[Any]]] = {TeaCachePolicy: ByModulatedInput}
+class ByResiduals(Decider[AdaCachePolicy]):
+    """AdaCache: what decision blocks add to the stream, from one computed step to the next."""
+
+    moment = "call"
+
+    def __init__(self, policy: AdaCachePolicy, anatomy: Anatomy, ranks: Ranks) -> None:
+        super().__init__(policy, anatomy, ranks)
+        self.measured = len(policy.decision_blocks) + (policy.motion is not None)
+        self._watched = [anatomy.blocks[index] for index in policy.decision_blocks]
+        self._watching = self._measuring = False
+        self._middle: Tensor | None = None  # the stream in the decision block that runs
+        self._sums: list[Tensor] = []  # pairs, of those that have run
+
+    def begin(self, lane: Lane, generation: Generation) -> None:
+        super().begin(lane, generation)
+        self._latents, self._middle, self._sums = lane.latents, None, []
+
+    def decide(self, seen: Tensor | None) -> bool:
+        compute = self.policy.decide(self.step, self.steps, None, self.memory)
+        self._watching = compute and self.policy.watches(self.step, self.steps)
+        self._measuring = self._watching and all(_residual(block.index) in self.entries for block in self._watched)
+        return compute
+
+    def leave(self) -> None:
+        super().leave()
+        self._middle, self._sums = None, []
+
+    def _awaited(self) -> bool:
+        if self._measuring and not self._agreed:
+            return True
+        later = range(self.step + 1, self.steps)
+        computed = next((step for step in later if self.policy.due(step, self.steps, self.memory)), None)
+        return computed is not None and self.policy.watches(computed, self.steps)
+
+    def watch(self, model: nn.Module, program: Program, installer: Installer) -> None:
+        self._frames = partial(frames_of, model)
+        for block in self._watched:
+            module = model.get_submodule(block.module)
+            streams = Streams(block, module, program[module])
+            program[module] = self._around(block, streams)
+            if self.policy.branch != "block":
+                middle = model.get_submodule(f"{block.module}.{block.middle}")
+                program[middle] = self._inside(installer.original(middle))
+
+    def _inside(self, forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._middle = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            return forward(*args, **kwargs)
+
+        return run
+
+    def _around(self, block: Block, streams: Streams) -> Forward:
+        name, branch = block.main_stream, self.policy.branch
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            returned = streams.forward(*args, **kwargs)
+            if self._watching:
+                start = streams.read(args, kwargs)[name] if branch != "rest" else self._middle
+                stop = streams.unpack(returned)[name] if branch != "attn" else self._middle
+                assert start is not None
+                assert stop is not None
+                self._take(block.index, stop - start)
+            self._middle = None
+            return returned
+
+        return run
+
+    def _take(self, index: int, residual: Tensor) -> None:
+        """Keep what a decision block adds; with that of the last of them, choose the rate."""
+        before = self.entries.get(_residual(index))
+        self.entries[_residual(index)] = residual
+        if not self._measuring:
+            return
+        self._sums.append(torch.stack(l1_change(residual, before)))
+        if index != self._watched[-1].index:
+            return
+        if self.policy.motion is not None:
+            shape = self._latents
+            self._sums.append(torch.stack(motion_of(residual, self._frames(shape), shape[0])))
+        found = self.agree(torch.stack(self._sums))
+        blocks = len(self._watched)
+        motion = found[blocks] if len(found) > blocks else None
+        self.policy.observe(self.step, self.steps, found[:blocks], motion, self.memory)
+
+
+def _residual(block: int) -> tuple[str, int]:
+    """Return the key of what a block added."""
+    return "residual", block
+
+
+DECIDERS: dict[type[Policy], type[Decider[Any]]] = {TeaCachePolicy: ByModulatedInput, AdaCachePolicy: ByResiduals}
 
 
 def decider_of(policy: Policy, anatomy: Anatomy, ranks: Ranks) -> Decider[Any]:

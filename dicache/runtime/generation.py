@@ -51,6 +51,7 @@ class Lane:
         signature: Shape, dtype and device of the tensors of its calls.
         named: Whether the pipeline has a name for the pass.
         batch: Samples in its calls.
+        latents: Shape of the latents in its calls.
         step: Its latest step; a lane that missed one starts afresh.
         since: The step at which it last started with nothing kept, -1 if it is to do so now.
         entries: Kept outputs by site, and kept deltas by range of blocks; those before the last one by site or range
@@ -67,6 +68,7 @@ class Lane:
     signature: Signature
     named: bool
     batch: int = 1
+    latents: tuple[int, ...] = ()
     step: int = -1
     since: int = -1
     entries: dict[Hashable, Any] = field(default_factory=dict)
@@ -151,7 +153,7 @@ class Generation:
         elif lane.signature != call.signature or lane.step != self.step - 1:
             lane.clear()
             lane.signature = call.signature
-        lane.step = self.step
+        lane.step, lane.latents = self.step, tuple(call.latents.shape)
         if context is None:
             lane.latest = call.tensors
         return name, lane

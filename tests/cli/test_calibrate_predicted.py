@@ -1,4 +1,4 @@
-"""The commands of TaylorSeer, SmoothCache, MagCache, PAB, T-GATE and EOC, on the bundled model."""
+"""The commands of TaylorSeer, SmoothCache, MagCache, PAB, AdaCache, T-GATE and EOC, on the bundled model."""
 
 import json
 import os
@@ -157,3 +157,21 @@ def test_what_is_evaluated_costs_what_was_planned(workplace: Path) -> None:
 )
 def test_tgate_refuses_what_cannot_be(workplace: Path, words: tuple[object, ...], said: str) -> None:
     assert said in refused("calibrate", "tgate", *words)
+
+
+def test_adacache(workplace: Path) -> None:
+    told = dicache("calibrate", "adacache", "--codebook", "9:2").stdout
+    assert "No frames in the latents, or none that can be told apart: the motion factor is 1" in told
+    assert "Foreseen on 2 runs: 6 steps computed, 6 to 6" in told
+    assert rows("adacache.json")["3.mlp"] == "CCSCSCCC"
+    shown = dicache("schedules", "show", "adacache.json").stdout
+    assert "codebook 9:2 on the change of what the attention adds in block 5" in shown
+    dicache("calibrate", "adacache", "--max-macs", 0.6, "--branch", "rest", "-o", "fitted.json")
+    assert Schedule.load("fitted.json").macs_fraction() <= 0.6
+    dicache("schedules", "freeze", "fitted.json")
+    assert not Schedule.load("fitted-frozen.json").adaptive
+    assert "codebook" in dicache("schedules", "diff", "adacache.json", "fitted.json").stdout
+    assert "block 3 was not measured" in refused("calibrate", "adacache", "--preset", "slow", "--decision-block", 3)
+    assert "cannot be reached in 8 steps" in refused("calibrate", "adacache", "--target-speedup", 9)
+    for words in (("--codebook", "9"), ("--decision-block", "x"), ("--no-motion", "--published-motion")):
+        assert dicache("calibrate", "adacache", *words, fails=True).exit_code == 2

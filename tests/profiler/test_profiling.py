@@ -49,7 +49,8 @@ def test_the_names_in_the_file_are_the_contract(tmp_path: Path) -> None:
     teacache = {f"/teacache/{name}" for name in ("input", "residual", "body", "output")}
     body = {f"/body/{name}" for name in ("weights", "gram", "output", "branches")}
     runs = {"/runs/prompt", "/runs/seed", "/runs/status"}
-    assert set(shapes) == {*runs, "/delta/gram", "/delta/cosine", "/magnitude", *sites, *teacache, *body}
+    motion = {f"/motion/{name}" for name in ("diff_l1", "abs_l1", "between_frames")}
+    assert set(shapes) == {*runs, "/delta/gram", "/delta/cosine", "/magnitude", *sites, *teacache, *body, *motion}
 
 
 def test_similarity_is_one_for_equal_and_follows_from_the_stored_products(tmp_path: Path) -> None:

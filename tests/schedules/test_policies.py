@@ -131,7 +131,7 @@ def test_a_policy_that_does_not_say_what_a_negative_prediction_adds_adds_nothing
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": "magic"}, "unknown policy .* known: teacache"),
+        ({"name": "magic"}, "unknown policy .* known: .*teacache"),
         ({"colour": 1}, "unknown or missing key 'colour'"),
         ({"coefficients": None}, "cannot be read"),
         ({"input_range": [0.5]}, "teacache"),

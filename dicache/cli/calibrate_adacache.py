@@ -1,0 +1,104 @@
+"""`dicache calibrate adacache`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dicache.cli.calibrating import output_option, profile_option, share_of, target_options, write_schedule
+from dicache.cli.command import Command, json_option, whole_numbers
+from dicache.cli.profiles import newest
+
+if TYPE_CHECKING:
+    from dicache.schedules import Schedule
+
+
+@click.command(cls=Command)
+@click.option(
+    "--codebook", help="Pairs of a limit and a rate in steps: 0.03:12,0.05:10,1:3. The last limit has no effect."
+)
+@click.option(
+    "--preset",
+    type=click.Choice(["slow", "fast", "long"]),
+    help="A published codebook: two are for 30 steps of Open-Sora, `long` for 100.",
+)
+@target_options
+@click.option("--decision-block", help="Blocks to decide by: 13, or 13,20.  [default: those of the profile]")
+@click.option(
+    "--branch",
+    type=click.Choice(["attn", "rest", "block"]),
+    default="attn",
+    show_default=True,
+    help="What of them: what the attention adds, what all behind it adds, or both.",
+)
+@click.option("--motion/--no-motion", default=True, show_default=True, help="Compute fast videos more often.")
+@click.option("--published-motion", is_flag=True, help="With the constants for Open-Sora, not those of the profile.")
+@profile_option
+@output_option
+@json_option
+def adacache(
+    codebook: str | None,
+    preset: Any,
+    target_speedup: float | None,
+    max_macs: float | None,
+    decision_block: str | None,
+    branch: Any,
+    motion: bool,
+    published_motion: bool,
+    profile_file: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Hold everything for some steps, by how much a block's output has changed (arXiv 2411.02397).
+
+    With --target-speedup or --max-macs all limits of the codebook are scaled to reach it; without a codebook, those of
+    the published one that errs least. With nothing given it aims at 1.8 times fewer MACs.
+    """
+    from dicache.calibrate.adacache import USUAL_SPEEDUP, AdaCache
+    from dicache.profiler.storage import load
+
+    share = share_of(target_speedup, max_macs)
+    pairs = () if codebook is None else read_codebook(codebook)
+    if codebook is None and preset is None and share is None:
+        share = 1 / USUAL_SPEEDUP
+    if published_motion and not motion:
+        raise click.UsageError("--published-motion goes with --motion")
+    settings = AdaCache(
+        pairs,
+        preset,
+        None if share is None else 1 / share,
+        whole_numbers("--decision-block", decision_block) or (),
+        branch,
+        "published" if published_motion else "profile" if motion else "none",
+    )
+    profile = load(profile_file or newest())
+    schedule = settings.calibrate(profile)
+    write_schedule(schedule, told_of(schedule), profile.provenance.model, output, as_json)
+
+
+def read_codebook(text: str) -> tuple[tuple[float, int], ...]:
+    """Read `0.03:12,0.05:10`."""
+    try:
+        return tuple((float(limit), int(rate)) for limit, rate in (part.split(":") for part in text.split(",")))
+    except ValueError:
+        raise click.UsageError(f"--codebook takes pairs such as 0.03:12,0.05:10,1:3, found {text!r}") from None
+
+
+def told_of(schedule: "Schedule") -> str:
+    """Say what was fitted."""
+    from dicache.schedules import AdaCachePolicy
+
+    policy, found = schedule.policy, schedule.measured
+    assert isinstance(policy, AdaCachePolicy)
+    lines = [
+        f"Foreseen on {found['runs']} runs: {found['computed_steps']:g} steps computed, {found['fewest_steps']} to "
+        f"{found['most_steps']}; relative change of the residual from the step that stands in "
+        + ("not known" if found["residual_error"] is None else f"{found['residual_error']:.4f}")
+    ]
+    if policy.motion is not None:
+        lines.append(
+            f"The motion factor is 1 at a motion of {policy.motion.scale:.3g}, power {policy.motion.power:.3g}"
+        )
+    elif not found["frames"]:
+        lines.append("No frames in the latents, or none that can be told apart: the motion factor is 1")
+    return "\n".join(lines)
