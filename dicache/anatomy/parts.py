@@ -60,6 +60,12 @@ class Block:
         returns = (self.returns,) if isinstance(self.returns, str) else self.returns
         return tuple(name for name in returns if name is not None)
 
+    @property
+    def latents(self) -> str:
+        """Name of the stream that goes on with the latents: the only one, or one with a usual name; else empty."""
+        known = self.streams if len(self.streams) == 1 else [n for n in ("hidden_states", "x") if n in self.streams]
+        return known[0] if known else ""
+
     def key(self, site: Site) -> str:
         return f"{self.index}.{site.branch}"
 

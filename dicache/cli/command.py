@@ -65,6 +65,17 @@ class Bytes(click.ParamType[int]):
         return int(float(match[1]) * self.units[match[2].upper()])
 
 
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers from 1 on, separated by commas: `1,8`."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", str(value), re.ASCII):
+            self.fail(f"{value!r} is not a list of numbers from 1 on; write it like 1,8", param, ctx)
+        return tuple(int(part) for part in str(value).split(","))
+
+
 def json_option(function: F) -> F:
     """Add `--json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")(function)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from dicache.cli.command import Bytes, Command, json_option, model_option, show_json
+from dicache.cli.command import Bytes, Command, Numbers, json_option, model_option, show_json
 from dicache.cli.profiles import FOLDER
 
 
@@ -25,6 +25,11 @@ from dicache.cli.profiles import FOLDER
 @click.option("--lags", type=click.IntRange(1), default=3, show_default=True, help="Steps back to compare with.")
 @click.option("--priors", is_flag=True, help="Keep the mean output of each branch at each step, for EOC.")
 @click.option("--priors-for", type=click.Path(dir_okay=False), help="Keep them only where this schedule reuses.")
+@click.option(
+    "--first-blocks",
+    type=Numbers(),
+    help="For FirstBlockCache: how many of the first blocks to watch, such as 1,8.  [default: 1, where it can be]",
+)
 @click.option("--max-memory", type=Bytes(), help="Refuse to start if more is needed, such as 8GB.")
 @click.option("--no-prompts", is_flag=True, help="Write down a hash of each prompt, not the prompt.")
 @click.option("--resume", is_flag=True, help="Go on with a profile that was broken off.")
@@ -47,6 +52,7 @@ def profile(
     lags: int,
     priors: bool,
     priors_for: str | None,
+    first_blocks: tuple[int, ...] | None,
     max_memory: int | None,
     no_prompts: bool,
     resume: bool,
@@ -83,6 +89,7 @@ def profile(
         lags=lags,
         component=component,
         priors=Schedule.load(priors_for) if priors_for else priors,
+        first_blocks=first_blocks,
         max_memory=max_memory,
         keep_prompts=not no_prompts,
         resume=resume,

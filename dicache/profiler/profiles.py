@@ -50,6 +50,8 @@ class Provenance:
         contexts: Names of the guidance passes.
         parts: How many samples each pass has in its batch: 2 if it holds the guided and the unguided half, else 1.
         time_signals: Which of `time` and `time_projected` were measured: what the model makes of its timestep alone.
+        first_blocks: How many of the first blocks the residuals were compared of; none in profiles of older versions.
+        first_block_lags: With how many steps back.
     """
 
     model: str
@@ -61,6 +63,8 @@ class Provenance:
     contexts: tuple[str, ...]
     parts: tuple[int, ...]
     time_signals: tuple[str, ...] = ()
+    first_blocks: tuple[int, ...] = ()
+    first_block_lags: int = 0
 
     @property
     def layout(self) -> str:
@@ -77,6 +81,7 @@ class Provenance:
             "contexts": list(self.contexts),
             "parts": list(self.parts),
             "time_signals": list(self.time_signals),
+            "first_blocks": list(self.first_blocks),
         }
 
     @classmethod
@@ -89,6 +94,7 @@ class Provenance:
                 "contexts": tuple(content["contexts"]),
                 "parts": tuple(content["parts"]),
                 "time_signals": tuple(content.get("time_signals", ())),  # older profiles have none
+                "first_blocks": tuple(content.get("first_blocks", ())),
             }
         )
 
@@ -115,6 +121,9 @@ class Profile:
               projection, where `provenance.time_signals` has them.
             - `magnitude`, (r, c, s, 3): over tokens, mean and deviation of the ratio of the body residual's norm to
               that of the step before, and mean of 1 - their cosine (MagCache, arXiv 2506.09045).
+            - `first_block/size`, (r, c, s, n), and `first_block/change`, (r, c, s, n, lags): mean |h_i| and, k = 1
+              first, mean |h_i - h_(i-k)|, of the change h that the first blocks make to the latents' stream, for each
+              of the n `first_blocks` of the provenance; not there where that has none.
             - `body/weights`, (r, s, parts): with which the parts of all passes add up to what the scheduler is given.
             - `body/gram`, `body/output`, (r, s, s): products of the guided body residuals, and of the guided outputs of
               the model, of all steps with one another.
@@ -187,6 +196,29 @@ class Profile:
         with np.errstate(invalid="ignore", divide="ignore"):
             ratio: np.ndarray = pairs[..., 0] / pairs[..., 1]
         return ratio
+
+    def first_block_change(self, count: int) -> np.ndarray:
+        """Return mean |h_i - h_(i-k)| / mean |h_(i-k)|, shape (r, c, s, lags), k = 1 first.
+
+        h is what the first `count` blocks add to the latents' stream. NaN where there is no such step.
+
+        Raises:
+            ProfileError: If it was not measured.
+        """
+        counts = self.provenance.first_blocks
+        if count not in counts:
+            has = f"of the first {' and '.join(map(str, counts))}" if counts else "of none"
+            raise ProfileError(
+                f"this profile does not hold the residuals of the first {count} blocks, it has those {has}; profile "
+                f"again with --first-blocks {','.join(map(str, sorted({*counts, count})))}"
+            )
+        place = counts.index(count)
+        size, change = (self.arrays[f"first_block/{name}"][:, :, :, place] for name in ("size", "change"))
+        kept = np.full_like(change, np.nan)
+        for lag in range(1, change.shape[-1] + 1):
+            kept[:, :, lag:, lag - 1] = size[:, :, :-lag]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(change / kept)
 
     def range_cosine(self, start: int, stop: int) -> np.ndarray:
         """Return the cosine between a block range's delta at each step and the step before, shape (r, c, s).

@@ -35,6 +35,8 @@ class Recorder:
         lags: How many steps back each branch's output is compared with.
         priors: Steps at which a site's outputs are handed out whole, by the site's key.
         time: Where the time embedding and its projection are read, by the name of the signal.
+        first_blocks: How many of the first blocks, rising, to compare the residual of.
+        first_block_lags: How many steps back.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Recorder:
         lags: int,
         priors: Mapping[str, Sequence[int]] | None = None,
         time: Mapping[str, Reading] | None = None,
+        first_blocks: Sequence[int] = (),
+        first_block_lags: int = 0,
     ) -> None:
-        self.lags = lags
+        self.lags, self.first_blocks, self.first_block_lags = lags, tuple(first_blocks), first_block_lags
         self.time_signals = tuple(time or ())
         self._anatomy = anatomy
         self._places = {key: place for place, key in enumerate(anatomy.sites)}
@@ -139,7 +143,7 @@ class Recorder:
         return f"step {step} in {self._anatomy.sites[index]}"
 
     def _new_pass(self) -> Pass:
-        return Pass(self._anatomy, self.lags, self.time_signals)
+        return Pass(self._anatomy, self.lags, self.time_signals, self.first_blocks, self.first_block_lags)
 
     def _time(self, name: str, embedding: Tensor) -> None:
         if self._running is not None:

@@ -2,12 +2,13 @@
 
 from dicache.schedules.corrections import Corrections
 from dicache.schedules.plan import Plan, PlanError, Rule
-from dicache.schedules.policies import TeaCachePolicy
+from dicache.schedules.policies import FirstBlockPolicy, TeaCachePolicy
 from dicache.schedules.rows import Range, Row, Rows
 from dicache.schedules.schedule import Schedule, ScheduleError, Target
 
 __all__ = [
     "Corrections",
+    "FirstBlockPolicy",
     "Plan",
     "PlanError",
     "Range",

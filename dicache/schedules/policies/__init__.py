@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dicache.schedules.plan import PlanError
+from dicache.schedules.policies.first_block import AtThreshold, FirstBlockPolicy
 from dicache.schedules.policies.policy import Memory, Policy
 from dicache.schedules.policies.teacache import Negative, TeaCachePolicy
 
-__all__ = ["Memory", "Negative", "Policy", "TeaCachePolicy", "read_policy"]
+__all__ = ["AtThreshold", "FirstBlockPolicy", "Memory", "Negative", "Policy", "TeaCachePolicy", "read_policy"]
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (TeaCachePolicy,)}
+POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (TeaCachePolicy, FirstBlockPolicy)}
 
 
 def read_policy(content: Mapping[str, Any]) -> Policy:
