@@ -7,24 +7,26 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dicache.anatomy import Anatomy
+from dicache.anatomy import Anatomy, Block
 from dicache.anatomy.signal import l1_change
-from dicache.runtime.executor import Installer, Program
+from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane
 from dicache.runtime.ranks import Ranks
-from dicache.schedules.policies import Policy, TeaCachePolicy
+from dicache.runtime.streams import Streams
+from dicache.schedules.policies import FirstBlockPolicy, Policy, TeaCachePolicy
 from dicache.schedules.rows import Range
 
 Moment = Literal["call", "site", "block"]
 P = TypeVar("P", bound=Policy)
 INPUT = "modulated input"
+ADDED = "what the first blocks added"
 
 
 class Decider(ABC, Generic[P]):
     """Decides in each call whether it skips the policy's blocks.
 
     Subclasses say at which moment: before the `call`; in the first `site` of the skipped blocks, from what enters it;
-    or at the first skipped `block`, from the stream that enters it, the first of them where there are several.
+    or at the first skipped `block`, from what it has watched in those before it.
 
     Args:
         policy: The rule.
@@ -101,7 +103,59 @@ class ByModulatedInput(Decider[TeaCachePolicy]):
         return self.policy.decide(self.step, self.steps, x, self.memory)
 
 
-DECIDERS: dict[type[Policy], type[Decider[Any]]] = {TeaCachePolicy: ByModulatedInput}
+class ByFirstBlocks(Decider[FirstBlockPolicy]):
+    """FirstBlockCache: how far what the first blocks add to the latents has come since the last computed step."""
+
+    moment = "block"
+
+    def __init__(self, policy: FirstBlockPolicy, anatomy: Anatomy, ranks: Ranks) -> None:
+        super().__init__(policy, anatomy, ranks)
+        self._ends = anatomy.blocks[0], anatomy.blocks[policy.first - 1]
+        self._entered: Tensor | None = None
+        self._added: Tensor | None = None
+
+    def measures(self) -> bool:
+        return self.comparable and ADDED in self.entries and self.policy.allows(self.memory)
+
+    def watch(self, model: nn.Module, program: Program, installer: Installer) -> None:
+        head, tail = self._ends
+
+        def watched(block: Block) -> Forward:
+            module = model.get_submodule(block.module)
+            streams = Streams(block, module, installer.original(module))
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if block is head:
+                    self._entered = streams.read(args, kwargs)[block.latents]
+                returned = streams.forward(*args, **kwargs)
+                if block is tail:
+                    assert self._entered is not None  # the head runs first
+                    self._added, self._entered = streams.unpack(returned)[block.latents] - self._entered, None
+                return returned
+
+            return run
+
+        for block in (head, tail):
+            program[model.get_submodule(block.module)] = watched(block)
+
+    def decide(self, seen: Tensor | None) -> bool:
+        added, self._added = self._added, None
+        assert added is not None  # the first blocks have run
+        x = self.agree(torch.stack(l1_change(added, self.entries[ADDED]))[None])[0] if self.measures() else None
+        computes = self.policy.decide(self.step, self.steps, x, self.memory)
+        if computes:
+            self.entries[ADDED] = added
+        return computes
+
+    def fail(self, device: torch.device) -> None:
+        self._entered = self._added = None
+        super().fail(device)
+
+
+DECIDERS: dict[type[Policy], type[Decider[Any]]] = {
+    TeaCachePolicy: ByModulatedInput,
+    FirstBlockPolicy: ByFirstBlocks,
+}
 
 
 def decider_of(policy: Policy, anatomy: Anatomy, ranks: Ranks) -> Decider[Any]:
