@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
@@ -74,6 +75,11 @@ class Decider(ABC, Generic[P]):
         kept = all(part in self.entries for part in self.parts)
         return kept and not self.policy.forced(self.step, self.steps)
 
+    @property
+    def next_decision(self) -> int:
+        """The first step at which something may still be measured, if it is not forced."""
+        return self.step + self._agreed
+
     def agree(self, sums: Tensor) -> list[float]:
         """Return the quotients of pairs of numbers, (measured, 2), as all ranks have them."""
         self._agreed = True
@@ -85,7 +91,7 @@ class Decider(ABC, Generic[P]):
 
     def fail(self, device: torch.device) -> None:
         """Tell the other ranks, where a decision is still to come in this generation, that this one has failed."""
-        if any(not self.policy.forced(step, self.steps) for step in range(self.step + self._agreed, self.steps)):
+        if any(not self.policy.forced(step, self.steps) for step in range(self.next_decision, self.steps)):
             self._ranks.give_up(2 * self.measured, device)
 
 
@@ -114,8 +120,11 @@ class ByFirstBlocks(Decider[FirstBlockPolicy]):
         self._entered: Tensor | None = None
         self._added: Tensor | None = None
 
-    def measures(self) -> bool:
-        return self.comparable and ADDED in self.entries and self.policy.allows(self.memory)
+    @property
+    def next_decision(self) -> int:
+        if self.policy.allows(self.memory):
+            return super().next_decision
+        return super().next_decision + 1 if self.policy.allows(replace(self.memory, in_a_row=0)) else self.steps
 
     def watch(self, model: nn.Module, program: Program, installer: Installer) -> None:
         head, tail = self._ends
@@ -141,15 +150,18 @@ class ByFirstBlocks(Decider[FirstBlockPolicy]):
     def decide(self, seen: Tensor | None) -> bool:
         added, self._added = self._added, None
         assert added is not None  # the first blocks have run
-        x = self.agree(torch.stack(l1_change(added, self.entries[ADDED]))[None])[0] if self.measures() else None
+        x = None
+        if self.comparable and ADDED in self.entries and self.policy.allows(self.memory):
+            x = self.agree(torch.stack(l1_change(added, self.entries[ADDED]))[None])[0]
         computes = self.policy.decide(self.step, self.steps, x, self.memory)
+        self._agreed = True  # or it is computed in any case
         if computes:
             self.entries[ADDED] = added
         return computes
 
-    def fail(self, device: torch.device) -> None:
+    def leave(self) -> None:
+        super().leave()
         self._entered = self._added = None
-        super().fail(device)
 
 
 DECIDERS: dict[type[Policy], type[Decider[Any]]] = {

@@ -222,27 +222,6 @@ def test_drift_is_counted_from_the_last_computed_step(build: Build) -> None:
 
 
 @every_transformer
-def test_it_waits_for_the_device_once_a_decision_and_not_where_there_is_none(
-    build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured: list[int] = []
-    quotients = Ranks.quotients
-
-    def counted(ranks: Ranks, sums: Tensor) -> list[float]:
-        measured.append(len(sums))
-        return quotients(ranks, sums)
-
-    monkeypatch.setattr(Ranks, "quotients", counted)
-    model = build()
-    settings = {"first_steps": 3, "last_steps": 1, "max_continuous": 1}
-    with apply(model, first_block(build, 99.0, STEPS, **settings)) as cache:
-        sample(model, cache, steps=STEPS)
-        assert cache.stats.steps == {"0": "CCC.C.CC"}
-        assert [x is not None for x in cache.stats.distances["0"]] == [letter == "." for letter in "CCC.C.CC"]
-    assert measured == [1, 1]
-
-
-@every_transformer
 @pytest.mark.parametrize("settings", SETTINGS[:3])
 def test_a_skipped_step_runs_the_first_and_the_last_blocks_and_the_head(build: Build, settings: Any) -> None:
     model = build()
@@ -326,6 +305,39 @@ def test_a_call_that_fails_between_the_first_block_and_the_decision_leaves_nothi
         cache.begin_step()
         assert torch.equal(predict(model, given), want)  # computed: nothing is kept
     assert torch.equal(predict(model, given), want)
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "before", "after"),
+    [
+        ({}, 0, 1, 1),  # the others decide at the next step
+        ({}, 3, 1, 0),
+        ({"last_steps": 1}, 3, 0, 0),
+        ({"threshold": 0.0}, 1, 0, 0),
+        ({"max_cached": 1}, 1, 1, 0),
+        ({"max_cached": 1}, 2, 0, 0),
+        ({"max_continuous": 1}, 2, 1, 1),  # computed in any case, but the next one is not
+        ({"max_continuous": 3}, 3, 1, 0),
+        ({"max_continuous": 2}, 3, 0, 0),
+    ],
+)
+@pytest.mark.parametrize("block", [0, 3])
+def test_a_rank_that_fails_tells_the_others_if_they_will_wait_for_it(
+    settings: dict[str, Any], step: int, before: int, after: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it fails before a step's decision, in the first block, or after it, in the last."""
+    given_up: list[int] = []
+    monkeypatch.setattr(Ranks, "give_up", lambda self, count, device: given_up.append(count))
+    model = dit()
+    given = arguments(model)
+    with apply(model, first_block(dit, **{"threshold": 99.0, "last": 1, **settings})) as cache:
+        replay(model, cache, [given] * step)
+        cache.begin_step()
+        handle = block_of(model, dit, block).register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            predict(model, given)
+        handle.remove()
+    assert given_up == [2] * (before if block == 0 else after)
 
 
 def fail(*_: object) -> None:
