@@ -22,12 +22,14 @@ from dicache.calibrate.delta_cache import DeltaCache
 from dicache.calibrate.delta_dit import DeltaDit, ordered
 from dicache.calibrate.eoc import Eoc
 from dicache.calibrate.faster_diffusion import FasterDiffusion
+from dicache.calibrate.first_block import FirstBlock
 from dicache.calibrate.fora import Fora
+from dicache.calibrate.freezing import freeze
 from dicache.calibrate.l2c import LearningToCache
 from dicache.calibrate.l2c_training import Training, train
 from dicache.calibrate.magcache import MagCache
 from dicache.calibrate.mask import Mask
-from dicache.calibrate.methods import PlanMethod, planned_schedule
+from dicache.calibrate.methods import CalibrationError, PlanMethod, planned_schedule
 from dicache.calibrate.pab import Pab
 from dicache.calibrate.simulating import decisions
 from dicache.calibrate.smoothcache import SmoothCache
@@ -246,6 +248,38 @@ def tgate(bench: Bench, steps: int) -> str:
     return results_table(bench.results(rows, bench.sampling(steps)))
 
 
+def first_block(bench: Bench, steps: int) -> str:
+    """FirstBlockCache beside TeaCache at equal cost, with more first and last blocks, and with usual settings."""
+    anatomy = bench.survey(steps)[0]
+    firsts = tuple(n for n in (1, 2, 4, 8) if n < anatomy.segments[0][1])
+    file = BUILD / f"{bench.model}-{steps}-first-blocks.h5"
+    if not file.exists():
+        conditions, sampling = default_conditions(bench.pipeline, RUNS), bench.sampling(steps)
+        profile_pipeline(bench.pipeline, bench.model, file, conditions, sampling=sampling, first_blocks=firsts)
+    profile = storage.load(file)
+    tried: list[tuple[str, FirstBlock | TeaCache]] = []
+    for x in (1.25, 1.5, 2.0, 2.5):
+        tried += [(f"first-block {x}x", FirstBlock(target_speedup=x)), (f"teacache {x}x", TeaCache(target_speedup=x))]
+    for n, last in ((2, 0), (4, 0), (8, 0), (1, 1), (1, 3), (4, 2)):
+        if n in firsts:
+            tried += [(f"F{n}B{last} {x}x", FirstBlock(target_speedup=x, first=n, last=last)) for x in (1.25, 1.5)]
+    tried += [(f"1.5x, {n} in a row", FirstBlock(target_speedup=1.5, max_continuous=n)) for n in (1, 2)]
+    tried += [("1.5x, warm-up 4", FirstBlock(target_speedup=1.5, warm_up=4))]
+    tried += [("diffusers' 0.05", FirstBlock(0.05, at_threshold="reuse"))]
+    tried += [("vLLM-Omni's 0.24", FirstBlock(0.24, max_continuous=3, warm_up=4))]
+    if 8 in firsts:
+        tried += [("cache-dit's F8 0.08", FirstBlock(0.08, first=8, warm_up=8))]
+    rows, not_reached = [], []
+    for name, settings in tried:
+        try:
+            rows.append((name, settings.calibrate(profile)))
+        except CalibrationError as error:
+            not_reached.append(f"{name}: {error}")
+    rows += [("1.5x, frozen", freeze(dict(rows)["first-block 1.5x"], profile))]
+    told = results_table(bench.results(rows, bench.sampling(steps)))
+    return "\n".join([told, "", *not_reached]) if not_reached else told
+
+
 def l2c(bench: Bench, steps: int) -> str:
     """Learning-to-Cache: routers learned at three penalties, beside FORA at the steps that they may hold."""
     anatomy, target, count = bench.survey(steps)
@@ -307,11 +341,12 @@ EXPERIMENTS: dict[str, Callable[[Bench, int], str]] = {
     "skipping": skipping,
     "eoc": eoc,
     "tgate": tgate,
+    "first-block": first_block,
     "l2c": l2c,
     "adacache": adacache,
 }
 NEEDS_CROSS_ATTENTION = ("tgate",)
-TIMED = ("methods", "adacache")
+TIMED = ("methods", "first-block", "adacache")
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dicache import Cache, Schedule
 from dicache.anatomy import Anatomy, survey
 from dicache.anatomy.inputs import Inputs
-from dicache.schedules import Plan, Rule, Target, TeaCachePolicy
+from dicache.schedules import FirstBlockPolicy, Plan, Rule, Target, TeaCachePolicy
 
 BATCH = 2
 CHANNELS = 4
@@ -185,6 +185,14 @@ def adaptive(build: Build, threshold: float, steps: int = STEPS, **settings: Any
         pytest.skip("a policy skips a row of blocks, which a U-Net does not have")
     policy = TeaCachePolicy(threshold, coefficients=(1.0, 0.0), input_range=(0.0, 100.0), **settings)
     return Schedule("teacache", {}, anatomy_of(build), Target(), steps, policy=policy)
+
+
+def first_block(build: Build, threshold: float, steps: int = STEPS, **settings: Any) -> Schedule:
+    """Return a schedule of FirstBlockCache's policy."""
+    if anatomy_of(build).links:
+        pytest.skip("a policy skips a row of blocks, which a U-Net does not have")
+    policy = FirstBlockPolicy(threshold, **settings)
+    return Schedule("first-block", {}, anatomy_of(build), Target(), steps, policy=policy)
 
 
 def arguments(model: nn.Module, *, batch: int = BATCH, seed: int = 0, timestep: int = 500) -> dict[str, Any]:

@@ -23,7 +23,10 @@ def middle_of(block: Block, call: BlockCall) -> str:
         block: Its sites and streams.
         call: A call of it, with those of its pieces.
     """
-    probe, stream = Probe(call), block.main_stream
+    stream = block.main_stream
+    if not stream:
+        return ""
+    probe = Probe(call)
     entered: Tensor = call.arguments[stream]
     silent = {site.module: probe.nothing(site.module) for site in block.sites}
     inside = [path for site in block.sites for path in site.modules]

@@ -64,8 +64,9 @@ class Block:
 
     @property
     def main_stream(self) -> str:
-        """Name of the stream that holds the latents' tokens."""
-        return next((name for name in MAIN_STREAMS if name in self.streams), self.streams[0])
+        """Name of the stream that goes on with the latents: the only one, or one with a usual name; else empty."""
+        known = self.streams if len(self.streams) == 1 else [n for n in MAIN_STREAMS if n in self.streams]
+        return known[0] if known else ""
 
     def key(self, site: Site) -> str:
         return f"{self.index}.{site.branch}"

@@ -4,6 +4,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from dicache.anatomy.parts import span
 from dicache.calibrate.methods import CalibrationError, body_plan
 from dicache.calibrate.simulating import decisions
 from dicache.profiler import Profile
@@ -58,6 +59,7 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
         context: "".join("C" if each else "." for each in row)
         for context, row in zip(profile.provenance.contexts, computed, strict=True)
     }
+    first, stop = schedule.policy.skipped(schedule.anatomy)
     agreement = np.where(computed, share, 1 - share).min(axis=0)
     errors = {
         "residual_error": residual_error(profile, np.broadcast_to(computed, decided.shape)),
@@ -69,7 +71,7 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
         anatomy=schedule.anatomy,
         target=schedule.target,
         steps=schedule.steps,
-        plan=body_plan(letters),
+        plan=body_plan(letters, span(first, stop - 1)),
         measured={
             "model": profile.provenance.model,
             "runs": sum(run.ok for run in profile.runs),

@@ -63,12 +63,17 @@ class Space(Protocol):
         """
 
 
-def body_plan(rows: Mapping[str, str]) -> Plan:
-    """Return the plan that skips the body: a letter a step for each guidance pass, one rule if all are alike."""
+def body_plan(rows: Mapping[str, str], blocks: str = "*") -> Plan:
+    """Return the plan that skips the body, or some blocks of it.
+
+    Args:
+        rows: A letter a step for each guidance pass; one rule if all are alike.
+        blocks: A range such as `1-27`, or `*` for all.
+    """
     if len(set(rows.values())) == 1:
         rows = {"*": next(iter(rows.values()))}
     steps = len(next(iter(rows.values())))
-    return Plan(steps, tuple(Rule("skip", row, context=name) for name, row in rows.items() if "." in row))
+    return Plan(steps, tuple(Rule("skip", row, blocks, context=name) for name, row in rows.items() if "." in row))
 
 
 METHODS: dict[str, type[Any]] = {}

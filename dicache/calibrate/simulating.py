@@ -8,7 +8,7 @@ from dicache.anatomy import Anatomy
 from dicache.calibrate.methods import CalibrationError
 from dicache.profiler import Profile
 from dicache.profiler.profiles import RATES
-from dicache.schedules import AdaCachePolicy, TeaCachePolicy
+from dicache.schedules import AdaCachePolicy, FirstBlockPolicy, TeaCachePolicy
 from dicache.schedules.policies import Policy
 
 
@@ -22,6 +22,8 @@ def decisions(policy: Policy, profile: Profile) -> np.ndarray:
         return simulate(policy, profile.relative_l1("input"))
     if isinstance(policy, AdaCachePolicy):
         return simulate_rates(policy, *rate_signals(policy, profile))
+    if isinstance(policy, FirstBlockPolicy):
+        return simulate_first_block(policy, profile.first_block_change(policy.first))[0]
     raise CalibrationError(f"{policy.name}: a profile does not hold what it decides by")
 
 
@@ -102,18 +104,47 @@ def simulate_rates(policy: AdaCachePolicy, changes: np.ndarray, motion: np.ndarr
     return computed
 
 
+def simulate_first_block(policy: FirstBlockPolicy, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which steps FirstBlockCache would compute on recorded signals.
+
+    Args:
+        policy: The rule.
+        x: Relative L1 change of what the first blocks add since each of the steps before, shape (runs, contexts,
+            steps, lags), that since the step before first.
+
+    Returns:
+        Which steps are computed, boolean, shape (runs, contexts, steps); and which of them only because the last
+        computed one lies farther back than there are lags, so that the change is not known.
+    """
+    runs, contexts, steps, lags = x.shape
+    computed, unknown = np.zeros((2, runs, contexts, steps), dtype=bool)
+    for run in range(runs):
+        for context in range(contexts):
+            memory, last = policy.remember(), 0
+            for step in range(steps):
+                lag = step - last
+                change = float(x[run, context, step, lag - 1]) if 1 <= lag <= lags else None
+                may_skip = not policy.forced(step, steps) and policy.allows(memory)
+                computed[run, context, step] = policy.decide(step, steps, change, memory)
+                unknown[run, context, step] = lag > lags and may_skip and np.isfinite(x[run, context, step, 0])
+                if computed[run, context, step]:
+                    last = step
+    return computed, unknown
+
+
 def macs_fraction(policy: Policy, anatomy: Anatomy, computed: float) -> float:
     """Return the share of all multiply-accumulates where a policy computes this share of the steps."""
     return 1 - (1 - computed) * policy.macs_saved(anatomy) / anatomy.macs
 
 
 def find_limit(name: str, steps: int, speedup: Callable[[float], float], highest: float, target: float) -> float:
-    """Return the smallest limit between 0 and `highest` with which a policy reaches a speed-up.
+    """Return a limit between 0 and `highest` with which a policy reaches a speed-up, and a little below which not.
 
     Args:
         name: The policy's.
         steps: That it is for.
-        speedup: Its speed-up in multiply-accumulates by the limit; it does not fall as the limit rises.
+        speedup: Its speed-up in multiply-accumulates by the limit. Where it does not fall as the limit rises, what is
+            returned is the smallest.
         highest: A limit beyond which nothing more is skipped.
         target: The speed-up.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dicache.cli.calibrating import output_option, profile_option, share_of, target_options, write_schedule
-from dicache.cli.command import Command, json_option, whole_numbers
+from dicache.cli.command import Command, Numbers, json_option
 from dicache.cli.profiles import newest
 
 if TYPE_CHECKING:
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     help="A published codebook: two are for 30 steps of Open-Sora, `long` for 100.",
 )
 @target_options
-@click.option("--decision-block", help="Blocks to decide by: 13, or 13,20.  [default: those of the profile]")
+@click.option(
+    "--decision-block",
+    type=Numbers(least=0),
+    help="Blocks to decide by: 13, or 13,20.  [default: those of the profile]",
+)
 @click.option(
     "--branch",
     type=click.Choice(["attn", "rest", "block"]),
@@ -41,7 +45,7 @@ def adacache(
     preset: Any,
     target_speedup: float | None,
     max_macs: float | None,
-    decision_block: str | None,
+    decision_block: tuple[int, ...] | None,
     branch: Any,
     motion: bool,
     published_motion: bool,
@@ -67,7 +71,7 @@ def adacache(
         pairs,
         preset,
         None if share is None else 1 / share,
-        whole_numbers("--decision-block", decision_block) or (),
+        decision_block or (),
         branch,
         "published" if published_motion else "profile" if motion else "none",
     )

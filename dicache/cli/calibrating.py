@@ -131,7 +131,8 @@ def write_schedule(
     fraction = schedule.macs_fraction(guided=guided)
     fit = schedule.measured.get("fit")
     if as_json:
-        show_json({"schedule": str(output), "macs_fraction": fraction, **schedule.to_json()["measured"]})
+        known = fraction if schedule.foreseen else None
+        show_json({"schedule": str(output), "macs_fraction": known, **schedule.to_json()["measured"]})
     else:
         if told:
             click.echo(told)

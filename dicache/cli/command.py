@@ -65,6 +65,22 @@ class Bytes(click.ParamType[int]):
         return int(float(match[1]) * self.units[match[2].upper()])
 
 
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers from `least` on, separated by commas: `1,8`."""
+
+    name = "numbers"
+
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        parts = str(value).split(",")
+        numbers = tuple(int(part) for part in parts if re.fullmatch(r"\s*\d+\s*", part, re.ASCII))
+        if len(numbers) < len(parts) or min(numbers) < self.least:
+            self.fail(f"{value!r} is not a list of numbers from {self.least} on; write it like 1,8", param, ctx)
+        return numbers
+
+
 def json_option(function: F) -> F:
     """Add `--json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")(function)

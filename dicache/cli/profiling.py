@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from dicache.cli.command import Bytes, Command, json_option, model_option, show_json, whole_numbers
+from dicache.cli.command import Bytes, Command, Numbers, json_option, model_option, show_json
 from dicache.cli.profiles import FOLDER
 
 
@@ -27,7 +27,13 @@ from dicache.cli.profiles import FOLDER
 @click.option("--priors-for", type=click.Path(dir_okay=False), help="Keep them only where this schedule reuses.")
 @click.option(
     "--decision-blocks",
-    help="Blocks that AdaCache may decide by, separated by commas: 13,20.  [default: the middle one]",
+    type=Numbers(least=0),
+    help="For AdaCache: blocks that it may decide by, such as 13,20.  [default: the middle one]",
+)
+@click.option(
+    "--first-blocks",
+    type=Numbers(),
+    help="For FirstBlockCache: how many of the first blocks to watch, such as 1,8.  [default: 1, where it can be]",
 )
 @click.option("--max-memory", type=Bytes(), help="Refuse to start if more is needed, such as 8GB.")
 @click.option("--no-prompts", is_flag=True, help="Write down a hash of each prompt, not the prompt.")
@@ -51,7 +57,8 @@ def profile(
     lags: int,
     priors: bool,
     priors_for: str | None,
-    decision_blocks: str | None,
+    decision_blocks: tuple[int, ...] | None,
+    first_blocks: tuple[int, ...] | None,
     max_memory: int | None,
     no_prompts: bool,
     resume: bool,
@@ -88,7 +95,8 @@ def profile(
         lags=lags,
         component=component,
         priors=Schedule.load(priors_for) if priors_for else priors,
-        decision_blocks=whole_numbers("--decision-blocks", decision_blocks),
+        decision_blocks=decision_blocks,
+        first_blocks=first_blocks,
         max_memory=max_memory,
         keep_prompts=not no_prompts,
         resume=resume,

@@ -271,7 +271,8 @@ def _macs(fraction: float) -> str:
 
 def _in_words(policy: "Policy") -> list[str]:
     """Return what a policy decides by, in lines."""
-    from dicache.schedules import AdaCachePolicy, TeaCachePolicy
+    from dicache.anatomy.parts import span
+    from dicache.schedules import AdaCachePolicy, FirstBlockPolicy, TeaCachePolicy
 
     if isinstance(policy, AdaCachePolicy):
         of = {"attn": "what the attention adds in", "rest": "what is behind the attention in", "block": "all of"}
@@ -291,6 +292,19 @@ def _in_words(policy: "Policy") -> list[str]:
         return [
             f"decides at run time: {policy.limit} on the sum of p(x), p = {_polynomial(policy)}",
             f"{range_held} [{low:.4g}, {high:.4g}]; {added}",
+        ]
+    if isinstance(policy, FirstBlockPolicy):
+        blocks = "block 0" if policy.first == 1 else f"blocks {span(0, policy.first - 1)}"
+        limits = [
+            f"at most {count} steps skipped {where}"
+            for count, where in ((policy.max_continuous, "in a row"), (policy.max_cached, "in all"))
+            if count is not None
+        ]
+        equal = "computes" if policy.at_threshold == "compute" else "skips"
+        return [
+            f"decides at run time: {policy.limit} on the relative change of what {blocks} add"
+            f"{'s' if policy.first == 1 else ''} since the last computed step",
+            "; ".join([f"what equals it {equal}", *limits]),
         ]
     return [f"decides at run time: {policy.limit}"]
 

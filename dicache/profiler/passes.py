@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dicache.anatomy import Anatomy
+from dicache.profiler.first_blocks import History
 from dicache.profiler.guided import PassOutput
 from dicache.profiler.profiles import RATES
 from dicache.profiler.residuals import Residuals
@@ -24,8 +25,10 @@ class Pass:
 
     Args:
         anatomy: The model's.
-        lags: How many steps back each branch's output is compared with.
-        time_signals: Which of `time` and `time_projected` are measured.
+        lags: How many steps back a site's output is compared with.
+        time_signals: Names of what the model makes of its timestep alone, as far as it is measured.
+        first_blocks: How many of the first blocks, rising, to compare the residual of.
+        first_block_lags: How many steps back.
         decision_blocks: Blocks of which what they add to the stream is measured for AdaCache.
         frames: Of a video; 0 otherwise.
     """
@@ -35,6 +38,8 @@ class Pass:
         anatomy: Anatomy,
         lags: int,
         time_signals: Sequence[str] = (),
+        first_blocks: Sequence[int] = (),
+        first_block_lags: int = 0,
         decision_blocks: Sequence[int] = (),
         frames: int = 0,
     ) -> None:
@@ -43,6 +48,7 @@ class Pass:
         self.time: dict[str, Tensor] = {}  # the time signals of the call that runs
         self._residuals = {block: Residuals(RATES, frames) for block in decision_blocks}
         self._middles: dict[int, Tensor] = {}
+        self._histories = {count: History(first_block_lags) for count in first_blocks}
         self.parts = 1
         self.outputs: dict[tuple[int, int], Tensor] = {}  # whole, by site and step
         self.modulated: Tensor | None = None
@@ -67,13 +73,17 @@ class Pass:
             residuals.restart()
         self._tables: dict[str, dict[int, Tensor]] = {"sites": {}, "change": {}, "size": {}, "magnitude": {}}
         self._grams: dict[int, list[Tensor]] = {}
+        self._first_blocks: dict[int, Tensorlist] = {}  # sizes and changes, by step
+        for history in self._histories.values():
+            history.clear()
         self._clear_step()
 
     @property
     def bytes(self) -> int:
         held = [tensor for signal in self._before for tensor in signal]
-        residuals = sum(residuals.bytes for residuals in self._residuals.values())
-        return residuals + sum(ring.bytes for ring in self._rings()) + sum(tensor.nbytes for tensor in held)
+        others = (*self._residuals.values(), *self._histories.values())
+        rings = sum(ring.bytes for ring in self._rings())
+        return rings + sum(each.bytes for each in others) + sum(tensor.nbytes for tensor in held)
 
     def site_size(self, place: int) -> int:
         """Return how many numbers a site gives."""
@@ -82,6 +92,9 @@ class Pass:
     def begin(self, step: int, parts: int) -> None:
         """Begin a step. A pass that was left out for some steps is not compared across the gap."""
         self._compared = step == self.step + 1 and bool(self._before)
+        if not self._compared:
+            for history in self._histories.values():
+                history.clear()
         self.step, self.parts = step, parts
         if self._ready:
             for ring in self._rings():
@@ -113,6 +126,10 @@ class Pass:
         start, stop = self.anatomy.segment(index)
         if index == start:
             self._entered = into
+        if history := self._histories.get(index + 1):
+            name = self.anatomy.blocks[index].main_stream
+            compared = history.compare(out[name] - self._entered[name])
+            self._first_blocks.setdefault(self.step, []).append(compared)
         names = self._surviving[index]
         after, before = [out[name] for name in names], [into[name] for name in names]
         if self._ready:
@@ -175,6 +192,7 @@ class Pass:
         measured = [residuals.arrays(seen, steps) for residuals in self._residuals.values()]
         for name in measured[0] if measured else ():
             out[f"motion/{name}"] = np.stack([found[name] for found in measured], axis=1)  # (steps, blocks, ...)
+        out |= self._first_block_arrays(steps)
         if self._sites is None:
             return out | {"delta/cosine": _cosine(out["delta/gram"])}
         sums, changes, sizes, magnitudes = (
@@ -196,6 +214,18 @@ class Pass:
             for (places, _), gram in zip(self._deltas, self._grams[step], strict=True):
                 _place_gram(out["delta/gram"][step], places, gram.cpu().double().numpy(), bool(since), self.anatomy)
         return out | {"delta/cosine": _cosine(out["delta/gram"])}
+
+    def _first_block_arrays(self, steps: int) -> dict[str, np.ndarray]:
+        if not self._histories:
+            return {}
+        depth = max(history.depth for history in self._histories.values())
+        size = np.full((steps, len(self._histories)), np.nan)
+        change = np.full((*size.shape, depth), np.nan)
+        for step, rows in self._first_blocks.items():
+            for place, row in enumerate(rows):
+                found = row.cpu().double().numpy()
+                size[step, place], change[step, place, : len(found) - 1] = found[0], found[1:]
+        return {"first_block/size": size, "first_block/change": change}
 
     def _steps_compared(self) -> Iterator[tuple[int, int]]:
         """Yield each step that was seen, and how many steps without a gap lie before it: none compares across one."""

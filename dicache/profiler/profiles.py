@@ -53,6 +53,8 @@ class Provenance:
         parts: How many samples each pass has in its batch: 2 if it holds the guided and the unguided half, else 1.
         time_signals: Which of `time` and `time_projected` were measured: what the model makes of its timestep alone.
         decision_blocks: Blocks of which what they add to the stream was measured, for AdaCache.
+        first_blocks: How many of the first blocks the residuals were compared of; none in profiles of older versions.
+        first_block_lags: With how many steps back.
     """
 
     model: str
@@ -65,6 +67,8 @@ class Provenance:
     parts: tuple[int, ...]
     time_signals: tuple[str, ...] = ()
     decision_blocks: tuple[int, ...] = ()
+    first_blocks: tuple[int, ...] = ()
+    first_block_lags: int = 0
 
     @property
     def layout(self) -> str:
@@ -82,6 +86,7 @@ class Provenance:
             "parts": list(self.parts),
             "time_signals": list(self.time_signals),
             "decision_blocks": list(self.decision_blocks),
+            "first_blocks": list(self.first_blocks),
         }
 
     @classmethod
@@ -95,6 +100,7 @@ class Provenance:
                 "parts": tuple(content["parts"]),
                 "time_signals": tuple(content.get("time_signals", ())),  # older profiles have none
                 "decision_blocks": tuple(content.get("decision_blocks", ())),
+                "first_blocks": tuple(content.get("first_blocks", ())),
             }
         )
 
@@ -126,6 +132,9 @@ class Profile:
               attention, all behind that, and both (`RESIDUALS`), after their gates. `motion/between_frames`,
               (r, c, s, d, 3): of a video, how much each differs from frame to frame, from 0 to 1. Not in profiles of
               before 0.1.0's AdaCache.
+            - `first_block/size`, (r, c, s, n), and `first_block/change`, (r, c, s, n, lags): mean |h_i| and, k = 1
+              first, mean |h_i - h_(i-k)|, of the change h that the first blocks make to the latents' stream, for each
+              of the n `first_blocks` of the provenance; not there where that has none.
             - `body/weights`, (r, s, parts): with which the parts of all passes add up to what the scheduler is given.
             - `body/gram`, `body/output`, (r, s, s): products of the guided body residuals, and of the guided outputs of
               the model, of all steps with one another.
@@ -247,6 +256,29 @@ class Profile:
                 "given the stream between the two. Take the branch `block`, or another decision block"
             )
         return measured.index(block), RESIDUALS.index(residual)
+
+    def first_block_change(self, count: int) -> np.ndarray:
+        """Return mean |h_i - h_(i-k)| / mean |h_(i-k)|, shape (r, c, s, lags), k = 1 first.
+
+        h is what the first `count` blocks add to the latents' stream. NaN where there is no such step.
+
+        Raises:
+            ProfileError: If it was not measured.
+        """
+        counts = self.provenance.first_blocks
+        if count not in counts:
+            has = f"of the first {' and '.join(map(str, counts))}" if counts else "of none"
+            raise ProfileError(
+                f"this profile does not hold the residuals of the first {count} blocks, it has those {has}; profile "
+                f"again with --first-blocks {','.join(map(str, sorted({*counts, count})))}"
+            )
+        place = counts.index(count)
+        size, change = (self.arrays[f"first_block/{name}"][:, :, :, place] for name in ("size", "change"))
+        kept = np.full_like(change, np.nan)
+        for lag in range(1, change.shape[-1] + 1):
+            kept[:, :, lag:, lag - 1] = size[:, :, :-lag]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(change / kept)
 
     def range_cosine(self, start: int, stop: int) -> np.ndarray:
         """Return the cosine between a block range's delta at each step and the step before, shape (r, c, s).

@@ -24,10 +24,11 @@ from dicache.anatomy.unets import is_unet
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, default_conditions, sample
 from dicache.profiler import storage
+from dicache.profiler.first_blocks import MOST_LAGS
 from dicache.profiler.profiles import ProfileError, Provenance, Run
 from dicache.profiler.recorder import Recorder
 from dicache.runtime.apply import denoiser
-from dicache.schedules import Schedule, Target
+from dicache.schedules import FirstBlockPolicy, Schedule, Target
 
 TABLE = 10_000  # bytes of HDF5's own for each dataset
 
@@ -92,6 +93,7 @@ def profile_pipeline(
     priors: bool | Schedule = False,
     component: str | None = None,
     decision_blocks: Sequence[int] | None = None,
+    first_blocks: Sequence[int] | None = None,
     max_memory: int | None = None,
     keep_prompts: bool = True,
     resume: bool = False,
@@ -116,6 +118,8 @@ def profile_pipeline(
             no measurements.
         decision_blocks: Blocks of which to measure what they add to the stream, for AdaCache; its usual one when left
             out.
+        first_blocks: For FirstBlockCache: of how many of the first blocks, one number or several, to compare the
+            residual with those of up to 16 steps before. When left out it is 1, or none in a model of one block.
         max_memory: Bytes, of the device or of main memory, above which to refuse.
         keep_prompts: Whether to write prompts down, or what they hash to. Who guesses a prompt can verify the guess.
         resume: Go on with the file if it is there and was begun with the same model and settings.
@@ -149,13 +153,17 @@ def profile_pipeline(
     inputs = capture_inputs(model, lambda: sample(pipeline, conditions[:1], [seed], sampling))
     anatomy = survey(model, inputs)
     time = find_time_embedding(model, inputs, anatomy)
-    steps_kept = _steps_of_priors(priors, anatomy, len(pipeline.scheduler.timesteps))
+    steps = len(pipeline.scheduler.timesteps)
+    steps_kept = _steps_of_priors(priors, anatomy, steps)
     if decision_blocks is None:
-        decision_blocks = (usual_decision_block(anatomy),)
+        usual = usual_decision_block(anatomy)
+        decision_blocks = (usual,) if anatomy.blocks[usual].main_stream else ()
     elif wrong := [block for block in decision_blocks if not 0 <= block < len(anatomy.blocks)]:
         raise ProfileError(f"no block {wrong[0]} in this {anatomy.model}; it has 0 to {len(anatomy.blocks) - 1}")
     blocks = sorted(set(decision_blocks))
-    with Recorder(pipeline, model, anatomy, lags, steps_kept, time, blocks) as recorder:
+    counts = _counts_of_first_blocks(first_blocks, anatomy)
+    first_lags = min(MOST_LAGS, steps - 1) if counts else 0
+    with Recorder(pipeline, model, anatomy, lags, steps_kept, time, counts, first_lags, blocks) as recorder:
         _first_step(pipeline, recorder, lambda: sample(pipeline, conditions[:1], [seed], sampling))
         provenance = _provenance(pipeline, component, name, anatomy, sampling, recorder, priors)
         if before is not None:
@@ -237,6 +245,18 @@ def _steps_of_priors(priors: bool | Schedule, anatomy: Anatomy, steps: int) -> d
             f"{len(priors.anatomy.sites)} sites, found {steps} steps of a {anatomy.model} with {len(anatomy.sites)}"
         )
     return _reused_pairs(priors)
+
+
+def _counts_of_first_blocks(asked: Sequence[int] | None, anatomy: Anatomy) -> tuple[int, ...]:
+    most = FirstBlockPolicy.most_first(anatomy)
+    if asked is None:
+        return (1,) if most >= 1 else ()
+    if wrong := [count for count in asked if not 1 <= count <= most]:
+        raise ProfileError(
+            f"--first-blocks: found {wrong[0]}; they must lie in one segment and leave a block to skip, which in this "
+            f"{anatomy.model} are " + (f"1 to {most}" if most else "none")
+        )
+    return tuple(sorted(set(asked)))
 
 
 def _reused_pairs(schedule: Schedule) -> dict[str, tuple[int, ...]]:
@@ -337,6 +357,8 @@ def _provenance(
         parts=recorder.parts,
         time_signals=recorder.time_signals,
         decision_blocks=recorder.decision_blocks,
+        first_blocks=recorder.first_blocks,
+        first_block_lags=recorder.first_block_lags,
     )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dicache.anatomy import Anatomy, StepClock
 from dicache.anatomy.inputs import latents_of
 from dicache.anatomy.overrides import Overrides
-from dicache.anatomy.time_embedding import Reading, watch_reading
 from dicache.anatomy.signal import frames_of
+from dicache.anatomy.time_embedding import Reading, watch_reading
 from dicache.profiler.guided import GuidedSteps
 from dicache.profiler.passes import Pass
 from dicache.profiler.profiles import Provenance, Run
@@ -36,6 +36,8 @@ class Recorder:
         lags: How many steps back each branch's output is compared with.
         priors: Steps at which a site's outputs are handed out whole, by the site's key.
         time: Where the time embedding and its projection are read, by the name of the signal.
+        first_blocks: How many of the first blocks, rising, to compare the residual of.
+        first_block_lags: How many steps back.
         decision_blocks: Blocks of which what they add to the stream is measured for AdaCache.
     """
 
@@ -47,9 +49,11 @@ class Recorder:
         lags: int,
         priors: Mapping[str, Sequence[int]] | None = None,
         time: Mapping[str, Reading] | None = None,
+        first_blocks: Sequence[int] = (),
+        first_block_lags: int = 0,
         decision_blocks: Sequence[int] = (),
     ) -> None:
-        self.lags = lags
+        self.lags, self.first_blocks, self.first_block_lags = lags, tuple(first_blocks), first_block_lags
         self.time_signals = tuple(time or ())
         self.decision_blocks = tuple(decision_blocks)
         self._denoiser = model
@@ -149,7 +153,8 @@ class Recorder:
         return f"step {step} in {self._anatomy.sites[index]}"
 
     def _new_pass(self, frames: int = 0) -> Pass:
-        return Pass(self._anatomy, self.lags, self.time_signals, self.decision_blocks, frames)
+        first_blocks = (self.first_blocks, self.first_block_lags)
+        return Pass(self._anatomy, self.lags, self.time_signals, *first_blocks, self.decision_blocks, frames)
 
     def _time(self, name: str, embedding: Tensor) -> None:
         if self._running is not None:

@@ -53,12 +53,21 @@ def shapes(provenance: Provenance) -> dict[str, tuple[int, ...]]:
         "delta/cosine": (contexts, steps, blocks),
         **{f"teacache/{name}": (contexts, steps, 2) for name in (*TEACACHE_SIGNALS, *provenance.time_signals)},
         "magnitude": (contexts, steps, len(MAGNITUDES)),
+        **_first_block_shapes(provenance, contexts, steps),
         "body/weights": (steps, sum(provenance.parts)),
         "body/gram": (steps, steps),
         "body/output": (steps, steps),
         "body/branches": (branches, steps, steps),
         **({f"motion/{name}": shape for name, shape in motion.items()} if provenance.decision_blocks else {}),
     }
+
+
+def _first_block_shapes(provenance: Provenance, contexts: int, steps: int) -> dict[str, tuple[int, ...]]:
+    counts = len(provenance.first_blocks)
+    if not counts:
+        return {}
+    size = (contexts, steps, counts)
+    return {"first_block/size": size, "first_block/change": (*size, provenance.first_block_lags)}
 
 
 def create(path: Path, provenance: Provenance) -> None:

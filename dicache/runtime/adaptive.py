@@ -130,7 +130,7 @@ class Adaptive:
         def run(*args: Any, **kwargs: Any) -> Any:
             lane = self._running_lane()
             if decides:
-                self._skipping = not self._decider.decide(next(iter(streams.read(args, kwargs).values())))
+                self._skipping = not self._decider.decide(None)
             if self._skipping:  # decided before
                 into = streams.read(args, kwargs)
                 return streams.pack(add(into, lane.entries[key]) if index == start else into)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
@@ -14,19 +15,20 @@ from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane
 from dicache.runtime.ranks import Ranks
 from dicache.runtime.streams import Streams
-from dicache.schedules.policies import AdaCachePolicy, Policy, TeaCachePolicy
+from dicache.schedules.policies import AdaCachePolicy, FirstBlockPolicy, Policy, TeaCachePolicy
 from dicache.schedules.rows import Range
 
 Moment = Literal["call", "site", "block"]
 P = TypeVar("P", bound=Policy)
 INPUT = "modulated input"
+ADDED = "what the first blocks added"
 
 
 class Decider(ABC, Generic[P]):
     """Decides in each call whether it skips the policy's blocks.
 
     Subclasses say at which moment: before the `call`; in the first `site` of the skipped blocks, from what enters it;
-    or at the first skipped `block`, from the stream that enters it, the first of them where there are several.
+    or at the first skipped `block`, from what it has watched in those before it.
 
     Args:
         policy: The rule.
@@ -74,6 +76,11 @@ class Decider(ABC, Generic[P]):
         kept = all(part in self.entries for part in self.parts)
         return kept and not self.policy.forced(self.step, self.steps)
 
+    @property
+    def next_decision(self) -> int:
+        """The first step at which something may still be measured, if it is not forced."""
+        return self.step + self._agreed
+
     def agree(self, sums: Tensor) -> list[float]:
         """Return the quotients of pairs of numbers, (measured, 2), as all ranks have them."""
         self._agreed = True
@@ -90,7 +97,7 @@ class Decider(ABC, Generic[P]):
 
     def _awaited(self) -> bool:
         """Return whether other ranks will wait for this one in this generation, if it fails now."""
-        return any(not self.policy.forced(step, self.steps) for step in range(self.step + self._agreed, self.steps))
+        return any(not self.policy.forced(step, self.steps) for step in range(self.next_decision, self.steps))
 
 
 class ByModulatedInput(Decider[TeaCachePolicy]):
@@ -197,7 +204,66 @@ def _residual(block: int) -> tuple[str, int]:
     return "residual", block
 
 
-DECIDERS: dict[type[Policy], type[Decider[Any]]] = {TeaCachePolicy: ByModulatedInput, AdaCachePolicy: ByResiduals}
+class ByFirstBlocks(Decider[FirstBlockPolicy]):
+    """FirstBlockCache: how far what the first blocks add to the latents has come since the last computed step."""
+
+    moment = "block"
+
+    def __init__(self, policy: FirstBlockPolicy, anatomy: Anatomy, ranks: Ranks) -> None:
+        super().__init__(policy, anatomy, ranks)
+        self._ends = anatomy.blocks[0], anatomy.blocks[policy.first - 1]
+        self._entered: Tensor | None = None
+        self._added: Tensor | None = None
+
+    @property
+    def next_decision(self) -> int:
+        if self.policy.allows(self.memory):
+            return super().next_decision
+        return super().next_decision + 1 if self.policy.allows(replace(self.memory, in_a_row=0)) else self.steps
+
+    def watch(self, model: nn.Module, program: Program, installer: Installer) -> None:
+        head, tail = self._ends
+
+        def watched(block: Block) -> Forward:
+            module = model.get_submodule(block.module)
+            streams = Streams(block, module, installer.original(module))
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if block is head:
+                    self._entered = streams.read(args, kwargs)[block.main_stream]
+                returned = streams.forward(*args, **kwargs)
+                if block is tail:
+                    assert self._entered is not None  # the head runs first
+                    self._added, self._entered = streams.unpack(returned)[block.main_stream] - self._entered, None
+                return returned
+
+            return run
+
+        for block in (head, tail):
+            program[model.get_submodule(block.module)] = watched(block)
+
+    def decide(self, seen: Tensor | None) -> bool:
+        added, self._added = self._added, None
+        assert added is not None  # the first blocks have run
+        x = None
+        if self.comparable and ADDED in self.entries and self.policy.allows(self.memory):
+            x = self.agree(torch.stack(l1_change(added, self.entries[ADDED]))[None])[0]
+        computes = self.policy.decide(self.step, self.steps, x, self.memory)
+        self._agreed = True  # or it is computed in any case
+        if computes:
+            self.entries[ADDED] = added
+        return computes
+
+    def leave(self) -> None:
+        super().leave()
+        self._entered = self._added = None
+
+
+DECIDERS: dict[type[Policy], type[Decider[Any]]] = {
+    TeaCachePolicy: ByModulatedInput,
+    AdaCachePolicy: ByResiduals,
+    FirstBlockPolicy: ByFirstBlocks,
+}
 
 
 def decider_of(policy: Policy, anatomy: Anatomy, ranks: Ranks) -> Decider[Any]:

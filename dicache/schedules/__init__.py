@@ -2,13 +2,14 @@
 
 from dicache.schedules.corrections import Corrections
 from dicache.schedules.plan import Plan, PlanError, Rule
-from dicache.schedules.policies import AdaCachePolicy, Motion, TeaCachePolicy
+from dicache.schedules.policies import AdaCachePolicy, FirstBlockPolicy, Motion, TeaCachePolicy
 from dicache.schedules.rows import Range, Row, Rows
 from dicache.schedules.schedule import Schedule, ScheduleError, Target
 
 __all__ = [
     "AdaCachePolicy",
     "Corrections",
+    "FirstBlockPolicy",
     "Motion",
     "Plan",
     "PlanError",

@@ -172,8 +172,14 @@ class Schedule:
         """
         if self.plan is not None:
             return self.plan.table(self.anatomy, context)
+        assert self.policy is not None
+        start, stop = self.policy.skipped(self.anatomy)
         expected = self.measured.get("expected_steps", COMPUTE * self.steps)
-        return {key: expected.replace(ACT, "S") for key in self.anatomy.sites}
+        return {
+            block.key(site): expected.replace(ACT, "S") if start <= block.index < stop else COMPUTE * self.steps
+            for block in self.anatomy.blocks
+            for site in block.sites
+        }
 
     @property
     def expected_steps(self) -> str:

@@ -34,6 +34,15 @@ def test_every_block_lies_in_the_segment_that_holds_it() -> None:
     assert [anatomy.segment(block) for block in range(5)] == [(0, 2), (0, 2), (2, 5), (2, 5), (2, 5)]
 
 
+def test_the_latents_stream_is_the_only_one_or_that_which_is_named_so() -> None:
+    [block] = written(1).blocks
+    assert replace(block, returns="sequence").main_stream == "sequence"
+    assert replace(block, returns=(None, "sequence")).main_stream == "sequence"
+    assert replace(block, returns=("encoder_hidden_states", "hidden_states")).main_stream == "hidden_states"
+    assert replace(block, returns=("context", "x")).main_stream == "x"
+    assert replace(block, returns=("a", "b")).main_stream == ""
+
+
 @every_model
 def test_an_anatomy_survives_being_written_as_json_and_read(build: Build) -> None:
     anatomy = anatomy_of(build)

@@ -1,6 +1,7 @@
 """Profiles made of numbers that a test chooses."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +19,13 @@ def profile(
     contexts: tuple[str, ...] = ("0",),
     parts: tuple[int, ...] = (2,),
     target: Target | None = None,
+    first_blocks: tuple[int, ...] = (),
+    first_block_lags: int = 0,
 ) -> Profile:
     """Return a profile of as many runs as the arrays have rows."""
     times = tuple(float(steps - i) for i in range(steps))
     target = target or Target(dtype="float32", num_inference_steps=steps, timesteps=times)
-    provenance = Provenance("toy", anatomy, target, {"guidance": 4.0}, {}, lags, contexts, parts)
+    first: dict[str, Any] = {"first_blocks": first_blocks, "first_block_lags": first_block_lags}
+    provenance = Provenance("toy", anatomy, target, {"guidance": 4.0}, {}, lags, contexts, parts, **first)
     runs = len(next(iter(arrays.values())))
     return Profile(provenance, tuple(Run(str(i), i) for i in range(runs)), arrays)

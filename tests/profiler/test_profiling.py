@@ -48,6 +48,7 @@ def test_the_names_in_the_file_are_the_contract(tmp_path: Path) -> None:
     sites = {f"/sites/{name}" for name in ("diff_l1", "abs_l1", "dot", "norm2")}
     teacache = {f"/teacache/{name}" for name in ("input", "residual", "body", "output")}
     body = {f"/body/{name}" for name in ("weights", "gram", "output", "branches")}
+    body |= {f"/first_block/{name}" for name in ("size", "change")}
     runs = {"/runs/prompt", "/runs/seed", "/runs/status"}
     motion = {f"/motion/{name}" for name in ("diff_l1", "abs_l1", "between_frames")}
     assert set(shapes) == {*runs, "/delta/gram", "/delta/cosine", "/magnitude", *sites, *teacache, *body, *motion}
@@ -63,6 +64,36 @@ def test_similarity_is_one_for_equal_and_follows_from_the_stored_products(tmp_pa
         profile.similarity("attn", lag=3)
     with pytest.raises(ProfileError, match="it has attn, mlp"):
         profile.similarity("cross_attn")
+
+
+def test_the_first_blocks_that_are_asked_for_are_watched_and_others_refused(tmp_path: Path) -> None:
+    assert storage.load(profiled(tmp_path / "default.h5", CONDITIONS[:1])).provenance.first_blocks == (1,)
+    profile = storage.load(profiled(tmp_path / "both.h5", CONDITIONS[:1], first_blocks=(3, 1)))
+    assert profile.provenance.first_blocks == (1, 3)
+    assert profile.arrays["first_block/change"].shape == (1, 1, 4, 2, 3)  # no more steps back than there are
+    assert np.isfinite(profile.arrays["first_block/change"][0, 0, 3]).all()
+    with pytest.raises(
+        ProfileError, match=r"first 2 blocks, it has those of the first 1 and 3; .*--first-blocks 1,2,3"
+    ):
+        profile.first_block_change(2)
+    with pytest.raises(ProfileError, match=r"--first-blocks: found 4; .* which in this DiT.* are 1 to 3"):
+        profiled(tmp_path / "more.h5", first_blocks=(1, 4))
+
+
+def test_a_profile_of_an_older_version_holds_no_first_blocks_and_can_be_read(tmp_path: Path) -> None:
+    path = profiled(tmp_path / "p.h5", CONDITIONS[:1])
+    with h5py.File(path, "r+") as file:
+        provenance = json.loads(file.attrs["provenance"])
+        del provenance["first_blocks"], provenance["first_block_lags"], file["first_block"]
+        file.attrs["provenance"] = json.dumps(provenance)
+    profile = storage.load(path)
+    assert profile.provenance.first_blocks == ()
+    assert "first_block/size" not in profile.arrays
+    with pytest.raises(
+        ProfileError, match=r"first 1 blocks, it has those of none; profile again with --first-blocks 1"
+    ):
+        profile.first_block_change(1)
+    assert profile.delta_cosine.shape == (1, 1, 4, 4)
 
 
 def test_a_profile_broken_off_goes_on_at_the_next_run_and_equals_an_undisturbed_one(tmp_path: Path) -> None:

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from dicache.anatomy import Anatomy, survey
 from dicache.anatomy.overrides import Overrides
 from dicache.models.sampling import Sampling
-from dicache.profiler import Profile, ProfileError, Provenance, Run
+from dicache.profiler import Profile, ProfileError, Provenance, Run, first_blocks
+from dicache.profiler.first_blocks import History
 from dicache.profiler.recorder import Recorder
 from dicache.runtime.apply import denoiser
 from dicache.runtime.streams import Streams, Tensors
-from dicache.schedules import Target
+from dicache.schedules import FirstBlockPolicy, Target
 from tests.tiny import every_transformer, flux, generate, pipeline_of
 
 STEPS = 4
 LAGS = 2
+FIRST_LAGS = 3
 
 
 @dataclass
@@ -40,6 +42,10 @@ class Seen:
         """Return the change of these streams over a range of blocks, flattened, in float64."""
         into, out = self.blocks[start][step][0], self.blocks[stop - 1][step][1]
         return torch.cat([(out[name].double() - into[name].double()).flatten() for name in names])
+
+    def first_blocks(self, count: int, step: int) -> Tensor:
+        """Return the change of the latents' stream over the first blocks, as they compute it."""
+        return self.blocks[count - 1][step][1]["hidden_states"] - self.blocks[0][step][0]["hidden_states"]
 
     def residual(self, step: int) -> list[Tensor]:
         """Return the change of each stream over each segment, batch first."""
@@ -100,9 +106,12 @@ def measured(build: Any) -> tuple[Profile, Seen]:
             return step(model_output, *args, **kwargs)
 
         pipeline.scheduler.step = watched
-        with Recorder(pipeline, model, anatomy, LAGS) as recorder:
+        counts = range(1, FirstBlockPolicy.most_first(anatomy) + 1)
+        with Recorder(pipeline, model, anatomy, LAGS, first_blocks=counts, first_block_lags=FIRST_LAGS) as recorder:
             generate(pipeline, steps=STEPS)
-            provenance = Provenance("tiny", anatomy, Target(), {}, {}, LAGS, recorder.contexts, recorder.parts)
+            passes = recorder.contexts, recorder.parts
+            spans: dict[str, Any] = {"first_blocks": tuple(counts), "first_block_lags": FIRST_LAGS}
+            provenance = Provenance("tiny", anatomy, Target(), {}, {}, LAGS, *passes, **spans)
             record = recorder.record(Run("1", 0), provenance)
     return Profile(provenance, (record.run,), {name: array[None] for name, array in record.arrays.items()}), seen
 
@@ -212,6 +221,42 @@ def test_teacache_pairs_are_those_of_the_four_signals(build: Any) -> None:
             change = (values[step] - values[step - 1]).abs().mean().item()
             size = values[step - 1].abs().mean().item()
             assert found[step] == pytest.approx([change, size], rel=1e-4), name
+
+
+@every_transformer
+def test_the_first_blocks_residuals_are_compared_over_all_lags(build: Any) -> None:
+    profile, seen = measured(build)
+    counts = profile.provenance.first_blocks
+    assert len(counts) >= 2
+    sizes, changes = (profile.arrays[f"first_block/{name}"][0, 0] for name in ("size", "change"))
+    assert changes.shape == (STEPS, len(counts), FIRST_LAGS)
+    for place, count in enumerate(counts):
+        h = [seen.first_blocks(count, step) for step in range(STEPS)]
+        for step in range(STEPS):
+            assert sizes[step, place] == pytest.approx(h[step].abs().mean().item(), rel=1e-6)
+            for lag in range(1, FIRST_LAGS + 1):
+                found = changes[step, place, lag - 1]
+                if step < lag:
+                    assert np.isnan(found)
+                else:
+                    assert found == pytest.approx((h[step] - h[step - lag]).abs().mean().item(), rel=1e-6)
+                    relative = profile.first_block_change(count)[0, 0, step, lag - 1]
+                    assert relative == pytest.approx(found / sizes[step - lag, place], rel=1e-9)
+
+
+def test_many_steps_of_a_large_residual_are_compared_in_several_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(0))
+    at_once, one_by_one = History(4), History(4)
+    for step, row in enumerate(rows):
+        monkeypatch.setattr(first_blocks, "CHUNK", 1_000)
+        found = at_once.compare(row)
+        monkeypatch.setattr(first_blocks, "CHUNK", 20)
+        assert torch.equal(one_by_one.compare(row), found)
+        assert one_by_one.bytes == (4 + 2) * 10 * 4  # what it comes to, from the first step on
+        want = [row.abs().mean(), *((row - rows[step - lag]).abs().mean() for lag in range(1, min(step, 4) + 1))]
+        assert found.tolist() == pytest.approx([float(x) for x in want])
+    one_by_one.clear()
+    assert len(one_by_one.compare(rows[0])) == 1
 
 
 @every_transformer

@@ -15,6 +15,7 @@ from tests.tiny import (
     arguments,
     dit,
     every_model,
+    first_block,
     generate,
     pipeline_of,
     pixart,
@@ -25,12 +26,14 @@ from tests.tiny import (
     sd35,
 )
 
-ALL = ["no rules", "rules that never act", "threshold zero"]
+ALL = ["no rules", "rules that never act", "threshold zero", "first block, threshold zero"]
 
 
 def computing_all(build: Build, how: str, steps: int = 4) -> Schedule:
     if how == "threshold zero":
         return adaptive(build, threshold=0, steps=steps)
+    if how == "first block, threshold zero":
+        return first_block(build, threshold=0, steps=steps)
     return scheduled(build, Rule("reuse", "C" * steps), *([Rule("skip", "C" * steps)] if how != "no rules" else []))
 
 
@@ -70,7 +73,8 @@ def test_a_solver_that_calls_the_model_more_often_than_it_has_steps_gives_the_sa
 def test_the_laws_would_show_a_difference_if_something_were_reused(build: Build) -> None:
     pipe = pipeline_of(build)
     want = generate(pipe)
-    for schedule in (scheduled(build, Rule("reuse", "C.CC", blocks="1")), adaptive(build, threshold=9)):
+    reusing = (scheduled(build, Rule("reuse", "C.CC", blocks="1")), adaptive(build, 9), first_block(build, 9))
+    for schedule in reusing:
         with apply(pipe, schedule):
             assert not torch.equal(generate(pipe), want)
 

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from dicache import apply
 from dicache.runtime.cache import CacheWarning
-from tests.tiny import Build, adaptive, arguments, every_transformer, predict, sample
+from tests.tiny import Build, adaptive, arguments, every_transformer, first_block, predict, sample
 
 STEPS = 8
 WAITS = {Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.cpu, Tensor.numpy}
@@ -29,13 +29,14 @@ class Waits(TorchFunctionMode):
 
 
 @every_transformer
-def test_the_host_waits_once_for_a_decision_and_never_where_there_is_none(build: Build) -> None:
+@pytest.mark.parametrize("policy", [adaptive, first_block])
+def test_the_host_waits_once_for_a_decision_and_never_where_there_is_none(build: Build, policy: Any) -> None:
     model = build()
     given = arguments(model)
     with Waits() as plain:
         predict(model, given)
     counts = []
-    with apply(model, adaptive(build, 0.2, steps=STEPS, first_steps=2)) as cache:
+    with apply(model, policy(build, 0.2, steps=STEPS, first_steps=2, last_steps=1)) as cache:
         cache.begin_generation()
         for _ in range(STEPS):
             cache.begin_step()

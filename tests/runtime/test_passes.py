@@ -19,19 +19,22 @@ from tests.tiny import (
     adaptive,
     arguments,
     every_model,
+    first_block,
     predict,
     randomised,
     replay,
     scheduled,
 )
 
-METHODS = ["reuse", "skip", "adaptive"]
+METHODS = ["reuse", "skip", "adaptive", "first-block"]
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def schedule_of(build: Build, method: str) -> Schedule:
     if method == "adaptive":
         return adaptive(build, threshold=2)  # noise that has nothing to do with the step before changes by 1.4
+    if method == "first-block":
+        return first_block(build, threshold=2)
     return scheduled(build, Rule(method, "C..."))  # type: ignore[arg-type]
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, distributed, multiprocessing
 
 from dicache import apply
 from dicache.runtime.ranks import RanksError
-from tests.tiny import adaptive, arguments, dit, predict
+from tests.tiny import adaptive, arguments, dit, first_block, predict
 
 RANKS = 2
 STEPS = 12
-THRESHOLD = 0.35
+THRESHOLDS = {adaptive: 0.35, first_block: 0.8}
 TIMEOUT = 20.0  # seconds; a rank that waits for ever would reach it
 Task = Callable[[int], Any]
 
@@ -31,10 +31,10 @@ def inputs() -> Iterator[dict[str, Tensor]]:
         yield {**first, "hidden_states": first["hidden_states"] + moved * noise, "timestep": timestep}
 
 
-def letters(samples: slice, group: Any = None, fails_at: int | None = None) -> str:
+def letters(samples: slice, group: Any = None, fails_at: int | None = None, policy: Any = adaptive) -> str:
     """Return what a model does on some of the samples, each step of a generation."""
     model = dit()
-    with apply(model, adaptive(dit, THRESHOLD, steps=STEPS), group=group) as cache:
+    with apply(model, policy(dit, THRESHOLDS[policy], steps=STEPS), group=group) as cache:
         cache.begin_generation()
         for step, given in enumerate(inputs()):
             cache.begin_step()
@@ -54,6 +54,14 @@ def as_one(rank: int) -> str:
 
 def alone(rank: int) -> str:
     return letters(of_rank(rank))
+
+
+def as_one_by_first_block(rank: int) -> str:
+    return letters(of_rank(rank), distributed.group.WORLD, policy=first_block)
+
+
+def alone_by_first_block(rank: int) -> str:
+    return letters(of_rank(rank), policy=first_block)
 
 
 def with_a_failure(rank: int) -> str:
@@ -89,12 +97,18 @@ def run(task: Task, folder: Path) -> list[str]:
     return [(folder / str(rank)).read_text() for rank in range(RANKS)]
 
 
-def test_ranks_decide_as_one_model_that_is_not_spread_would(tmp_path: Path) -> None:
-    apart = run(alone, tmp_path / "apart")
+@pytest.mark.parametrize(
+    ("policy", "together", "by_themselves"),
+    [(adaptive, as_one, alone), (first_block, as_one_by_first_block, alone_by_first_block)],
+)
+def test_ranks_decide_as_one_model_that_is_not_spread_would(
+    policy: Any, together: Task, by_themselves: Task, tmp_path: Path
+) -> None:
+    apart = run(by_themselves, tmp_path / "apart")
     assert apart[0] != apart[1]  # by themselves they would not
-    whole = letters(slice(None))
+    whole = letters(slice(None), policy=policy)
     assert {"C", "."} == set(whole)
-    assert run(as_one, tmp_path / "together") == [whole, whole]
+    assert run(together, tmp_path / "together") == [whole, whole]
 
 
 def test_a_rank_that_fails_lets_the_others_fail_at_once(tmp_path: Path) -> None:

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from dicache import Cache, Schedule, apply
 from dicache.schedules import Rule
-from tests.tiny import STEPS, Build, adaptive, block_of, denoise, every_model, sample, scheduled
+from tests.tiny import STEPS, Build, adaptive, block_of, denoise, every_model, first_block, sample, scheduled
 
-every_method = pytest.mark.parametrize("method", ["reuse", "skip", "adaptive"])
+every_method = pytest.mark.parametrize("method", ["reuse", "skip", "adaptive", "first-block"])
 
 
 def schedule_of(build: Build, method: str) -> Schedule:
     if method == "adaptive":
         return adaptive(build, threshold=0.4)
+    if method == "first-block":
+        return first_block(build, threshold=0.9)
     return scheduled(build, Rule(method, "C.C."))  # type: ignore[arg-type]
 
 

@@ -17,6 +17,7 @@ from tests.tiny import (
     block_of,
     denoise,
     every_model,
+    first_block,
     generate,
     pipeline_of,
     predict,
@@ -76,12 +77,14 @@ EVENTS = [
     of_another_precision,
 ]
 every_event = pytest.mark.parametrize("event", EVENTS)
-every_method = pytest.mark.parametrize("method", ["reuse", "skip", "adaptive"])
+every_method = pytest.mark.parametrize("method", ["reuse", "skip", "adaptive", "first-block"])
 
 
 def schedule_of(build: Build, method: str) -> Schedule:
     if method == "adaptive":
         return adaptive(build, threshold=0.5)
+    if method == "first-block":
+        return first_block(build, threshold=0.9)
     return scheduled(build, Rule(method, "C..C", blocks=some_blocks(build)), Rule("reuse", "CC.C", branch="mlp"))  # type: ignore[arg-type]
 
 

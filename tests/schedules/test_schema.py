@@ -7,7 +7,7 @@ import pytest
 from dicache.anatomy import Anatomy, Block, Site
 from dicache.calibrate.fora import Fora
 from dicache.calibrate.methods import planned_schedule
-from dicache.schedules import Plan, Rule, Schedule, ScheduleError, Target, TeaCachePolicy
+from dicache.schedules import FirstBlockPolicy, Plan, Rule, Schedule, ScheduleError, Target, TeaCachePolicy
 from dicache.schedules.schema import schema_text
 from tests.tiny import anatomy_of, dit, pixart
 
@@ -23,6 +23,7 @@ SCHEDULES = [
     Schedule("x", {}, anatomy_of(dit), Target(), 4, Plan(4, (Rule("skip", "CC..", "0-1", predictor="feature"),))),
     Schedule("teacache", {"threshold": 0.1}, anatomy_of(dit), TARGET, 4, policy=TEACACHE),
     Schedule("x", {}, anatomy_of(pixart), Target(), 4, Plan(4, (Rule("reuse", "CC..", branch="cross_attn"),), 2)),
+    Schedule("first-block", {}, anatomy_of(dit), TARGET, 4, policy=FirstBlockPolicy(0.1, 2, 1, 3)),
     Schedule(
         "x",
         {},
@@ -50,7 +51,8 @@ def test_every_schedule_that_is_made_is_valid(schedule: Schedule) -> None:
 
 
 def broken() -> list[Any]:
-    fora, teacache = written(SCHEDULES[0]), written(SCHEDULES[6])
+    fora, teacache, first_block = (written(SCHEDULES[place]) for place in (0, 6, 8))
+    first = first_block["policy"]
     rule = fora["plan"]["rules"][0]
     return [
         {**fora, "colour": "red"},
@@ -75,6 +77,16 @@ def broken() -> list[Any]:
         {**fora, "anatomy": {**fora["anatomy"], "extra": 1}},
         {**teacache, "policy": {**teacache["policy"], "threshold": -1}},
         {**teacache, "policy": {**teacache["policy"], "input_range": [1, 2, 3]}},
+        {**first_block, "policy": {**first, "threshold": -0.1}},
+        {**first_block, "policy": {**first, "threshold": None}},
+        {**first_block, "policy": {**first, "first": 0}},
+        {**first_block, "policy": {**first, "last": -1}},
+        {**first_block, "policy": {**first, "last": True}},
+        {**first_block, "policy": {**first, "max_continuous": 0}},
+        {**first_block, "policy": {**first, "max_cached": -1}},
+        {**first_block, "policy": {**first, "at_threshold": "maybe"}},
+        {**first_block, "policy": {key: value for key, value in first.items() if key != "max_cached"}},
+        {**first_block, "policy": {**first, "negative": "clamp"}},
     ]
 
 

@@ -5,12 +5,25 @@ from typing import Any
 
 from dicache.schedules.plan import PlanError
 from dicache.schedules.policies.adacache import AdaCachePolicy, Motion
+from dicache.schedules.policies.first_block import AtThreshold, FirstBlockPolicy
 from dicache.schedules.policies.policy import Memory, Policy
 from dicache.schedules.policies.teacache import Negative, TeaCachePolicy
 
-__all__ = ["AdaCachePolicy", "Memory", "Motion", "Negative", "Policy", "TeaCachePolicy", "read_policy"]
+__all__ = [
+    "AdaCachePolicy",
+    "AtThreshold",
+    "FirstBlockPolicy",
+    "Memory",
+    "Motion",
+    "Negative",
+    "Policy",
+    "TeaCachePolicy",
+    "read_policy",
+]
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (AdaCachePolicy, TeaCachePolicy)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (TeaCachePolicy, AdaCachePolicy, FirstBlockPolicy)
+}
 
 
 def read_policy(content: Mapping[str, Any]) -> Policy:

@@ -178,6 +178,12 @@ class AdaCachePolicy(Policy):
         for index in self.decision_blocks:
             if index >= count:
                 raise self.error(f"there is no block {index} to decide by; {anatomy.model} has 0 to {count - 1}")
+            if not anatomy.blocks[index].main_stream:
+                streams = ", ".join(anatomy.blocks[index].streams)
+                raise self.error(
+                    f"block {index} of this {anatomy.model} has the streams {streams}, and which goes on with the "
+                    "latents is not known; take another decision block or another method"
+                )
             if self.branch != "block" and not anatomy.blocks[index].middle:
                 raise self.error(
                     f"what the {self.branch} of block {index} adds cannot be seen, since no module of it is given the "
