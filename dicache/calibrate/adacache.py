@@ -142,8 +142,8 @@ class AdaCache:
         low, middle, high = np.nanpercentile(moved[..., active], [10, 50, 90])
         if not 0 < low < high:
             raise CalibrationError(
-                f"adacache: motion cannot be fitted, as it is {low:.3g} to {high:.3g} in all runs; profile more of them, "
-                "or take --published-motion or --no-motion"
+                f"adacache: motion cannot be fitted, as it is {low:.3g} to {high:.3g} in all runs; profile more of "
+                "them, or take --published-motion or --no-motion"
             )
         power = min(published.power, math.log(SPREAD) / math.log(high / low))
         return replace(published, scale=float(f"{middle:.5g}"), power=round(power, 3))

@@ -183,7 +183,7 @@ class ByResiduals(Decider[AdaCachePolicy]):
 
     def _take(self, index: int, residual: Tensor) -> None:
         """Keep what a decision block adds; with that of the last of them, choose the rate."""
-        before = self.entries.get(_residual(index))
+        before: Any = self.entries.get(_residual(index))
         self.entries[_residual(index)] = residual
         if not self._measuring:
             return

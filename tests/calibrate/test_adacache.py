@@ -85,7 +85,7 @@ def test_a_target_is_reached_by_scaling_all_limits_alike(target: float, preset: 
 
 def test_of_the_published_codebooks_that_which_errs_least_is_taken() -> None:
     target = 1.6
-    each = {name: AdaCache(preset=name, target_speedup=target) for name in ("slow", "fast", "long")}  # type: ignore[arg-type]
+    each = {name: AdaCache(preset=name, target_speedup=target) for name in ("slow", "fast", "long")}
     errors = {name: settings.calibrate(IMAGES).measured["residual_error"] for name, settings in each.items()}
     best = AdaCache(target_speedup=target).calibrate(IMAGES)
     assert best.measured["residual_error"] == min(errors.values())
@@ -167,7 +167,7 @@ def test_a_profile_without_decision_blocks_is_refused() -> None:
         AdaCache(preset="fast").calibrate(old)
 
 
-class Deaf(DDIMScheduler):
+class Deaf(DDIMScheduler):  # type: ignore[misc] # diffusers does not type it
     """Goes from step to step whatever the model says, so that a cache changes nothing that it sees."""
 
     def step(self, model_output: torch.Tensor, timestep: int, sample: torch.Tensor, **options: Any) -> Any:

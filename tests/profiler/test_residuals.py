@@ -103,7 +103,7 @@ def test_a_profile_of_before_is_read_and_says_what_it_lacks(tmp_path: Path) -> N
     assert np.isfinite(profile.arrays["magnitude"][:, :, 1:]).all()
     with pytest.raises(ProfileError, match="profile again"):
         profile.residual_change(1, "attn")
-    with pytest.raises(ProfileError, match="another .*decision_blocks"):
+    with pytest.raises(ProfileError, match=r"another .*decision_blocks"):
         profiled(path, ["1", "2", "3", "4"], resume=True)
 
 

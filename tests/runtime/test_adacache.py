@@ -155,7 +155,8 @@ class Published:
                 place = 0 if self.settings.branch == "attn" else 1
                 self.decide(self.kept[index][place], (attention, rest)[place])
             self.kept[index] = attention, rest
-            return x + rest
+            out: Tensor = x + rest
+            return out
 
         return run
 
