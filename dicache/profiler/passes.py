@@ -81,9 +81,10 @@ class Pass:
     @property
     def bytes(self) -> int:
         held = [tensor for signal in self._before for tensor in signal]
-        others = (*self._residuals.values(), *self._histories.values())
-        rings = sum(ring.bytes for ring in self._rings())
-        return rings + sum(each.bytes for each in others) + sum(tensor.nbytes for tensor in held)
+        held_by = [ring.bytes for ring in self._rings()]
+        held_by += [residuals.bytes for residuals in self._residuals.values()]
+        held_by += [history.bytes for history in self._histories.values()]
+        return sum(held_by) + sum(tensor.nbytes for tensor in held)
 
     def site_size(self, place: int) -> int:
         """Return how many numbers a site gives."""
