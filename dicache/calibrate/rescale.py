@@ -147,6 +147,11 @@ def fit_rescale(x: np.ndarray, y: np.ndarray, *, degree: int = 4, negative: Nega
     for fold in range(folds):
         left_out = np.arange(runs) % folds == fold
         seen = known & ~left_out[:, None, None]
+        if seen.sum() <= degree:
+            raise CalibrationError(
+                f"teacache: found {seen.sum()} pairs in the runs that a fit is not judged on, needed at least the "
+                f"{degree + 1} coefficients; profile more runs or steps"
+            )
         part = _polynomial(x[seen], y[seen], degree)
         low, high = float(x[seen].min()), float(x[seen].max())
         policy = TeaCachePolicy(0.0, tuple(part.tolist()), (low, high), negative=negative)

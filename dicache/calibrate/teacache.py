@@ -1,6 +1,7 @@
 """TeaCache: fit how much the model's output will change from how much its modulated input has."""
 
 import hashlib
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -260,7 +261,9 @@ def of_timesteps(x: np.ndarray) -> np.ndarray:
     Raises:
         CalibrationError: If they differ, by more than rounding.
     """
-    row: np.ndarray = np.nanmedian(x, axis=(0, 1), keepdims=True)
+    with warnings.catch_warnings():  # of steps at which another model runs
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+        row: np.ndarray = np.nanmedian(x, axis=(0, 1), keepdims=True)
     if np.nanmax(np.abs(x - row)) > ROUNDING * np.nanmax(row):
         raise CalibrationError(
             "teacache: the time embedding changes differently from run to run, so it depends on more than the "

@@ -1,5 +1,6 @@
 """Measure what a model makes of its timesteps alone, without its blocks."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -35,8 +36,9 @@ def measure_time(pipeline: Any, anatomy: Anatomy, run: Callable[[], Any]) -> dic
         run: Calls the pipeline.
 
     Returns:
-        For `time` and `time_projected`, where the model has them, an array of shape (steps - 1,), unitless. Both are
-        left out of a model that embeds its timestep inside the blocks, or with something else.
+        For `time` and `time_projected`, where the model has them, an array of shape (steps - 1,), unitless; NaN where
+        the model is not called at a step or the one before. Both are left out of a model that embeds its timestep
+        inside the blocks, or with something else.
     """
     model = denoiser(pipeline)
     readings = find_time_embedding(model, capture_inputs(model, run), anatomy)
@@ -63,6 +65,7 @@ def measure_time(pipeline: Any, anatomy: Anatomy, run: Callable[[], Any]) -> dic
 
     def end_step() -> None:
         steps.append(dict(latest))
+        latest.clear()
         if len(steps) == len(pipeline.scheduler.timesteps):
             raise _LastStepDone
 
@@ -80,5 +83,7 @@ def measure_time(pipeline: Any, anatomy: Anatomy, run: Callable[[], Any]) -> dic
 
 
 def _change(before: Mapping[str, Tensor], now: Mapping[str, Tensor], name: str) -> float:
+    if name not in before or name not in now:  # the model was not called at that step
+        return math.nan
     change, size = l1_change(now[name], before[name])
     return float(change / size)

@@ -63,6 +63,10 @@ def test_too_little_to_fit_on_is_refused() -> None:
         fit_rescale(x, x)
     with pytest.raises(CalibrationError, match="found 4 pairs, needed more than the 5"):
         fit_rescale(changes()[:2, :, :2], changes()[:2, :, :2])
+    with pytest.raises(
+        CalibrationError, match="found 3 pairs in the runs that a fit is not judged on, needed at least"
+    ):
+        fit_rescale(changes()[:2, :, :3], changes()[:2, :, :3])
     with pytest.raises(CalibrationError, match="same amount"):
         fit_rescale(np.full((4, 1, 10), 0.1), changes(4))
 

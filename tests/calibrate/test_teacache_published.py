@@ -32,6 +32,7 @@ EVERY = pytest.mark.parametrize("name", list(all_published()))
 
 NEGATIVES: tuple[Negative, ...] = ("reference", "clamp", "abs")
 
+SLOPE = np.array([1, 1, 1, 1, 1.0, 1.001, 1.002, 1.003, 1.004, 1.005])  # a fit needs x to vary
 SEEN: tuple[Signal, ...] = ("modulated", "time")
 
 # Where p < 0, between 0 and 0.6; found by evaluating the coefficients.
@@ -244,6 +245,12 @@ def test_frozen_a_policy_that_sees_the_timestep_alone_is_that_plan() -> None:
     frozen = freeze(adaptive, profile)
     assert frozen.measured["agreement"] == [1.0] * 11
     assert frozen.plan == plan.plan
+
+
+def test_steps_at_which_another_model_runs_are_none_of_the_plan() -> None:
+    x = np.array([np.nan] * 4 + [0.1] * 6)
+    schedule = TeaCache(threshold=0.5, signal="time", degree=1, last_steps=0).calibrate(timed_profile(x * SLOPE))
+    assert schedule.table()["0.attn"][5:] == "SSCSSC"
 
 
 def test_a_profile_without_the_signal_or_with_one_that_differs_between_runs_is_refused() -> None:

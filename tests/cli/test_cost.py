@@ -96,7 +96,7 @@ def test_numbers_are_written_in_fitting_units() -> None:
 
 def test_bad_input_is_one_line_with_what_to_do() -> None:
     assert "did you mean digits?" in refused("cost", "--model", "digit")
-    assert "not in the package; needed one of dit" in refused("cost", "--model", "flux")
+    assert "not in the package; needed one of dit" in refused("cost", "--model", "ltx")
     assert "multiples of 8, found 100" in refused("cost", "--model", "dit", "--height", 100)
     assert "below the 20 steps, found 30" in refused(
         "cost", "--model", "digits", "--steps", 20, "--method", "fora", "--interval", 30
