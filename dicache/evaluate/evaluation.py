@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ class Result:
         steps: Inference steps.
         computed_steps: Mean over images of the steps at which everything was computed.
         macs_fraction: Multiply-accumulates as a share of the uncached run's.
-        speedup: Uncached wall time / this one's, the median of interleaved rounds; None if it was not timed.
+        speedup: Uncached wall time / this one's, the median of interleaved rounds, each of another image; None if it
+            was not timed.
         psnr: In dB against the uncached images; identical images count as 120.
         ssim: Structural similarity with them.
         psnr_gain: PSNR minus that of fewer steps at the nearest cost, image by image of the same seed; None where
@@ -168,7 +170,7 @@ def evaluate(
             fewer[count] = variant, _images(pipeline, variant, conditions, seeds, progress)[0]
 
     variants = [uncached, *(row[0] for row in cached), *(row[0] for row in fewer.values())]
-    seconds = _time(pipeline, variants, conditions[0], seeds[0], timing_rounds, progress) if timing_rounds else {}
+    seconds = _time(pipeline, variants, conditions, seeds, timing_rounds, progress) if timing_rounds else {}
 
     def result(
         variant: _Variant,
@@ -307,13 +309,23 @@ def _batches(count: int, size: int) -> Iterator[slice]:
 
 
 def _time(
-    pipeline: Any, variants: Sequence[_Variant], condition: str, seed: int, rounds: int, progress: bool
+    pipeline: Any,
+    variants: Sequence[_Variant],
+    conditions: Sequence[str],
+    seeds: Sequence[int],
+    rounds: int,
+    progress: bool,
 ) -> dict[str, list[float]]:
+    """Return the seconds of each variant in each round; a round is one condition and seed, as what an adaptive schedule
+    skips depends on them."""
     bar = tqdm(total=(rounds + 1) * len(variants), desc="timing", disable=not progress, leave=False)
 
     def ready(variant: _Variant) -> Timed:
+        images = cycle(zip(conditions, seeds, strict=True))
+
         @contextmanager
         def attached() -> Iterator[Callable[[], object]]:
+            condition, seed = next(images)
             with variant.attached(pipeline):
                 yield lambda: sample(pipeline, [condition], [seed], variant.sampling)
             bar.update()
