@@ -10,7 +10,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -24,7 +24,7 @@ from dicache.cli.command import table
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, default_conditions, sample
 from dicache.profiler import Run, storage
-from dicache.profiler.profiling import profile_pipeline
+from dicache.profiler.profiling import profile_pipeline, usual_decision_block
 from dicache.profiler.recorder import Recorder
 from dicache.runtime.apply import denoiser
 
@@ -37,15 +37,16 @@ def measure(model: str, steps: int, rounds: int) -> dict[str, list[float]]:
     network = denoiser(pipeline)
     anatomy = survey(network)
     everything = {key: range(steps) for key in anatomy.sites}
+    usual = [usual_decision_block(anatomy)]
 
     def run() -> float:
         start = time.thread_time()
         sample(pipeline, [condition], [0], sampling)
         return time.thread_time() - start
 
-    def recorded(lags: int, priors: bool = False) -> Callable[[], float]:
+    def recorded(lags: int, priors: bool = False, blocks: Sequence[int] = usual) -> Callable[[], float]:
         def once() -> float:
-            with Recorder(pipeline, network, anatomy, lags, everything if priors else None):
+            with Recorder(pipeline, network, anatomy, lags, everything if priors else None, decision_blocks=blocks):
                 sample(pipeline, [condition], [0], Sampling(steps=2))  # sets up the buffers, as the first of many runs
                 return run()
 
@@ -56,7 +57,7 @@ def measure(model: str, steps: int, rounds: int) -> dict[str, list[float]]:
         provenance, _ = storage.header(path)
 
         def written() -> float:
-            with Recorder(pipeline, network, anatomy, 3) as recorder:
+            with Recorder(pipeline, network, anatomy, 3, decision_blocks=usual) as recorder:
                 sample(pipeline, [condition], [0], Sampling(steps=2))
                 start = time.thread_time()
                 sample(pipeline, [condition], [0], sampling)
@@ -67,6 +68,7 @@ def measure(model: str, steps: int, rounds: int) -> dict[str, list[float]]:
             "plain again": run,
             "1 lag": recorded(1),
             "3 lags": recorded(3),
+            "3 lags, no decision block": recorded(3, blocks=()),
             "3 lags, priors": recorded(3, priors=True),
             "3 lags, with the writing": written,
         }

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dicache.anatomy import Anatomy, StepClock
 from dicache.anatomy.inputs import latents_of
 from dicache.anatomy.overrides import Overrides
-from dicache.anatomy.time_embedding import Reading, watch_reading
 from dicache.anatomy.signal import frames_of
+from dicache.anatomy.time_embedding import Reading, watch_reading
 from dicache.profiler.guided import GuidedSteps
 from dicache.profiler.passes import Pass
 from dicache.profiler.profiles import Provenance, Run
