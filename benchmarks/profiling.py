@@ -26,7 +26,7 @@ from dicache.models.loading import load
 from dicache.models.sampling import Sampling, default_conditions, sample
 from dicache.profiler import Run, storage
 from dicache.profiler.first_blocks import MOST_LAGS
-from dicache.profiler.profiling import profile_pipeline
+from dicache.profiler.profiling import profile_pipeline, usual_decision_block
 from dicache.profiler.recorder import Recorder
 from dicache.runtime.apply import denoiser
 
@@ -39,16 +39,17 @@ def measure(model: str, steps: int, rounds: int) -> dict[str, list[float]]:
     network = denoiser(pipeline)
     anatomy = survey(network)
     everything = {key: range(steps) for key in anatomy.sites}
-    watched: dict[str, Any] = {"first_blocks": (1,), "first_block_lags": min(MOST_LAGS, steps - 1)}
+    first: dict[str, Any] = {"first_blocks": (1,), "first_block_lags": min(MOST_LAGS, steps - 1)}
+    decision: dict[str, Any] = {"decision_blocks": [usual_decision_block(anatomy)]}
 
     def run() -> float:
         start = time.thread_time()
         sample(pipeline, [condition], [0], sampling)
         return time.thread_time() - start
 
-    def recorded(lags: int, priors: bool = False, **first: Any) -> Callable[[], float]:
+    def recorded(lags: int, priors: bool = False, **watched: Any) -> Callable[[], float]:
         def once() -> float:
-            with Recorder(pipeline, network, anatomy, lags, everything if priors else None, **first):
+            with Recorder(pipeline, network, anatomy, lags, everything if priors else None, **watched):
                 sample(pipeline, [condition], [0], Sampling(steps=2))  # sets up the buffers, as the first of many runs
                 return run()
 
@@ -59,7 +60,7 @@ def measure(model: str, steps: int, rounds: int) -> dict[str, list[float]]:
         provenance, _ = storage.header(path)
 
         def written() -> float:
-            with Recorder(pipeline, network, anatomy, 3, **watched) as recorder:
+            with Recorder(pipeline, network, anatomy, 3, **first, **decision) as recorder:
                 sample(pipeline, [condition], [0], Sampling(steps=2))
                 start = time.thread_time()
                 sample(pipeline, [condition], [0], sampling)
@@ -70,9 +71,11 @@ def measure(model: str, steps: int, rounds: int) -> dict[str, list[float]]:
             "plain again": run,
             "1 lag": recorded(1),
             "3 lags": recorded(3),
-            "3 lags, first block": recorded(3, **watched),
-            "3 lags, first block, priors": recorded(3, priors=True, **watched),
-            "3 lags, first block, with the writing": written,
+            "3 lags, first block": recorded(3, **first),
+            "3 lags, decision block": recorded(3, **decision),
+            "as profile does": recorded(3, **first, **decision),
+            "as profile does, priors": recorded(3, priors=True, **first, **decision),
+            "as profile does, with the writing": written,
         }
         ratios: dict[str, list[float]] = {name: [] for name in variants}
         for turn in tqdm(range(-1, rounds), leave=False):

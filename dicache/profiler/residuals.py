@@ -58,18 +58,21 @@ class Residuals:
         found = []
         for start in range(0, depth, span):
             change = now.float() - self._buffer[start : start + span].float()  # (span, 1 or 2, elements)
-            sums = [change.abs().sum(-1)] + ([change.sum(1, keepdim=True).abs_().sum(-1)] if parts > 1 else [])
-            found.append(torch.cat(sums, dim=1))
+            both = [change.sum(1, keepdim=True).abs_().sum(-1)] if parts > 1 else []
+            found.append(torch.cat([change.abs_().sum(-1), *both], dim=1))
         sums = [now.float().abs().sum(-1)] + ([now.float().sum(0, keepdim=True).abs_().sum(-1)] if parts > 1 else [])
         order = [(self._slot - lag) % depth for lag in range(1, depth)]
         return torch.cat([torch.cat(sums)[:, None], torch.cat(found)[order].T], dim=1)
 
     def _between_frames(self, whole: list[Tensor], batch: int) -> Tensor:
+        unknown = torch.full((len(whole),), torch.nan, device=whole[0].device)
+        if self._frames < 2:
+            return unknown
         try:
             pairs = [motion_of(each, self._frames, batch) for each in whole]
             return torch.stack([apart / size for apart, size in pairs])
-        except AnatomyError:  # no frames, or none that can be told apart
-            return torch.full((len(whole),), torch.nan, device=whole[0].device)
+        except AnatomyError:  # they cannot be told apart
+            return unknown
 
     def arrays(self, seen: dict[int, int], steps: int) -> dict[str, np.ndarray]:
         """Return the measurements, step first; NaN where there is nothing to compare with.
