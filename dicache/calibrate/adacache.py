@@ -8,7 +8,7 @@ import numpy as np
 
 from dicache.calibrate.freezing import residual_error
 from dicache.calibrate.methods import CalibrationError, method
-from dicache.calibrate.simulating import find_limit, macs_fraction, rate_signals, simulate_rates
+from dicache.calibrate.simulating import called_steps, find_limit, macs_fraction, rate_signals, simulate_rates
 from dicache.profiler import Profile
 from dicache.schedules import AdaCachePolicy, Motion, Schedule
 from dicache.schedules.policies.adacache import Codebook, Residual
@@ -111,7 +111,8 @@ class AdaCache:
             raise failed
         best = min(found, key=lambda name: found[name][2])
         policy, computed, error = found[best]
-        often, counts = computed.mean(axis=(0, 1)), computed.sum(axis=-1)
+        called = _called(profile)
+        often, counts = computed.mean(axis=(0, 1)), computed[..., called].sum(axis=-1)
         return Schedule(
             method="adacache",
             settings={**asdict(self), "preset": best or None},
@@ -127,7 +128,7 @@ class AdaCache:
                 "fewest_steps": int(counts.min()),
                 "most_steps": int(counts.max()),
                 "expected_steps": "".join("C" if share >= 0.5 else "." for share in often),
-                "macs_fraction": round(macs_fraction(policy, profile.anatomy, float(often.mean())), 4),
+                "macs_fraction": round(macs_fraction(policy, profile.anatomy, float(often[called].mean())), 4),
                 "residual_error": round(error, 5) if math.isfinite(error) else None,
                 "frames": frames,
             },
@@ -158,12 +159,18 @@ def _scaled(
         CalibrationError: If none does.
     """
 
+    called = _called(profile)
+
     def at(place: float, beyond: float = 1.0) -> AdaCachePolicy:
         factor = WIDEST ** (2 * place - 1) * beyond
         return replace(policy, codebook=tuple((limit * factor, rate) for limit, rate in policy.codebook))
 
     def speedup(place: float) -> float:
         computed = simulate_rates(at(place), *signals)
-        return 1 / macs_fraction(policy, profile.anatomy, float(computed.mean()))
+        return 1 / macs_fraction(policy, profile.anatomy, float(computed[..., called].mean()))
 
     return at(find_limit(policy.name, profile.steps, speedup, 1.0, target_speedup), BEYOND)
+
+
+def _called(profile: Profile) -> np.ndarray:
+    return called_steps(profile.relative_l1("output"))

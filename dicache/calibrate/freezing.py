@@ -6,7 +6,7 @@ import numpy as np
 
 from dicache.anatomy.parts import span
 from dicache.calibrate.methods import CalibrationError, body_plan
-from dicache.calibrate.simulating import decisions
+from dicache.calibrate.simulating import called_steps, decisions
 from dicache.profiler import Profile
 from dicache.schedules import Schedule
 
@@ -53,6 +53,7 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
     decided = decisions(schedule.policy, profile)  # (runs, contexts, steps)
     if not len(decided):
         raise CalibrationError("freeze: the profile has no run that did not fail; profile again")
+    called = called_steps(profile.relative_l1("output"))
     share = decided.mean(axis=0)  # (contexts, steps)
     computed = share >= 0.5 if vote == "majority" else share > 0
     letters = {
@@ -78,7 +79,7 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
             "guidance": profile.provenance.settings.get("guidance"),
             "policy": schedule.policy.to_json(),
             "agreement": [round(float(each), 4) for each in agreement],
-            "adaptive_computed_steps": round(float(decided.sum(axis=-1).mean()), 2),
+            "adaptive_computed_steps": round(float(decided[..., called].sum(axis=-1).mean()), 2),
             **{name: round(error, 5) for name, error in errors.items() if error is not None},
         },
     )

@@ -132,9 +132,18 @@ def simulate_first_block(policy: FirstBlockPolicy, x: np.ndarray) -> tuple[np.nd
     return computed, unknown
 
 
-def macs_fraction(policy: Policy, anatomy: Anatomy, computed: float) -> float:
-    """Return the share of all multiply-accumulates where a policy computes this share of the steps."""
-    return 1 - (1 - computed) * policy.macs_saved(anatomy) / anatomy.macs
+def macs_fraction(policy: Policy, anatomy: Anatomy, computed: float, *, beforehand: bool = False) -> float:
+    """Return the share of all multiply-accumulates where a policy computes this share of the steps.
+
+    Args:
+        policy: The rule.
+        anatomy: The model's.
+        computed: Share of the steps.
+        beforehand: Whether the decisions are known before the model runs, so that nothing of its blocks does.
+    """
+    first, stop = policy.skipped(anatomy)
+    whole = sum(block.macs for block in anatomy.blocks[first:stop])
+    return 1 - (1 - computed) * (whole if beforehand else policy.macs_saved(anatomy)) / anatomy.macs
 
 
 def find_limit(name: str, steps: int, speedup: Callable[[float], float], highest: float, target: float) -> float:

@@ -69,7 +69,8 @@ class TeaCache:
         if len(given) != 1:
             raise CalibrationError("teacache: give either a threshold (such as 0.1) or a target speed-up (such as 1.8)")
         if not np.isfinite(given[0]) or given[0] < 0:
-            raise CalibrationError(f"teacache: the threshold must be a number of 0 or more, found {given[0]}")
+            name = "threshold" if self.target_speedup is None else "target speed-up"
+            raise CalibrationError(f"teacache: the {name} must be a number of 0 or more, found {given[0]}")
         if self.target_speedup is not None and self.target_speedup < 1:
             raise CalibrationError(f"teacache: the target speed-up must be 1 or more, found {self.target_speedup}")
         if not 1 <= self.degree <= HIGHEST_DEGREE:
@@ -99,9 +100,11 @@ class TeaCache:
             raise CalibrationError(
                 f"teacache: the range of x is from 0 or more to something larger, found {self.input_range}"
             )
-        if self.foretell == "steps" and (self.published is not None or self.signal != "modulated"):
+        needless = (self.published, self.input_range, None if self.signal == "modulated" else self.signal)
+        if self.foretell == "steps" and any(given is not None for given in needless):
             raise CalibrationError(
-                "teacache: foretold from the steps alone it needs no signal and no polynomial; leave them out"
+                "teacache: foretold from the steps alone it needs no signal and no polynomial, nor a range of x; leave "
+                "them out"
             )
         if self.published is not None and published(self.published).signal != self.signal:
             needed = published(self.published).signal
@@ -125,7 +128,7 @@ class TeaCache:
             policy, found = self._published_policy()
             found["published"]["on_profile"] = judge(policy, x, y).to_json()
         if self.foretell == "steps":  # the change itself is known, so it is taken as it is
-            x = np.nanmedian(y, axis=(0, 1), keepdims=True)
+            x = median_of_runs(y)
             policy = replace(policy, coefficients=(1.0, 0.0), input_range=(0.0, float(np.nanmax(x))))
         elif self.signal != "modulated":
             x = of_timesteps(x)
@@ -197,12 +200,14 @@ class TeaCache:
         self, policy: TeaCachePolicy, x: np.ndarray, anatomy: Anatomy, target: Target, known: Mapping[str, Any]
     ) -> Schedule:
         """Return what the policy decides on changes x, shape (runs, contexts, steps - 1): a plan, if it is known."""
+        decided = self.foretell == "steps" or self.signal != "modulated"
         if self.target_speedup is not None:
-            policy = replace(policy, threshold=_find_threshold(policy, x, anatomy, self.target_speedup))
+            threshold = _find_threshold(policy, x, anatomy, self.target_speedup, beforehand=decided)
+            policy = replace(policy, threshold=threshold)
         computed = simulate(policy, x)  # (runs, contexts, steps)
         often = computed.mean(axis=(0, 1))
         called = called_steps(x)
-        decided = self.foretell == "steps" or self.signal != "modulated"
+        share = float(often[called].mean())
         plan = body_plan({"*": "".join("C" if c else "." for c in computed[0, 0])})
         return Schedule(
             method="teacache",
@@ -217,7 +222,7 @@ class TeaCache:
                 "threshold": policy.threshold,
                 "computed_steps": round(float(often[called].sum()), 2),
                 "expected_steps": "".join("C" if share >= 0.5 else "." for share in often),
-                "macs_fraction": round(macs_fraction(policy, anatomy, float(often[called].mean())), 4),
+                "macs_fraction": round(macs_fraction(policy, anatomy, share, beforehand=decided), 4),
             },
         )
 
@@ -261,9 +266,7 @@ def of_timesteps(x: np.ndarray) -> np.ndarray:
     Raises:
         CalibrationError: If they differ, by more than rounding.
     """
-    with warnings.catch_warnings():  # of steps at which another model runs
-        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
-        row: np.ndarray = np.nanmedian(x, axis=(0, 1), keepdims=True)
+    row = median_of_runs(x)
     if np.nanmax(np.abs(x - row)) > ROUNDING * np.nanmax(row):
         raise CalibrationError(
             "teacache: the time embedding changes differently from run to run, so it depends on more than the "
@@ -272,16 +275,25 @@ def of_timesteps(x: np.ndarray) -> np.ndarray:
     return row
 
 
-def _find_threshold(policy: TeaCachePolicy, x: np.ndarray, anatomy: Anatomy, target_speedup: float) -> float:
-    """Return the smallest threshold with which the simulated rule reaches a speed-up in multiply-accumulates."""
-    foretold = np.vectorize(policy.rescale)(np.nan_to_num(x, nan=0.0))
-    highest = float(np.maximum(foretold, 0).sum(axis=-1).max()) * 1.001 + 1e-9  # no sum of changes reaches it
+def median_of_runs(x: np.ndarray) -> np.ndarray:
+    """Return the median over runs and guidance passes, shape (1, 1, steps - 1), NaN at steps of another model."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
+        return np.asarray(np.nanmedian(x, axis=(0, 1), keepdims=True))
 
+
+def _find_threshold(
+    policy: TeaCachePolicy, x: np.ndarray, anatomy: Anatomy, target_speedup: float, *, beforehand: bool
+) -> float:
+    """Return the smallest threshold with which the simulated rule reaches a speed-up in multiply-accumulates."""
+    foretold = np.vectorize(policy.rescale, otypes=[float])(np.nan_to_num(x, nan=0.0))
+    highest = float(np.maximum(foretold, 0).sum(axis=-1).max()) * 1.001 + 1e-9  # no sum of changes reaches it
     called = called_steps(x)
 
     def speedup(threshold: float) -> float:
         tried = replace(policy, threshold=threshold)
-        return 1 / macs_fraction(tried, anatomy, float(simulate(tried, x)[..., called].mean()))
+        computed = float(simulate(tried, x)[..., called].mean())
+        return 1 / macs_fraction(tried, anatomy, computed, beforehand=beforehand)
 
     return find_limit(policy.name, x.shape[-1] + 1, speedup, highest, target_speedup)
 

@@ -132,7 +132,7 @@ def write_schedule(
     fit = schedule.measured.get("fit")
     if as_json:
         known = fraction if schedule.foreseen else None
-        show_json({"schedule": str(output), "macs_fraction": known, **schedule.to_json()["measured"]})
+        show_json({"schedule": str(output), **schedule.to_json()["measured"], "macs_fraction": known})
     else:
         if told:
             click.echo(told)

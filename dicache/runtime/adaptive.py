@@ -43,7 +43,6 @@ class Adaptive:
     ) -> None:
         self._anatomy = anatomy
         self._decider = decider_of(policy, anatomy, ranks)
-        self._device = next(model.parameters()).device
         self._stats = stats
         self._installer = installer
         self._program: Program = {}
@@ -81,9 +80,9 @@ class Adaptive:
         stats.macs += 1 - self._saved if self._skipping else 1
         lane.bytes_held = bytes_of(lane.entries)
 
-    def fail(self) -> None:
+    def fail(self, generation: Generation) -> None:
         """Note that the call failed, so that no other rank waits for it."""
-        self._decider.fail(self._device)
+        self._decider.fail(self._lane, generation)
 
     def leave(self) -> None:
         """Forget the call that ran, also when it failed."""

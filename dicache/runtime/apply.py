@@ -57,7 +57,8 @@ def apply(
     pipeline = None if model is target else target
     allowed = frozenset(allow) | ({"num_inference_steps"} if "timesteps" in allow else set())
     _check(model, pipeline, schedule, fit, allowed)
-    return Cache(model, schedule, pipeline, fit, allowed, Ranks(group_of(model) if group is None else group))
+    ranks = Ranks(group_of(model) if group is None else group, next(model.parameters()).device)
+    return Cache(model, schedule, pipeline, fit, allowed, ranks)
 
 
 def denoiser(target: Any, component: str | None = None) -> nn.Module:

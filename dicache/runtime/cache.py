@@ -1,6 +1,7 @@
 """A schedule attached to a model."""
 
 import warnings
+from contextlib import suppress
 from threading import RLock
 from types import TracebackType
 from typing import Any, Literal
@@ -246,7 +247,6 @@ class Cache:
         executor, stats = generation.executor, self.stats
         assert executor is not None
         call = Call(args, kwargs)
-        self._check_latents(tuple(call.latents.shape[1:]))
         if self._clock is not None and not generation.called and generation.step == 0:
             # Image-to-image begins in the middle.
             generation.step = getattr(self._clock.scheduler, "begin_index", None) or 0
@@ -254,6 +254,7 @@ class Cache:
         runs = (name, call.batch)  # whose kept outputs the call goes on from
         collapse, action = generation.collapse, WHOLE
         try:
+            self._check_latents(tuple(call.latents.shape[1:]))
             if collapse is not None:
                 action = collapse.action(runs, generation.lanes, call, generation.step)
                 runs = collapse.leader if action == "lead" else runs
@@ -271,10 +272,11 @@ class Cache:
             if collapse is not None and action == "lead":
                 collapse.ran(call, out)
         except BaseException as error:
-            lane.clear()  # half a step is of no use to the next one
-            if isinstance(error, Exception) and not isinstance(error, RanksError):
-                executor.fail()
             self._installer.uninstall()
+            if isinstance(error, Exception) and not isinstance(error, RanksError):
+                with suppress(RanksError):  # what failed here is what has to be told
+                    executor.fail(generation)
+            lane.clear()  # half a step is of no use to the next one
             raise
         finally:
             executor.leave()
@@ -302,7 +304,7 @@ class Cache:
         seen = [x for x in generation.distances[name] if x is not None]
         found = f" (it was compared with {min(seen):.4g} to {max(seen):.4g})" if seen else ""
         did = "skipped every step that it may" if skipped else "never skipped a step"
-        advice = "lower it, or calibrate" if skipped else "raise it, or calibrate"
+        advice = "lower it, or calibrate" if skipped else "raise it or what else limits it, or calibrate"
         warnings.warn(
             f"{policy.name}: {policy.limit} {did}{found}; {advice} with --target-speedup for this model and sampler",
             CacheWarning,

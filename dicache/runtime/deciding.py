@@ -1,7 +1,7 @@
 """Deciders: what each policy looks at while the model runs, and when."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -13,7 +13,7 @@ from dicache.anatomy import Anatomy, Block
 from dicache.anatomy.signal import frames_of, l1_change, motion_of
 from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane
-from dicache.runtime.ranks import Ranks
+from dicache.runtime.ranks import Ranks, RanksError, group_of
 from dicache.runtime.streams import Streams
 from dicache.schedules.policies import AdaCachePolicy, FirstBlockPolicy, Policy, TeaCachePolicy
 from dicache.schedules.rows import Range
@@ -76,11 +76,6 @@ class Decider(ABC, Generic[P]):
         kept = all(part in self.entries for part in self.parts)
         return kept and not self.policy.forced(self.step, self.steps)
 
-    @property
-    def next_decision(self) -> int:
-        """The first step at which something may still be measured, if it is not forced."""
-        return self.step + self._agreed
-
     def agree(self, sums: Tensor) -> list[float]:
         """Return the quotients of pairs of numbers, (measured, 2), as all ranks have them."""
         self._agreed = True
@@ -90,14 +85,29 @@ class Decider(ABC, Generic[P]):
         """Let go of what the pass keeps."""
         self.entries = {}
 
-    def fail(self, device: torch.device) -> None:
-        """Tell the other ranks, where a decision is still to come in this generation, that this one has failed."""
-        if self._awaited():
-            self._ranks.give_up(2 * self.measured, device)
+    def fail(self, running: Lane | None, generation: Generation) -> None:
+        """Tell the other ranks, where a decision is still to come in this generation, that this one has failed.
 
-    def _awaited(self) -> bool:
-        """Return whether other ranks will wait for this one in this generation, if it fails now."""
-        return any(not self.policy.forced(step, self.steps) for step in range(self.next_decision, self.steps))
+        Args:
+            running: The guidance pass whose call failed; None if it failed before that was known.
+            generation: With all its passes.
+        """
+        now = generation.step
+        for lane in generation.lanes.values():
+            if lane.memory is None or lane.step < now - 1:  # it computes, whatever comes, when it is called again
+                continue
+            over = lane.step == now and (lane is not running or self._agreed or not self._measures(lane.entries))
+            if self.awaited(lane.memory, now + over, generation.steps):
+                self._ranks.give_up(2 * self.measured)
+                return
+
+    def _measures(self, entries: Mapping[Hashable, Any]) -> bool:
+        """Return whether the call that runs has something to measure."""
+        return all(part in entries for part in self.parts)
+
+    def awaited(self, memory: Any, step: int, steps: int) -> bool:
+        """Return whether something is measured in a step or a later one of a pass, as far as its memory tells."""
+        return any(not self.policy.forced(later, steps) for later in range(step, steps))
 
 
 class ByModulatedInput(Decider[TeaCachePolicy]):
@@ -141,14 +151,21 @@ class ByResiduals(Decider[AdaCachePolicy]):
         super().leave()
         self._middle, self._sums = None, []
 
-    def _awaited(self) -> bool:
-        if self._measuring and not self._agreed:
+    def _measures(self, entries: Mapping[Hashable, Any]) -> bool:
+        return self._measuring
+
+    def awaited(self, memory: Any, step: int, steps: int) -> bool:
+        if memory.last == step:  # it is being computed
             return True
-        later = range(self.step + 1, self.steps)
-        computed = next((step for step in later if self.policy.due(step, self.steps, self.memory)), None)
-        return computed is not None and self.policy.watches(computed, self.steps)
+        computed = next((later for later in range(step, steps) if self.policy.due(later, steps, memory)), None)
+        return computed is not None and self.policy.watches(computed, steps)
 
     def watch(self, model: nn.Module, program: Program, installer: Installer) -> None:
+        if self.policy.motion is not None and group_of(model) is not None:
+            raise RanksError(
+                "adacache: motion is measured between whole frames, and the tokens of this model are spread over "
+                "ranks; calibrate with --no-motion"
+            )
         self._frames = partial(frames_of, model)
         for block in self._watched:
             module = model.get_submodule(block.module)
@@ -215,11 +232,10 @@ class ByFirstBlocks(Decider[FirstBlockPolicy]):
         self._entered: Tensor | None = None
         self._added: Tensor | None = None
 
-    @property
-    def next_decision(self) -> int:
-        if self.policy.allows(self.memory):
-            return super().next_decision
-        return super().next_decision + 1 if self.policy.allows(replace(self.memory, in_a_row=0)) else self.steps
+    def awaited(self, memory: Any, step: int, steps: int) -> bool:
+        if self.policy.allows(memory):
+            return super().awaited(memory, step, steps)
+        return self.policy.allows(replace(memory, in_a_row=0)) and super().awaited(memory, step + 1, steps)
 
     def watch(self, model: nn.Module, program: Program, installer: Installer) -> None:
         head, tail = self._ends

@@ -21,8 +21,8 @@ class Executor(Protocol):
     def finish(self, lane: Lane) -> None:
         """Release what nothing will read, and count the call."""
 
-    def fail(self) -> None:
-        """Note that the call failed."""
+    def fail(self, generation: Generation) -> None:
+        """Note that the call failed, while what its pass keeps is still there."""
 
     def leave(self) -> None:
         """Forget the call that ran, also when it failed."""

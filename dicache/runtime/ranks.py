@@ -1,5 +1,6 @@
 """The processes that a model is spread over: what is measured is averaged, so that all decide alike."""
 
+import math
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ class Ranks:
     Args:
         group: Of `torch.distributed`; its time-out is how long one rank waits for the others. None for a model that is
             whole in this process.
+        device: Of the model.
     """
 
-    def __init__(self, group: Any | None = None) -> None:
+    def __init__(self, group: Any | None = None, device: torch.device | str = "cpu") -> None:
         self._group = group
+        self._device = device
 
     def quotients(self, sums: Tensor) -> list[float]:
         """Return each row's first number divided by its second, each summed over the ranks first.
@@ -32,18 +35,21 @@ class Ranks:
         Raises:
             RanksError: If another rank has failed in this step, or does not come within the time.
         """
-        if self._group is not None:
-            failed = self._reduce(torch.cat([sums.new_zeros(1), sums.flatten()]))
-            if bool(torch.isnan(failed[0])):
-                raise RanksError("another rank has failed in this step; see its own error")
-            sums = failed[1:].view_as(sums)
-        found: list[float] = (sums[:, 0] / sums[:, 1]).tolist()
+        if self._group is None:
+            alone: list[float] = (sums[:, 0] / sums[:, 1]).tolist()
+            return alone
+        self._device = sums.device
+        both = self._reduce(torch.cat([sums.new_zeros(1), sums.flatten()]))
+        sums = both[1:].view_as(sums)
+        failed, *found = torch.cat([both[:1], sums[:, 0] / sums[:, 1]]).tolist()
+        if math.isnan(failed):
+            raise RanksError("another rank has failed in this step; see its own error")
         return found
 
-    def give_up(self, count: int, device: torch.device) -> None:
+    def give_up(self, count: int) -> None:
         """Let the other ranks, which wait for `count` numbers of this one, fail as well."""
         if self._group is not None:
-            self._reduce(torch.full((1 + count,), torch.nan, device=device))
+            self._reduce(torch.full((1 + count,), torch.nan, dtype=torch.float32, device=self._device))
 
     def _reduce(self, numbers: Tensor) -> Tensor:
         try:

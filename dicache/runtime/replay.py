@@ -75,7 +75,7 @@ class Replay:
                 step.bytes_held[shapes] = bytes_of(lane.entries)
             lane.bytes_held = step.bytes_held[shapes]
 
-    def fail(self) -> None:
+    def fail(self, generation: Generation) -> None:
         """A plan has nobody to tell."""
 
     def leave(self) -> None:

@@ -47,6 +47,7 @@ def measured(speeds: np.ndarray, motions: np.ndarray | None = None) -> Profile:
         "motion/abs_l1": np.ones((runs, 1, STEPS, 1, 3)),
         "motion/between_frames": between,
         "body/gram": residuals @ residuals.swapaxes(1, 2),
+        "teacache/output": np.ones((runs, 1, STEPS, 2)),
     }
     plain = profile(anatomy_of(dit), arrays, steps=STEPS)
     return replace(plain, provenance=replace(plain.provenance, decision_blocks=(1,)))

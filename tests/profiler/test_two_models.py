@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipe
 from torch import Tensor
 
 import dicache
+from dicache.calibrate.adacache import AdaCache
 from dicache.calibrate.teacache import TeaCache
 from dicache.models.sampling import Sampling, sample
 from dicache.profiler import Profile, storage
@@ -97,6 +98,12 @@ def test_schedules_from_both_profiles_save_what_they_expect(profiles: dict[str, 
             sample(pipe, [prompt], [seed], SAMPLING)
         assert high.stats.macs_fraction == pytest.approx(made["transformer"].macs_fraction(), abs=1e-3)
         assert low.stats.macs_fraction == pytest.approx(made["transformer_2"].macs_fraction(), abs=1e-3)
+
+
+def test_adacache_counts_the_steps_of_its_model_alone(profiles: dict[str, Profile]) -> None:
+    for profile in profiles.values():
+        schedule = AdaCache(preset="slow", motion="none").calibrate(profile)
+        assert schedule.measured["computed_steps"] <= seen(profile).sum()
 
 
 def test_a_schedule_for_one_is_refused_for_the_other(profiles: dict[str, Profile]) -> None:

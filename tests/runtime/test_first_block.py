@@ -327,7 +327,7 @@ def test_a_rank_that_fails_tells_the_others_if_they_will_wait_for_it(
 ) -> None:
     """Whether it fails before a step's decision, in the first block, or after it, in the last."""
     given_up: list[int] = []
-    monkeypatch.setattr(Ranks, "give_up", lambda self, count, device: given_up.append(count))
+    monkeypatch.setattr(Ranks, "give_up", lambda self, count: given_up.append(count))
     model = dit()
     given = arguments(model)
     with apply(model, first_block(dit, **{"threshold": 99.0, "last": 1, **settings})) as cache:

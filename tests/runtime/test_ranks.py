@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 from dicache import apply
-from dicache.runtime.ranks import RanksError
+from dicache.runtime.ranks import Ranks, RanksError
+from tests.runtime.test_decisions import Waits
 from tests.tiny import adaptive, arguments, dit, first_block, predict
 
 RANKS = 2
@@ -74,6 +75,31 @@ def with_a_failure(rank: int) -> str:
         return f"own {type(error).__name__}"
 
 
+def with_a_late_failure(rank: int) -> str:
+    """Rank 1 fails in the first pass of the last step that is decided on, behind its decision."""
+    start = time.monotonic()
+    model = dit()
+    try:
+        with apply(model, adaptive(dit, THRESHOLDS[adaptive], steps=STEPS), group=distributed.group.WORLD) as cache:
+            cache.begin_generation()
+            for step, given in enumerate(inputs()):
+                cache.begin_step()
+                for place in range(2):
+                    mine = {name: value[of_rank(rank)] + place for name, value in given.items()}
+                    if rank and step == STEPS - 2 and not place:
+                        model.get_submodule("proj_out_2").register_forward_pre_hook(_fail)
+                    predict(model, mine)
+        return "done"
+    except RanksError as error:
+        return f"{error} after {'a moment' if time.monotonic() - start < TIMEOUT / 2 else 'a long time'}"
+    except ValueError as error:
+        return f"own {error}"
+
+
+def _fail(*_: object) -> None:
+    raise ValueError("out of luck")
+
+
 def with_one_that_leaves(rank: int) -> str:
     try:
         return letters(of_rank(rank), distributed.group.WORLD) if rank else "left"
@@ -115,6 +141,19 @@ def test_a_rank_that_fails_lets_the_others_fail_at_once(tmp_path: Path) -> None:
     waiting, failing = run(with_a_failure, tmp_path)
     assert failing.startswith("own ")
     assert waiting == "another rank has failed in this step; see its own error after a moment"
+
+
+def test_a_rank_that_fails_behind_its_decision_is_not_waited_for_in_another_pass(tmp_path: Path) -> None:
+    waiting, failing = run(with_a_late_failure, tmp_path)
+    assert failing == "own out of luck"
+    assert waiting == "another rank has failed in this step; see its own error after a moment"
+
+
+def test_ranks_wait_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "all_reduce", lambda numbers, group: numbers.mul_(RANKS))
+    with Waits() as waits:
+        assert Ranks(object()).quotients(torch.tensor([[1.0, 2.0], [3.0, 4.0]])) == [0.5, 0.75]
+    assert waits.count == 1
 
 
 def test_a_rank_that_is_gone_is_not_waited_for_for_ever(tmp_path: Path) -> None:

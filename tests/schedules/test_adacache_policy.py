@@ -61,10 +61,20 @@ def test_a_large_late_rate_does_not_jump_past_the_last_two_steps() -> None:
 
 def test_the_distance_is_by_step_so_a_change_over_many_counts_less() -> None:
     of, memory = policy(), policy().remember()
-    memory.rate = 4
+    memory.gap = 4
     of.observe(9, 50, [0.32], None, memory)
     assert memory.distance == pytest.approx(0.08)
     assert memory.rate == 5
+
+
+def test_steps_that_are_always_computed_are_as_far_apart_as_they_are() -> None:
+    of = policy(first_steps=4)
+    memory = of.remember()
+    for step in range(4):
+        assert of.decide(step, 50, None, memory)
+        if step:
+            of.observe(step, 50, [0.04], None, memory)
+            assert memory.distance == pytest.approx(0.04)
 
 
 def test_decision_blocks_are_averaged() -> None:
@@ -77,10 +87,11 @@ def test_decision_blocks_are_averaged() -> None:
 def test_motion_multiplies_the_distance_by_itself_and_its_change() -> None:
     of = policy(motion=Motion(scale=0.5, power=2.0, gradient=10.0, start=0.1, stop=0.9))
     memory = of.remember()
-    memory.rate = 5
+    memory.gap = 5
     of.observe(9, 50, [0.5], 0.75, memory)  # M = 1.5 ** 2 = 2.25, after 1 before: gradient 10 * 1.25 / 5 = 2.5
     assert memory.distance == pytest.approx(0.1 * (2.25 + 2.5))
     assert (memory.rate, memory.motion) == (1, 2.25)
+    memory.gap = 1
     of.observe(10, 50, [0.1], 0.25, memory)  # M = 0.25, which falls by 2 in one step
     assert memory.distance == pytest.approx(0.1 * (0.25 + 20))
 

@@ -35,7 +35,8 @@ class FirstBlockPolicy(Policy):
         first: How many blocks at the start always run.
         last: How many blocks at the end always run.
         max_continuous: How many steps at most are skipped in a row; None sets no limit.
-        max_cached: How many steps at most are skipped in a generation; None sets no limit.
+        max_cached: How many steps at most a guidance pass skips in a generation, counted anew if it was left out of a
+            step; None sets no limit.
         at_threshold: What a distance does that is equal to the threshold: `compute`, as in ParaAttention and cache-dit,
             or `reuse`, as in diffusers.
 

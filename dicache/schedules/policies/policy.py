@@ -26,8 +26,9 @@ class Policy(ABC):
     """Chooses at run time, step by step, whether to skip a row of blocks and add their last delta instead.
 
     Attributes:
-        first_steps: How many steps at the start are always computed.
-        last_steps: How many steps at the end are always computed.
+        first_steps: How many steps at the start of the schedule are always computed; a generation that begins later, as
+            image-to-image does, has so many fewer of them.
+        last_steps: How many steps at its end are always computed.
     """
 
     first_steps: int = 1
