@@ -10,7 +10,7 @@ from dicache.calibrate.simulating import called_steps, decisions
 from dicache.profiler import Profile
 from dicache.schedules import Schedule
 
-Vote = Literal["majority", "any"]
+Vote = Literal["majority", "any", "typical"]
 
 
 def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Schedule:
@@ -22,7 +22,9 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
     Args:
         schedule: Decides at run time.
         profile: Of the model and the sampler that the schedule is for.
-        vote: `majority`, a step is computed if at least half of the runs compute it; `any`, if one of them does.
+        vote: `majority`, a step is computed if at least half of the runs compute it; `any`, if one of them does;
+            `typical`, if the run does whose decisions most of the other runs share, so that what is skipped in a row
+            stays as the rule has it: of runs that take turns in every second step the majority knows nothing.
 
     Returns:
         A schedule with a plan, for each guidance pass by itself if they differ. Under `measured`: `agreement`, the
@@ -34,7 +36,7 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
         CalibrationError: If the schedule does not decide at run time, or the profile is not of its model and sampler.
     """
     if vote not in get_args(Vote):
-        raise CalibrationError(f"freeze: the vote is majority or any, found {vote!r}")
+        raise CalibrationError(f"freeze: the vote is one of {', '.join(get_args(Vote))}, found {vote!r}")
     if schedule.policy is None:
         raise CalibrationError(
             f"freeze: a {schedule.method} schedule decides nothing at run time; it is a plan already"
@@ -55,7 +57,7 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
         raise CalibrationError("freeze: the profile has no run that did not fail; profile again")
     called = called_steps(profile.relative_l1("output"))
     share = decided.mean(axis=0)  # (contexts, steps)
-    computed = share >= 0.5 if vote == "majority" else share > 0
+    computed = _typical(decided) if vote == "typical" else share >= 0.5 if vote == "majority" else share > 0
     letters = {
         context: "".join("C" if each else "." for each in row)
         for context, row in zip(profile.provenance.contexts, computed, strict=True)
@@ -83,6 +85,13 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
             **{name: round(error, 5) for name, error in errors.items() if error is not None},
         },
     )
+
+
+def _typical(decided: np.ndarray) -> np.ndarray:
+    """Return the decisions, (contexts, steps), of the run of each pass that agrees most with all runs."""
+    agreement = (decided[:, None] == decided[None]).mean(axis=(1, 3))  # (runs, contexts)
+    most = agreement.argmax(axis=0)
+    return np.stack([decided[run, context] for context, run in enumerate(most)])
 
 
 def residual_error(profile: Profile, computed: np.ndarray) -> float | None:

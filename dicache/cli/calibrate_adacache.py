@@ -70,7 +70,7 @@ def adacache(
     settings = AdaCache(
         pairs,
         preset,
-        None if share is None else 1 / share,
+        target_speedup or (None if share is None else 1 / share),
         decision_block or (),
         branch,
         "published" if published_motion else "profile" if motion else "none",

@@ -137,10 +137,10 @@ def diff(one: Path, other: Path, as_json: bool) -> None:
 @profile_option
 @click.option(
     "--vote",
-    type=click.Choice(["majority", "any"]),
+    type=click.Choice(["majority", "any", "typical"]),
     default="majority",
     show_default=True,
-    help="A step is computed if at least half of the profile's runs compute it, or if any of them does.",
+    help="A step is computed if half of the profile's runs compute it, if any does, or if the most typical run does.",
 )
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="[default: FILE-frozen.json]")
 @json_option

@@ -50,6 +50,17 @@ def test_the_majority_decides_and_any_computes_more() -> None:
     assert votes["any"].macs_fraction() > votes["majority"].macs_fraction()
 
 
+def test_the_typical_run_is_taken_whole() -> None:
+    profile = measured(changes(runs=9))
+    decided = simulate(POLICY, profile.relative_l1("input"))[:, 0]
+    plan = freeze(adaptive(profile), profile, "typical").plan
+    assert plan is not None
+    [run] = {place for place, row in enumerate(decided) if tuple(np.flatnonzero(row).tolist()) == plan.computed_steps}
+    agreement = [float((decided == row).mean()) for row in decided]
+    assert agreement[run] == max(agreement)
+    assert (decided.mean(axis=0) >= 0.5).tolist() != decided[run].tolist()  # which is not what the majority does
+
+
 def test_guidance_passes_that_decide_differently_are_frozen_apart() -> None:
     x = np.repeat(changes(runs=1), 2, axis=1)
     x[:, 1] *= 0.3
@@ -85,7 +96,7 @@ def test_what_cannot_be_frozen_is_refused() -> None:
     bound = replace(adaptive(profile), target=replace(profile.provenance.target, dtype="float32"))
     with pytest.raises(CalibrationError, match=r"float32.*found.*x.*profile the model"):
         freeze(bound, other)
-    with pytest.raises(CalibrationError, match="majority or any, found 'most'"):
+    with pytest.raises(CalibrationError, match="one of majority, any, typical, found 'most'"):
         freeze(adaptive(profile), profile, "most")  # type: ignore[arg-type]
     empty = {name: array[:0] for name, array in profile.arrays.items()}
     with pytest.raises(CalibrationError, match="no run that did not fail"):
