@@ -3,7 +3,7 @@
 Each experiment is one text in `results/`; see `benchmarks.ablations`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,14 +33,10 @@ def teacache(bench: Bench, steps: int) -> str:
     """TeaCache at five costs, beside its frozen plan and as many steps spread evenly; and published polynomials."""
     profile = bench.profile(steps)
     rows: Named = []
-    pairs: list[tuple[str, str]] = []
     for target in (1.25, 1.5, 1.75, 2.0, 2.5):
-        name, schedule = f"teacache {target}x", TeaCache(target_speedup=target).calibrate(profile)
-        count = round(schedule.measured["computed_steps"])
-        evenly = f"{count} steps evenly"
-        rows += [(name, schedule), (f"frozen {target}x", freeze(schedule, profile))]
-        rows += [] if evenly in dict(rows) else [(evenly, spread(bench, steps, count))]
-        pairs.append((name, evenly))
+        schedule = TeaCache(target_speedup=target).calibrate(profile)
+        rows += [(f"teacache {target}x", schedule), (f"frozen {target}x", freeze(schedule, profile, "typical"))]
+    evenly = [(f"{count} steps evenly", spread(bench, steps, count)) for count in range(steps // 3, steps)]
     fit = rows[0][1].measured["fit"]
     for known, threshold in PUBLISHED:
         rows += [(f"{known} {threshold}", TeaCache(threshold, published=known).calibrate(profile))]
@@ -48,21 +44,44 @@ def teacache(bench: Bench, steps: int) -> str:
         rows += [(f"{known} {threshold} reference", as_published.calibrate(profile))]
         rows += [(f"{known} 1.5x", TeaCache(target_speedup=1.5, published=known).calibrate(profile))]
     results = bench.results(rows, bench.sampling(steps))
-    decibels = {result.name: psnr(result.images, results[0].images) for result in results[1:]}
-    gains = []
-    for name, evenly in pairs:
-        gain = decibels[name] - decibels[evenly]
-        half = 1.96 * gain.std(ddof=1) / len(gain) ** 0.5
-        interval = f"{gain.mean() - half:+.1f} to {gain.mean() + half:+.1f}"
-        gains.append([f"{name} over {evenly}", f"{gain.mean():+.1f}", interval])
+    even = bench.untimed(evenly, bench.sampling(steps))
+    gains = [gain_over(result, even[1:], even[0].images) for result in results[1 : len(rows) + 1]]
     fits = [["own, on held-out runs", *(f"{fit[key]:.3f}" for key in ("held_out_r2", "held_out_rmse"))]]
     fits += [
         [name, f"{found.r2:.3f}", f"{found.rmse:.3f}"]
         for name, found in published_fits(profile, [known for known, _ in PUBLISHED]).items()
     ]
     return "\n\n".join(
-        [results_table(results), table(["PSNR", "dB", "95 %"], gains), table(["polynomial", "R2", "RMSE"], fits)]
+        [
+            results_table(results),
+            results_table(even),
+            table(["PSNR over steps spread evenly, at equal MACs", "dB", "95 %"], [g for g in gains if g]),
+            table(["polynomial", "R2", "RMSE"], fits),
+        ]
     )
+
+
+def gain_over(result: Any, others: Sequence[Any], uncached: np.ndarray) -> list[str]:
+    """Return a row: by how much a result's PSNR is above that of others at its cost, between the two nearest of them.
+
+    Args:
+        result: Of one schedule.
+        others: Of schedules of rising cost.
+        uncached: The images without a schedule.
+
+    Returns:
+        Name, mean of the paired differences in dB, and its 95 % interval; empty where no two others enclose the cost.
+    """
+    below = [each for each in others if each.macs_fraction <= result.macs_fraction]
+    above = [each for each in others if each.macs_fraction > result.macs_fraction]
+    if not below or not above:
+        return []
+    low, high = below[-1], above[0]
+    share = (result.macs_fraction - low.macs_fraction) / (high.macs_fraction - low.macs_fraction)
+    mine, one, other = (psnr(each.images, uncached) for each in (result, low, high))
+    gain = mine - ((1 - share) * one + share * other)
+    half = 1.96 * gain.std(ddof=1) / len(gain) ** 0.5
+    return [result.name, f"{gain.mean():+.1f}", f"{gain.mean() - half:+.1f} to {gain.mean() + half:+.1f}"]
 
 
 def spread(bench: Bench, steps: int, count: int) -> Schedule:

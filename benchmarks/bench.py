@@ -61,6 +61,20 @@ class Bench:
     def planned(self, steps: int, name: str, settings: PlanMethod) -> tuple[str, Schedule]:
         return name, planned_schedule(settings, *self.survey(steps))
 
+    def untimed(self, schedules: Named, sampling: Sampling) -> list[Any]:
+        """Return the uncached result, then one for each schedule; without speed-ups, and without fewer steps."""
+        uncached, cached, _ = evaluate(
+            self.pipeline,
+            schedules,
+            self.conditions,
+            sampling=sampling,
+            judges=self.judges,
+            references=BUILD / "references",
+            timing_rounds=0,
+            fewer_steps=False,
+        )
+        return [uncached, *cached]
+
     def results(self, schedules: Named, sampling: Sampling, *, fewer_steps: bool = True) -> list[Any]:
         uncached, cached, fewer = evaluate(
             self.pipeline,
