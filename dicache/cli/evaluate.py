@@ -124,6 +124,13 @@ def evaluate(
         )
         return
     click.echo(results_table([uncached, *results, *fewer]))
+    for (_, schedule), result in zip(schedules, results, strict=True):
+        if schedule.policy is not None and (foreseen := schedule.measured.get("computed_steps")) is not None:
+            each = result.computed_each or (result.computed_steps,)
+            click.echo(
+                f"{result.name}: {foreseen:g} steps foreseen on its profile's runs, {result.computed_steps:.1f} "
+                f"computed here, {min(each):g} to {max(each):g} an image"
+            )
 
 
 def results_table(results: "Sequence[Result]") -> str:

@@ -91,9 +91,18 @@ def test_eoc_needs_priors_and_a_base(workplace: Path) -> None:
 
 
 def test_images_are_generated_with_each_of_them(workplace: Path) -> None:
+    settings: dict[str, tuple[object, ...]] = {
+        "taylorseer": ("--order", 2),
+        "faster-diffusion": ("--blocks", 5),
+        "magcache": ("--threshold", 9, "--max-skip", 1),
+        "pab": ("--ranges", "attn=2,mlp=3", "--window", "100-800"),
+        "eoc": ("--base", "base.json", "--weight", 0.05),
+    }
+    for name, words in settings.items():
+        dicache("calibrate", name, *words, "-o", f"drawn-{name}.json")
     pictures = {}
-    for name in ("base", "taylorseer", "faster-diffusion", "magcache", "pab", "eoc"):
-        dicache("generate", "--model", "digits", "--class", 7, "--schedule", f"{name}.json", "--steps", 8, "-o", name)
+    for name, file in {"base": "base.json", **{name: f"drawn-{name}.json" for name in settings}}.items():
+        dicache("generate", "--model", "digits", "--class", 7, "--schedule", file, "--steps", 8, "-o", name)
         pictures[name] = np.asarray(Image.open(f"{name}/7-0.png")).astype(float)
     dicache("generate", "--model", "digits", "--class", 7, "--steps", 8, "-o", "plain")
     plain = np.asarray(Image.open("plain/7-0.png")).astype(float)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dicache.cli import main
 from dicache.profiler.storage import load
+from dicache.schedules import Schedule
 
 
 def dicache(*words: object, fails: bool = False) -> Result:
@@ -118,6 +119,11 @@ def test_an_evaluation_has_a_result_a_schedule_and_the_baseline(workplace: Path)
     table = dicache(*words, "--timing-rounds", "0", "--metrics", "psnr,ssim").stdout
     assert "uncached" in table
     assert "accuracy" not in table
+    (foreseen,) = re.findall(r"(\S+): (\S+) steps foreseen .* (\S+) computed here, (\d+) to (\d+) an image", table)
+    assert foreseen[0] == "teacache"
+    assert float(foreseen[1]) == Schedule.load("teacache.json").measured["computed_steps"]
+    assert int(foreseen[3]) <= float(foreseen[2]) == pytest.approx(teacache["computed_steps"], abs=0.05)
+    assert float(foreseen[2]) <= int(foreseen[4])
 
 
 @pytest.mark.parametrize(
