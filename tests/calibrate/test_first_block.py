@@ -130,7 +130,8 @@ def test_frozen_it_is_a_plan_of_the_blocks_behind_the_first() -> None:
     walks = random_walks(runs=5)
     residuals = np.random.default_rng(1).normal(size=(5, STEPS, 7))
     profile = measured(walks)
-    arrays = {**profile.arrays, "body/gram": residuals @ residuals.swapaxes(1, 2)}
+    output = np.ones((5, 1, STEPS, 2))
+    arrays = {**profile.arrays, "body/gram": residuals @ residuals.swapaxes(1, 2), "teacache/output": output}
     profile = Profile(profile.provenance, profile.runs, arrays)
     adaptive = FirstBlock(0.2).calibrate(profile)
     frozen = freeze(adaptive, profile)
