@@ -6,9 +6,15 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from dicache.calibrate.freezing import residual_error
 from dicache.calibrate.methods import CalibrationError, method
-from dicache.calibrate.simulating import called_steps, find_limit, macs_fraction, rate_signals, simulate_rates
+from dicache.calibrate.simulating import (
+    called_steps,
+    find_limit,
+    macs_fraction,
+    rate_signals,
+    residual_error,
+    simulate_rates,
+)
 from dicache.profiler import Profile
 from dicache.schedules import AdaCachePolicy, Motion, Schedule
 from dicache.schedules.policies.adacache import Codebook, Residual

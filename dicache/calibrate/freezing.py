@@ -6,7 +6,7 @@ import numpy as np
 
 from dicache.anatomy.parts import span
 from dicache.calibrate.methods import CalibrationError, body_plan
-from dicache.calibrate.simulating import called_steps, decisions
+from dicache.calibrate.simulating import called_steps, decisions, residual_error
 from dicache.profiler import Profile
 from dicache.schedules import Schedule
 
@@ -92,23 +92,3 @@ def _typical(decided: np.ndarray) -> np.ndarray:
     agreement = (decided[:, None] == decided[None]).mean(axis=(1, 3))  # (runs, contexts)
     most = agreement.argmax(axis=0)
     return np.stack([decided[run, context] for context, run in enumerate(most)])
-
-
-def residual_error(profile: Profile, computed: np.ndarray) -> float | None:
-    """Return the mean relative change of the guided residual from the step that stands in to the one it stands for.
-
-    Args:
-        profile: With the products of all steps' residuals.
-        computed: What is computed, boolean, shape (runs, contexts, steps).
-    """
-    errors = []
-    for gram, passes in zip(profile.arrays["body/gram"], computed, strict=True):
-        for row in passes:
-            last = 0
-            for step, computes in enumerate(row):
-                if computes:
-                    last = step
-                    continue
-                now, then, both = gram[step, step], gram[last, last], gram[step, last]
-                errors.append(float(np.sqrt(max(now + then - 2 * both, 0.0) / now)) if now > 0 else np.nan)
-    return float(np.nanmean(errors)) if np.isfinite(errors).any() else None

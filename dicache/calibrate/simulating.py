@@ -132,6 +132,26 @@ def simulate_first_block(policy: FirstBlockPolicy, x: np.ndarray) -> tuple[np.nd
     return computed, unknown
 
 
+def residual_error(profile: Profile, computed: np.ndarray) -> float | None:
+    """Return the mean relative change of the guided residual from the step that stands in to the one it stands for.
+
+    Args:
+        profile: With the products of all steps' residuals.
+        computed: What is computed, boolean, shape (runs, contexts, steps).
+    """
+    errors = []
+    for gram, passes in zip(profile.arrays["body/gram"], computed, strict=True):
+        for row in passes:
+            last = 0
+            for step, computes in enumerate(row):
+                if computes:
+                    last = step
+                    continue
+                now, then, both = gram[step, step], gram[last, last], gram[step, last]
+                errors.append(float(np.sqrt(max(now + then - 2 * both, 0.0) / now)) if now > 0 else np.nan)
+    return float(np.nanmean(errors)) if np.isfinite(errors).any() else None
+
+
 def macs_fraction(policy: Policy, anatomy: Anatomy, computed: float, *, beforehand: bool = False) -> float:
     """Return the share of all multiply-accumulates where a policy computes this share of the steps.
 
