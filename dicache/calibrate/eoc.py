@@ -184,13 +184,7 @@ def _check(profile: Profile, base: Schedule) -> None:
         raise CalibrationError(f"eoc: the base must have a plan, but {base.method} decides at run time")
     if base.corrections is not None:
         raise CalibrationError("eoc: the base is corrected already; take the schedule that it was made from")
-    found: dict[str, Any] = {k: v for k, v in vars(profile.provenance.target).items() if v is not None}
-    differences = base.target.differences(**found)
-    if base.anatomy.sites != profile.anatomy.sites:
-        differences = [f"the sites of a {base.anatomy.model}, found those of a {profile.anatomy.model}"]
-    elif base.steps != profile.steps:
-        differences = [f"{base.steps} steps, found {profile.steps}"]
-    if differences:
+    if differences := profile.differences(base):
         raise CalibrationError(
             f"eoc: the base schedule was made for {'; '.join(differences)} in the profile. Profile the model and the "
             "sampler that the base is for"

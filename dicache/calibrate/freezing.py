@@ -41,13 +41,7 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
         raise CalibrationError(
             f"freeze: a {schedule.method} schedule decides nothing at run time; it is a plan already"
         )
-    found = {name: value for name, value in vars(profile.provenance.target).items() if value is not None}
-    differences = schedule.target.differences(**found)
-    if schedule.anatomy.sites != profile.anatomy.sites:
-        differences = [f"a {schedule.anatomy.model} with {len(schedule.anatomy.sites)} sites"]
-    elif schedule.steps != profile.steps:
-        differences = [f"{schedule.steps} steps, found {profile.steps}"]
-    if differences:
+    if differences := profile.differences(schedule):
         raise CalibrationError(
             f"freeze: the schedule was made for {'; '.join(differences)} in the profile; profile the model and the "
             "sampler that it is for"

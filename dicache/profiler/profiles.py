@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dicache.anatomy import Anatomy
-from dicache.schedules import Target
+from dicache.schedules import Schedule, Target
 
 FORMAT = "dicache.profile/1"
 RATES = 12  # steps back that a decision block's residuals are compared with: the largest published rate of AdaCache
@@ -167,6 +167,16 @@ class Profile:
     def branches(self) -> tuple[str, ...]:
         """Kinds of branch, in the order in which a block calls them."""
         return tuple(dict.fromkeys(key.partition(".")[2] for key in self.anatomy.sites))
+
+    def differences(self, schedule: Schedule) -> list[str]:
+        """Return one sentence for each thing that a schedule was made for and that this profile is not of."""
+        if schedule.anatomy.sites != self.anatomy.sites:
+            mine, theirs = len(self.anatomy.sites), len(schedule.anatomy.sites)
+            return [f"the {theirs} sites of a {schedule.anatomy.model}, found {mine} of a {self.anatomy.model}"]
+        if schedule.steps != self.steps:
+            return [f"{schedule.steps} steps, found {self.steps}"]
+        found = {name: value for name, value in vars(self.provenance.target).items() if value is not None}
+        return schedule.target.differences(**found)
 
     def similarity(self, branch: str, lag: int = 1) -> np.ndarray:
         """Return the cosine between a branch's outputs at step i and i - lag, shape (r, c, s, b).

@@ -134,7 +134,7 @@ def test_a_base_that_is_not_for_the_profile_is_refused() -> None:
         (adaptive, "teacache decides at run time"),
         (base(weights="beef"), "made for weights beef, found fa7a in the profile"),
         (base(num_inference_steps=9), "made for num inference steps 9, found 5 in the profile"),
-        (replace(base(), anatomy=written(3)), "the sites of a Toy, found those of a Toy"),
+        (replace(base(), anatomy=written(3)), "the 6 sites of a Toy, found 4 of a Toy"),
         (replace(base(), steps=2, plan=Plan(2, (Rule("reuse", "C."),))), "2 steps, found 5"),
         (base(Rule("skip", LETTERS)), "the fora schedule holds no output of a branch"),
         (Eoc().calibrate(measured(), base(), prior), "corrected already"),
