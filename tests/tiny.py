@@ -15,6 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LatteTransformer3DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -110,6 +111,28 @@ def flux(single_layers: int = 2, **config: Any) -> nn.Module:
             pooled_projection_dim=POOLED,
             axes_dims_rope=(4, 4, 4),
             **{"num_layers": 3, "guidance_embeds": True, **config},
+        )
+    )
+
+
+def latte(frames: int = 3) -> nn.Module:
+    """Two blocks over the places of a frame and two over the frames of a place, in turn."""
+    return randomised(
+        LatteTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=WIDTH // 2,
+            in_channels=CHANNELS,
+            out_channels=2 * CHANNELS,
+            num_layers=2,
+            sample_size=SIZE,
+            patch_size=2,
+            cross_attention_dim=WIDTH,
+            caption_channels=CAPTION,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=False,
+            attention_bias=True,
+            activation_fn="gelu-approximate",
+            video_length=frames,
         )
     )
 

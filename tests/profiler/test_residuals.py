@@ -14,8 +14,8 @@ from dicache.profiler.profiles import RATES, RESIDUALS
 from dicache.profiler.profiling import usual_decision_block
 from dicache.profiler.residuals import Residuals
 from tests.profiler.test_profiling import profiled
-from tests.runtime.test_adacache import anatomy, latte
-from tests.tiny import anatomy_of, dit, flux
+from tests.runtime.test_adacache import anatomy
+from tests.tiny import anatomy_of, dit, flux, latte
 
 LAGS, STEPS, FRAMES = 3, 6, 5
 

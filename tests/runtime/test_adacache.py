@@ -27,9 +27,9 @@ from tests.tiny import (
     dit,
     every_transformer,
     flux,
+    latte,
     pixart,
     predict,
-    randomised,
     replay,
 )
 
@@ -39,28 +39,6 @@ CODEBOOK = ((0.1, 4), (0.2, 3), (0.5, 2), (9.0, 1))
 MOTION = Motion(scale=0.016, power=2.0, gradient=1.0, start=0.1, stop=0.9)
 Build = Callable[[], nn.Module]
 Call = dict[str, Any]
-
-
-def latte(frames: int = FRAMES) -> nn.Module:
-    """Two blocks over the places of a frame and two over the frames of a place, in turn."""
-    return randomised(
-        LatteTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=WIDTH // 2,
-            in_channels=CHANNELS,
-            out_channels=2 * CHANNELS,
-            num_layers=2,
-            sample_size=SIZE,
-            patch_size=2,
-            cross_attention_dim=WIDTH,
-            caption_channels=16,
-            norm_type="ada_norm_single",
-            norm_elementwise_affine=False,
-            attention_bias=True,
-            activation_fn="gelu-approximate",
-            video_length=frames,
-        )
-    )
 
 
 def call_of(model: nn.Module, frames: int = FRAMES, seed: int = 0) -> Call:

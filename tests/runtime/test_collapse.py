@@ -11,7 +11,6 @@ from diffusers import (
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     HeunDiscreteScheduler,
-    LatteTransformer3DModel,
     LCMScheduler,
     PixArtTransformer2DModel,
 )
@@ -37,9 +36,9 @@ from tests.tiny import (
     arguments,
     dit,
     generate,
+    latte,
     pipeline_of,
     pixart,
-    randomised,
 )
 
 GUIDANCE = 4.5
@@ -139,28 +138,9 @@ def reference(
     return latents
 
 
-def latte() -> nn.Module:
-    """Two spatial blocks with cross-attention, and after each a temporal one without."""
-    return randomised(
-        LatteTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=WIDTH // 2,
-            in_channels=CHANNELS,
-            out_channels=2 * CHANNELS,
-            num_layers=2,
-            sample_size=SIZE,
-            cross_attention_dim=WIDTH,
-            caption_channels=CAPTION,
-            video_length=FRAMES,
-            patch_size=2,
-            norm_type="ada_norm_single",
-        )
-    )
-
-
 def latte_pipeline() -> Any:
     vae = pipeline_of(pixart).vae
-    pipe = LattePipeline(None, None, vae, latte(), DDIMScheduler())
+    pipe = LattePipeline(None, None, vae, latte(FRAMES), DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
