@@ -1,8 +1,10 @@
 """Find the blocks, sites, streams and segments of a model by watching one call of it. No table of models."""
 
+from collections.abc import Hashable
 from dataclasses import replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dicache.anatomy.branches import sites_of
 from dicache.anatomy.inputs import Inputs, example_inputs, latents_of
@@ -56,7 +58,8 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
     main = [place for place, call in enumerate(calls) if call.container not in text]
     calls, returns = [calls[place] for place in main], [returns[place] for place in main]
     _check_called_once(model, calls, lists)
-    blocks = [_block(index, *seen) for index, seen in enumerate(zip(calls, returns, strict=True))]
+    known: dict[Hashable, Block] = {}
+    blocks = [_block(index, *seen, known) for index, seen in enumerate(zip(calls, returns, strict=True))]
     blocks, macs = _measure(model, blocks, inputs)
     return Anatomy(
         model=type(model).__name__,
@@ -77,7 +80,11 @@ def _check_called_once(model: nn.Module, calls: list[BlockCall], lists: dict[str
         seen.add(id(call.module))
 
 
-def _block(index: int, call: BlockCall, returns: Returns) -> Block:
+def _block(index: int, call: BlockCall, returns: Returns, known: dict[Hashable, Block]) -> Block:
+    """Return a block's description; one that is made and called as a known one is has the same, and is not probed."""
+    kind = _kind(call, returns)
+    if kind in known:
+        return replace(known[kind], index=index, path=call.container, position=call.position)
     check_streams(call, returns)
     block = Block(
         index=index,
@@ -87,7 +94,28 @@ def _block(index: int, call: BlockCall, returns: Returns) -> Block:
         returns=returns,
         sites=sites_of(call, returns),
     )
-    return replace(block, norms=norms_of(block, call), middle=middle_of(block, call))
+    known[kind] = replace(block, norms=norms_of(block, call), middle=middle_of(block, call))
+    return known[kind]
+
+
+def _kind(call: BlockCall, returns: Returns) -> Hashable:
+    """Return what two blocks share that are made alike, setting by setting, and called alike."""
+    parts = [
+        (path, type(part), tuple((name, _form(value)) for name, value in sorted(vars(part).items())))
+        for path, part in call.module.named_modules()
+    ]
+    arguments = [(name, _form(value)) for name, value in call.arguments.items()]
+    pieces = [(piece.path, _form(piece.returned)) for piece in call.pieces]
+    return returns, _form(call.returned), tuple(parts), tuple(arguments), tuple(pieces)
+
+
+def _form(value: Any) -> Hashable:
+    """Return the shape of a tensor, of each in a row of them, or what another argument is."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(map(_form, value))
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
 
 
 def _measure(model: nn.Module, blocks: list[Block], inputs: Inputs) -> tuple[list[Block], int]:
