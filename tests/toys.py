@@ -92,6 +92,19 @@ class DualBlock(nn.Module):
         return c + self.ff_context(c), x + self.ff(x)
 
 
+class SharedBlock(nn.Module):
+    """Image and text streams that meet in one attention and go through one MLP, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.ff = JointAttention(), FeedForward()
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        for_image, for_text = self.attn(hidden_states, context=encoder_hidden_states)
+        x, c = hidden_states + for_image, encoder_hidden_states + for_text
+        return x + self.ff(x), c + self.ff(c)
+
+
 class FusedBlock(nn.Module):
     """Attention and MLP side by side that leave through one matrix; image and text in a row, and apart again."""
 
@@ -188,7 +201,9 @@ class Chain(nn.Module):
             if self.between and index == self.between:
                 x = self.adapter(x)
             for _ in range(self.repeats):
-                if isinstance(block, (DualBlock, FusedBlock)):
+                if isinstance(block, SharedBlock):
+                    x, context = block(x, encoder_hidden_states=context)
+                elif isinstance(block, (DualBlock, FusedBlock)):
                     context, x = block(x, encoder_hidden_states=context)
                 elif self.long_skip and index == 2:
                     x = block(x, skip=first)
@@ -208,6 +223,7 @@ CHAINS: dict[str, dict[str, Any]] = {
     "refined": {"refines": 1},
     "refined twice": {"refines": 2},
     "fused": {"block": FusedBlock},
+    "shared": {"block": SharedBlock},
     "inline": {"block": InlineBlock},
     "closed": {"block": ClosedBlock},
     "lonely": {"block": LonelyBlock},

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from dicache.anatomy.overrides import TURN
 from dicache.anatomy.parts import AnatomyError, Site
 from dicache.anatomy.probing import Probe, carries, feeding_only
 from dicache.anatomy.recognising import MATRICES, count_matrices, is_attention, is_branch
@@ -21,7 +22,7 @@ def sites_of(call: BlockCall, returns: Returns) -> tuple[Site, ...]:
     is written out in the block, or of a fused branch where an attention leaves through it as well.
 
     Raises:
-        AnatomyError: If there are none, or one is called in a way that is not supported.
+        AnatomyError: If there are none.
     """
     streams = call.streams(returns)
     widths = {tensor.shape[-1] for tensor in streams.values()}
@@ -34,16 +35,13 @@ def sites_of(call: BlockCall, returns: Returns) -> tuple[Site, ...]:
         if not (whole or piece.path in inner):
             continue
         paths = inner.get(piece.path, ())
-        for path in (piece.path, *paths):
-            if order.count(path) > 1:
-                raise AnatomyError(f"{call.path} calls its {path} more than once a step, which is not supported")
         sites.append(Site(branch=_kind(piece, paths, call, widths), module=piece.path, inner=paths))
     if not sites:
         raise AnatomyError(f"{call.path}: no attention or feed-forward was called in this block")
     if len(sites) == 1 and sites[0].branch == "attn" and not sites[0].inner:
         # An attention and nothing beside it: the MLP is inside.
         sites = [replace(sites[0], branch="fused")]
-    return _named(sorted(sites, key=lambda site: order.index(site.entrance)))
+    return _named(sorted(sites, key=lambda site: order.index(site.entrance)), call, streams)
 
 
 def _makes_tokens(piece: PieceCall, widths: set[int]) -> bool:
@@ -55,22 +53,19 @@ def _makes_tokens(piece: PieceCall, widths: set[int]) -> bool:
 def _inner(call: BlockCall, streams: dict[str, Tensor], widths: set[int]) -> dict[str, tuple[str, ...]]:
     """Return the bare matrices that are the output of a branch, each with the pieces that feed nothing else."""
     order = [piece.path for piece in call.pieces]
-    bare = [
-        piece
-        for piece in call.pieces
-        if isinstance(piece.module, MATRICES) and _makes_tokens(piece, widths) and order.count(piece.path) == 1
-    ]
+    bare = [piece for piece in call.pieces if isinstance(piece.module, MATRICES) and _makes_tokens(piece, widths)]
     if not bare:
         return {}
     probe = Probe(call)
+    made = {piece.path: piece.module for piece in call.pieces}
     found: dict[str, tuple[str, ...]] = {}
     absorbed: set[str] = set()
     for piece in reversed(bare):
         if piece.path in absorbed or carries(probe, piece.path, streams):
             continue
         earlier = [path for path in order[: order.index(piece.path)] if path not in absorbed]
-        paths = feeding_only(probe, piece.path, list(dict.fromkeys(earlier)))
-        if any(count_matrices(call.module.get_submodule(path)) for path in paths):
+        paths = feeding_only(probe, piece.path, earlier)
+        if any(count_matrices(module) for module in (made[path] for path in paths)):
             found[piece.path] = paths
             absorbed.update(paths)
     return found
@@ -92,17 +87,30 @@ def _kind(piece: PieceCall, inner: tuple[str, ...], call: BlockCall, widths: set
     return "cross_attn" if isinstance(context, Tensor) and not itself else "attn"
 
 
-def _named(sites: list[Site]) -> tuple[Site, ...]:
-    """Tell sites of one kind in one block apart by what their modules' names add: `mlp` and `mlp.context`."""
+def _named(sites: list[Site], call: BlockCall, streams: dict[str, Tensor]) -> tuple[Site, ...]:
+    """Tell sites of one kind in one block apart: `mlp` and `mlp.context`.
+
+    By what the names of their modules add; calls of one module by the stream whose tokens they make.
+    """
     named: list[Site] = []
     for site in sites:
         alike = [other for other in sites if other.branch == site.branch]
         branch = site.branch
         if len(alike) > 1:
-            rest = KIND_WORDS.sub("", site.module.rpartition(".")[2]).strip("_")
+            name, _, turn = site.module.rpartition(".")[2].partition(TURN)
+            rest = KIND_WORDS.sub("", name).strip("_") or (_stream_of(site, call, streams) if turn else "")
             taken = {other.branch for other in named}
             branch = f"{branch}.{rest}" if rest else branch
             if branch in taken:
-                branch = f"{site.branch}.{site.module.rpartition('.')[2]}"
+                branch = f"{site.branch}.{turn.partition('/')[0] or name}"
         named.append(replace(site, branch=branch))
     return tuple(named)
+
+
+def _stream_of(site: Site, call: BlockCall, streams: dict[str, Tensor]) -> str:
+    """Return what tells the stream that a site makes tokens for from the main one; empty for that, or if unknown."""
+    made = next(piece.outputs[0] for piece in call.pieces if piece.path == site.module)
+    found = [name for name, tensor in streams.items() if tensor.shape[1] == made.shape[1]]
+    if len(found) != 1:
+        return ""
+    return "context" if found[0] == "encoder_hidden_states" else found[0].replace("hidden_states", "").strip("_")

@@ -1,8 +1,8 @@
 """Multiply-accumulates counted by operator, as they happen: hooks cannot claim work that was not done."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ class MacCounter(TorchDispatchMode):
         self._open = [TOTAL]
 
     @contextmanager
-    def mark(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Attribute work to these modules, path -> module, as well."""
+    def mark(self, model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+        """Attribute work to these modules of a model as well."""
 
         def watched(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,8 @@ class MacCounter(TorchDispatchMode):
             return run
 
         with Overrides() as overrides:
-            for path, module in modules.items():
+            for path in paths:
+                module = overrides.part(model, path)
                 overrides.set(module, watched(path, module.forward))
             yield
 
@@ -70,9 +71,9 @@ class MacCounter(TorchDispatchMode):
             self.macs[path] += macs
 
 
-def count_macs(run: Callable[[], Any], modules: Mapping[str, nn.Module] | None = None) -> Counter[str]:
-    """Return the multiply-accumulates of `run()`: in all (`TOTAL`) and while each marked module ran."""
+def count_macs(run: Callable[[], Any], model: nn.Module | None = None, paths: Iterable[str] = ()) -> Counter[str]:
+    """Return the multiply-accumulates of `run()`: in all (`TOTAL`) and while each of these modules of a model ran."""
     counter = MacCounter()
-    with counter.mark(modules or {}), torch.no_grad(), counter:
+    with counter.mark(model, paths) if model is not None else nullcontext(), torch.no_grad(), counter:
         run()
     return counter.macs

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dicache.anatomy.overrides import without_turn
 from dicache.anatomy.parts import Block
 from dicache.anatomy.probing import Forward, Probe
 from dicache.anatomy.recognising import norms
@@ -29,7 +30,7 @@ def middle_of(block: Block, call: BlockCall) -> str:
     probe = Probe(call)
     entered: Tensor = call.arguments[stream]
     silent = {site.module: probe.nothing(site.module) for site in block.sites}
-    inside = [path for site in block.sites for path in site.modules]
+    inside = [without_turn(path) for site in block.sites for path in site.modules]
     places = [site.entrance for site in block.sites]
     places += [path for path in norms(call.module) if not f"{path}.".startswith(tuple(f"{p}." for p in inside))]
     watch = _Watch(places, list(silent))

@@ -6,6 +6,19 @@ from typing import Any
 
 from torch import nn
 
+TURN = "#"  # `ff#2/2`: the second of two calls of `ff` in one call of its block
+
+
+class Turn(nn.Module):
+    """Stands for one of several calls of a module in one call of its block, so that each can be replaced alone."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
 
 class Overrides:
     """Instance-level replacements of `forward`, undone in one go.
@@ -16,6 +29,8 @@ class Overrides:
 
     def __init__(self) -> None:
         self._before: dict[nn.Module, Callable[..., Any] | None] = {}
+        self._turns: dict[nn.Module, list[Turn]] = {}
+        self._next: dict[nn.Module, int] = {}
 
     def set(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Replace the forward of `module`."""
@@ -23,6 +38,28 @@ class Overrides:
             self._before[module] = module.__dict__.get("forward")
         # Past nn.Module.__setattr__, which would look through its parameters and buffers first.
         module.__dict__["forward"] = forward
+
+    def part(self, root: nn.Module, path: str) -> nn.Module:
+        """Return a module by its path below another; for a path that names one of several calls, what stands for it."""
+        path, _, turn = path.partition(TURN)
+        module: nn.Module = root.get_submodule(path)
+        if not turn:
+            return module
+        place, count = map(int, turn.split("/"))
+        if module not in self._turns:
+            turns = self._turns[module] = [Turn(module.forward) for _ in range(count)]
+
+            def in_turn(*args: Any, **kwargs: Any) -> Any:
+                now = self._next.get(module, 0)
+                self._next[module] = (now + 1) % count
+                return turns[now].forward(*args, **kwargs)
+
+            self.set(module, in_turn)
+        return self._turns[module][place - 1]
+
+    def rewind(self) -> None:
+        """Begin with the first call of every module again, in case the model's call before was broken off."""
+        self._next.clear()
 
     def original(self, module: nn.Module) -> Callable[..., Any]:
         """Return the forward that `module` had before any replacement."""
@@ -42,6 +79,8 @@ class Overrides:
         """Give every module its own forward back."""
         for module in list(self._before):
             self.clear(module)
+        self._turns.clear()
+        self._next.clear()
 
     def __iter__(self) -> Iterator[nn.Module]:
         """Go through the modules whose forward is replaced."""
@@ -54,3 +93,8 @@ class Overrides:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.restore()
+
+
+def without_turn(path: str) -> str:
+    """Return the path of a module, whichever of its calls is meant."""
+    return path.partition(TURN)[0]

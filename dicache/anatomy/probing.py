@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.overrides import Overrides, without_turn
 from dicache.anatomy.parts import AnatomyError, Block
 from dicache.anatomy.recognising import norms
 from dicache.anatomy.standins import pass_on, view_of_zero
@@ -43,9 +43,9 @@ class Probe:
         module = self._call.module
         with Overrides() as overrides, torch.no_grad():
             for path in given:
-                overrides.set(module.get_submodule(path), partial(_give, self._kept[path]))
+                overrides.set(overrides.part(module, path), partial(_give, self._kept[path]))
             for path, make in (replaced or {}).items():
-                part: nn.Module = module.get_submodule(path)
+                part = overrides.part(module, path)
                 overrides.set(part, make(part.forward))
             return self._call.again(arguments or {})
 
@@ -126,7 +126,7 @@ def norms_of(block: Block, call: BlockCall) -> dict[str, tuple[str, ...]]:
     probe = Probe(call)
     streams = list(call.streams(block.returns).values())
     every = [site.module for site in block.sites]
-    inside = [*every, *(path for site in block.sites for path in site.inner)]
+    inside = [without_turn(path) for site in block.sites for path in site.modules]
     found: dict[str, tuple[str, ...]] = {}
     want = probe.run(every)
     for name in norms(call.module):

@@ -109,7 +109,7 @@ def _kind(call: BlockCall, returns: Returns) -> Hashable:
     return returns, _form(call.returned), tuple(parts), tuple(arguments), tuple(pieces)
 
 
-def _form(value: Any) -> Hashable:
+def _form(value: Any) -> Any:
     """Return the shape of a tensor, of each in a row of them, or what another argument is."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
@@ -122,7 +122,7 @@ def _measure(model: nn.Module, blocks: list[Block], inputs: Inputs) -> tuple[lis
     """Return the blocks with the multiply-accumulates of each and of its sites, and those of the whole call."""
     paths = [block.module for block in blocks]
     paths += [f"{block.module}.{path}" for block in blocks for site in block.sites for path in site.modules]
-    macs = count_macs(lambda: model(*inputs.args, **inputs.kwargs), {path: model.get_submodule(path) for path in paths})
+    macs = count_macs(lambda: model(*inputs.args, **inputs.kwargs), model, paths)
     measured = []
     for block in blocks:
         sites = [

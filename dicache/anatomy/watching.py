@@ -1,7 +1,7 @@
 """Watch one call of a model: what each block, and each piece inside it, takes and returns."""
 
 import inspect
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dicache.anatomy.inputs import Inputs, latents_of
-from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.overrides import TURN, Overrides
 from dicache.anatomy.parts import AnatomyError
 from dicache.anatomy.recognising import pieces
 
@@ -21,7 +21,7 @@ Returns = str | tuple[str | None, ...]
 class PieceCall:
     """One call of a piece of a block."""
 
-    path: str  # inside the block
+    path: str  # inside the block, with the turn where it is called more than once: `ff#2/2`
     module: nn.Module
     arguments: dict[str, Any]
     returned: Any
@@ -84,6 +84,7 @@ def watch(model: nn.Module, containers: Mapping[str, nn.ModuleList], inputs: Inp
             open_block.append(call)
             call.returned = forward(*args, **kwargs)
             open_block.pop()
+            _name_turns(call.pieces)
             calls.append(call)
             return call.returned
 
@@ -106,6 +107,16 @@ def watch(model: nn.Module, containers: Mapping[str, nn.ModuleList], inputs: Inp
                     overrides.set(piece, watch_piece(name, piece, piece.forward))
         model(*inputs.args, **inputs.kwargs)
     return calls
+
+
+def _name_turns(pieces: list[PieceCall]) -> None:
+    """Tell the calls of a piece that its block calls more than once apart."""
+    calls, seen = Counter(piece.path for piece in pieces), Counter[str]()
+    for piece in pieces:
+        path = piece.path
+        seen[path] += 1
+        if calls[path] > 1:
+            piece.path = f"{path}{TURN}{seen[path]}/{calls[path]}"
 
 
 def refiners(

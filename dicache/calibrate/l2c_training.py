@@ -110,7 +110,7 @@ class Follower:
         self._overrides.set(model, self._model(model.forward))
         for block in anatomy.blocks:
             for site in block.sites:
-                branch = model.get_submodule(f"{block.module}.{site.module}")
+                branch = self._overrides.part(model, f"{block.module}.{site.module}")
                 self._overrides.set(branch, self._site(block.key(site), branch.forward))
         self._clock = StepClock(pipeline.scheduler, self._begin, self._step)
 
@@ -165,6 +165,7 @@ class Follower:
             generation = self._generation
             if generation is None:
                 return forward(*args, **kwargs)
+            self._overrides.rewind()
             call = Call(args, kwargs)
             _, lane = generation.lane(self._context, call)
             if generation.step % 2 == 0:

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,12 +69,12 @@ class PassCost:
         self.model = _built(source, source.config, "meta")
         self._inputs = _inputs(self.model, source, size)
         with _layers(self.model) as self.layers:
-            total = self._count({})[TOTAL]
+            total = self._count()[TOTAL]
         self.total = Macs(total, sum(self.layers.values()))
 
-    def _count(self, modules: Mapping[str, nn.Module]) -> Counter[str]:
+    def _count(self, paths: Iterable[str] = ()) -> Counter[str]:
         try:
-            return count_macs(lambda: self.model(*self._inputs.args, **self._inputs.kwargs), modules)
+            return count_macs(lambda: self.model(*self._inputs.args, **self._inputs.kwargs), self.model, paths)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             said = " ".join(str(error).split())
             raise CostError(f"{self.source.name} cannot be called with {self._inputs_in_words}: {said}") from None
@@ -150,13 +150,13 @@ class PassCost:
             for block in blocks:
                 module = self.model.get_submodule(block.module)
                 overrides.set(module, watched(block, module.forward))
-            self._count({})
+            self._count()
         return [replace(block, shapes=shapes[block.module]) for block in blocks]
 
     def _measured(self, small: Anatomy, blocks: list[Block]) -> Anatomy:
         paths = [block.module for block in blocks]
         paths += [f"{block.module}.{path}" for block in blocks for site in block.sites for path in site.modules]
-        macs = self._count({path: self.model.get_submodule(path) for path in paths})
+        macs = self._count(paths)
         measured = [
             replace(
                 block,

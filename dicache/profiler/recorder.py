@@ -72,15 +72,15 @@ class Recorder:
             module = model.get_submodule(block.module)
             self._overrides.set(module, self._block(block.index, Streams(block, module, module.forward)))
             for site in block.sites:
-                branch = model.get_submodule(f"{block.module}.{site.module}")
+                branch = self._overrides.part(model, f"{block.module}.{site.module}")
                 self._overrides.set(branch, self._site(self._places[block.key(site)], branch.forward))
         for index in self.decision_blocks:
             if anatomy.blocks[index].middle:
-                module = model.get_submodule(f"{anatomy.blocks[index].module}.{anatomy.blocks[index].middle}")
+                module = self._overrides.part(model, f"{anatomy.blocks[index].module}.{anatomy.blocks[index].middle}")
                 # It may be a branch as well, which is watched already.
                 self._overrides.set(module, self._middle(index, module.forward))
         first = anatomy.blocks[0]
-        entrance = model.get_submodule(f"{first.module}.{first.sites[0].entrance}")
+        entrance = self._overrides.part(model, f"{first.module}.{first.sites[0].entrance}")
         self._overrides.set(entrance, self._entrance(entrance.forward))
         for name, reading in (time or {}).items():
             watch_reading(self._overrides, model, reading, partial(self._time, name))
@@ -194,6 +194,7 @@ class Recorder:
             if name not in self._passes:
                 self._passes[name] = self._new_pass(frames_of(self._denoiser, latents_of(args, kwargs).shape))
             self._running = record = self._passes[name]
+            self._overrides.rewind()
             record.begin(generation.step, len(latents_of(args, kwargs)))
             try:
                 out = forward(*args, **kwargs)

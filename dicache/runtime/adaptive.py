@@ -61,7 +61,7 @@ class Adaptive:
         decides = anatomy.blocks[first]
         if self._decider.moment == "site":
             for path in (path for site in decides.sites for path in site.modules):
-                module = model.get_submodule(f"{decides.module}.{path}")
+                module = installer.part(model, f"{decides.module}.{path}")
                 self._program[module] = self._site(path, module, decides=path == decides.sites[0].entrance)
 
     def prepare(self, lane: Lane, context: str, generation: Generation) -> None:

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from torch import nn
 
 from dicache.anatomy.fingerprint import fingerprint
+from dicache.anatomy.overrides import without_turn
 from dicache.runtime.cache import Cache, CacheError, Fit
 from dicache.runtime.ranks import Ranks, group_of
 from dicache.schedules import Schedule, ScheduleError
@@ -122,7 +123,7 @@ def _check(model: nn.Module, pipeline: Any | None, schedule: Schedule, fit: Fit,
 def _missing_modules(model: nn.Module, schedule: Schedule) -> list[str]:
     modules = dict(model.named_modules())
     paths = [
-        f"{block.module}.{path}"
+        f"{block.module}.{without_turn(path)}"
         for block in schedule.anatomy.blocks
         for path in (*(path for site in block.sites for path in site.modules), *block.norms, block.middle)
         if path

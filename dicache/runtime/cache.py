@@ -234,10 +234,12 @@ class Cache:
             return self._plainly(args, kwargs)
         assert generation is not None
         with self._lock:
+            self._overrides.rewind()
             return self._replay(generation, request.context, args, kwargs)
 
     def _plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with self._lock:
+            self._overrides.rewind()
             self._installer.uninstall()
             return self._forward(*args, **kwargs)
 

@@ -172,7 +172,7 @@ class ByResiduals(Decider[AdaCachePolicy]):
             streams = Streams(block, module, program[module])
             program[module] = self._around(block, streams)
             if self.policy.branch != "block":
-                middle = model.get_submodule(f"{block.module}.{block.middle}")
+                middle = installer.part(model, f"{block.module}.{block.middle}")
                 program[middle] = self._inside(installer.original(middle))
 
     def _inside(self, forward: Forward) -> Forward:

@@ -50,6 +50,10 @@ class Installer:
         """Return the forward that a module has without any program."""
         return self._overrides.original(module)
 
+    def part(self, model: nn.Module, path: str) -> nn.Module:
+        """Return what stands under a path of the model; see `Overrides.part`."""
+        return self._overrides.part(model, path)
+
     def install(self, program: Program) -> None:
         """Put a program's forwards in place of those of the one before."""
         if program is self._installed:

@@ -133,8 +133,8 @@ class Replay:
             reused = {site.branch for site in block.sites if block.key(site) in row.reuse}
             for site in block.sites:
                 key = block.key(site)
-                module = self._model.get_submodule(f"{block.module}.{site.module}")
-                inner = {path: self._model.get_submodule(f"{block.module}.{path}") for path in site.inner}
+                module = self._installer.part(self._model, f"{block.module}.{site.module}")
+                inner = {path: self._installer.part(self._model, f"{block.module}.{path}") for path in site.inner}
                 if site.branch in reused:
                     program[module] = self._stand_in(key, predict.get(key, ()), correctors.get(key))
                     program |= {piece: self._give((key, path)) for path, piece in inner.items()}

@@ -20,6 +20,7 @@ from tests.toys import (
     LonelyBlock,
     ParallelBlock,
     PlainBlock,
+    SharedBlock,
     toy_inputs,
 )
 
@@ -306,15 +307,26 @@ def test_an_attention_with_nothing_beside_it_is_fused() -> None:
         assert [(site.branch, site.module, site.inner) for site in block.sites] == [("fused", "attn", ())]
 
 
-def test_an_inner_module_that_is_called_twice_is_refused() -> None:
+def test_an_inner_module_that_is_called_twice_has_a_turn_for_each_call() -> None:
     class Twice(FusedBlock):
         def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
             x = self.norm(hidden_states)
             made = torch.cat([self.attn(x), self.act(self.up(x)) + self.up(2 * x)], dim=2)
             return encoder_hidden_states + 0, hidden_states + self.out(made)
 
-    with pytest.raises(AnatomyError, match=r"blocks\.0 calls its up more than once a step"):
-        survey(Chain(Twice), toy_inputs())
+    [site] = survey(Chain(Twice), toy_inputs()).blocks[0].sites
+    assert (site.branch, site.module, set(site.inner)) == ("fused", "out", {"attn", "act", "up#1/2", "up#2/2"})
+
+
+def test_calls_of_one_module_are_named_by_the_stream_whose_tokens_they_make() -> None:
+    anatomy = survey(Chain(SharedBlock), toy_inputs())
+    assert [(site.branch, site.module) for site in anatomy.blocks[0].sites] == [
+        ("joint_attn", "attn"),
+        ("mlp", "ff#1/2"),
+        ("mlp.context", "ff#2/2"),
+    ]
+    tokens, products = 5, 2 * 2 * 8 * 16  # of a token: batch, matrices, width, width inside
+    assert [site.macs for site in anatomy.blocks[0].sites[1:]] == [tokens * products, 3 * products]
 
 
 def test_an_output_that_continues_none_of_the_arguments_is_refused() -> None:
