@@ -151,14 +151,14 @@ def refiners(
         for path, container in containers.items():
             for block in container:
                 overrides.set(block, compare(path, block, block.forward))
-        other = _moved(model, inputs)
+        other = moved_inputs(model, inputs)
         model(*other.args, **other.kwargs)
     if next(following, None) is not None:
         raise AnatomyError(differs)
     return set(containers) - changed
 
 
-def _moved(model: nn.Module, inputs: Inputs) -> Inputs:
+def moved_inputs(model: nn.Module, inputs: Inputs) -> Inputs:
     """Return the same arguments with other latents and another timestep."""
     latents = latents_of(inputs.args, inputs.kwargs)
     bound = _bind(model, inputs.args, inputs.kwargs)

@@ -132,6 +132,12 @@ class Cache:
         self._check_attached()
         return self._requests.new()
 
+    def kept(self) -> dict[Any, Any]:
+        """Return what the generation of the caller keeps, by site or range of blocks; of several passes, the last's."""
+        generation = self._requests.current().generation
+        lanes = generation.lanes.values() if generation is not None else ()
+        return {key: value for lane in lanes for key, value in lane.entries.items()}
+
     def detach(self) -> None:
         """Give the model and the scheduler their own methods back, and free all that is kept."""
         if not self._attached:
