@@ -226,8 +226,7 @@ def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
         raise AnatomyError(f"blocks {entry['blocks']} cannot be the modules {entry['module']}: the counts differ")
     sites = []
     for branch, site in entry["sites"].items():
-        if branch.split(".")[0] not in BRANCHES:
-            raise AnatomyError(f"unknown branch {branch!r}; a branch is one of {', '.join(BRANCHES)}")
+        check_branch(branch)
         check_keys(f"site {branch}", site, {"module", "macs"}, optional={"inner"})
         inner = site.get("inner", [])
         if not isinstance(inner, list) or not all(isinstance(path, str) for path in inner):
@@ -249,6 +248,12 @@ def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
         )
         for offset in range(last - first + 1)
     ]
+
+
+def check_branch(branch: str) -> None:
+    """Raise AnatomyError unless a branch is of a known kind, whatever its name behind the dot."""
+    if branch.split(".")[0] not in BRANCHES:
+        raise AnatomyError(f"unknown branch {branch!r}; a branch is one of {', '.join(BRANCHES)}")
 
 
 def check_keys(

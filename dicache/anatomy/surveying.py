@@ -38,7 +38,7 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
     if is_unet(model):
         inputs = without_additions(inputs)
         blocks, links = unet_blocks(model, inputs)
-        blocks, macs = _measure(model, blocks, inputs)
+        blocks, macs = measured(model, blocks, inputs)
         return Anatomy(
             model=type(model).__name__,
             blocks=tuple(blocks),
@@ -50,7 +50,8 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
     lists = containers(model)
     if not lists:
         raise AnatomyError(
-            f"{type(model).__name__} has no list of modules that each hold an attention: found no transformer blocks"
+            f"{type(model).__name__} has no list of modules that each hold an attention: found no transformer blocks; "
+            "say where they are with dicache.anatomy.describe"
         )
     calls = watch(model, lists, inputs)
     returns = streams(calls)
@@ -60,7 +61,7 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
     _check_called_once(model, calls, lists)
     known: dict[Hashable, Block] = {}
     blocks = [_block(index, *seen, known) for index, seen in enumerate(zip(calls, returns, strict=True))]
-    blocks, macs = _measure(model, blocks, inputs)
+    blocks, macs = measured(model, blocks, inputs)
     return Anatomy(
         model=type(model).__name__,
         blocks=tuple(blocks),
@@ -118,15 +119,15 @@ def _form(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
 
 
-def _measure(model: nn.Module, blocks: list[Block], inputs: Inputs) -> tuple[list[Block], int]:
+def measured(model: nn.Module, blocks: list[Block], inputs: Inputs) -> tuple[list[Block], int]:
     """Return the blocks with the multiply-accumulates of each and of its sites, and those of the whole call."""
     paths = [block.module for block in blocks]
     paths += [f"{block.module}.{path}" for block in blocks for site in block.sites for path in site.modules]
     macs = count_macs(lambda: model(*inputs.args, **inputs.kwargs), model, paths)
-    measured = []
+    found = []
     for block in blocks:
         sites = [
             replace(site, macs=sum(macs[f"{block.module}.{path}"] for path in site.modules)) for site in block.sites
         ]
-        measured.append(replace(block, macs=macs[block.module], sites=tuple(sites)))
-    return measured, macs[TOTAL]
+        found.append(replace(block, macs=macs[block.module], sites=tuple(sites)))
+    return found, macs[TOTAL]

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from dicache.anatomy.parts import AnatomyError
 from dicache.anatomy.recognising import pieces
 
 Returns = str | tuple[str | None, ...]
+Blocks = nn.ModuleList | nn.Sequential
 
 
 @dataclass
@@ -73,8 +74,20 @@ def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return dict(signature(module).bind(*args, **kwargs).arguments)
 
 
-def watch(model: nn.Module, containers: Mapping[str, nn.ModuleList], inputs: Inputs) -> list[BlockCall]:
-    """Call the model once and return the calls of its blocks, in order, with those of the pieces inside them."""
+def watch(
+    model: nn.Module,
+    containers: Mapping[str, Blocks],
+    inputs: Inputs,
+    named: Mapping[str, Collection[str]] | None = None,
+) -> list[BlockCall]:
+    """Call the model once and return the calls of its blocks, in order, with those of the pieces inside them.
+
+    Args:
+        model: It is left as it was.
+        containers: Lists of blocks by their path.
+        inputs: Of the call.
+        named: For each container, paths inside its blocks of other modules to watch.
+    """
     calls: list[BlockCall] = []
     open_block: list[BlockCall] = []
 
@@ -103,7 +116,9 @@ def watch(model: nn.Module, containers: Mapping[str, nn.ModuleList], inputs: Inp
         for path, container in containers.items():
             for position, block in enumerate(container):
                 overrides.set(block, watch_block(path, position, block, block.forward))
-                for name, piece in pieces(block):
+                inside = dict(block.named_modules())
+                found = {**dict(pieces(block)), **{p: inside[p] for p in (named or {}).get(path, ()) if p in inside}}
+                for name, piece in found.items():
                     overrides.set(piece, watch_piece(name, piece, piece.forward))
         model(*inputs.args, **inputs.kwargs)
     return calls
