@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from tests.transformers.tiny_transformer import BATCH, Given, Tiny
 from tests.transformers.video import (
@@ -12,6 +13,7 @@ from tests.transformers.video import (
     FRAMES,
     HEIGHT,
     IMAGE,
+    IMAGE_TOKENS,
     PATCHES,
     TEXT_TOKENS,
     WAN,
@@ -154,6 +156,44 @@ def _wan_animate(given: Given) -> dict[str, Any]:
     }
 
 
+def _wan_animate2(given: Given) -> dict[str, Any]:
+    """Return lists of samples, and the keys and values that the leading video, shorter by a frame, left."""
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
+    grid = PATCHES // FRAMES
+    left = WanAnimate2KVCache(3)
+    for layer in left.layer_caches:
+        layer.store(*(given.noise(BATCH, (FRAMES - 1) * grid, 2, 12) for _ in range(2)))
+    return {
+        "hidden_states": list(latents(given)),
+        "timestep": torch.full((BATCH,), 500.0),
+        "encoder_hidden_states": list(given.noise(BATCH, TEXT_TOKENS, CAPTION)),
+        "condition_latents": list(latents(given, CHANNELS + 4)),
+        "encoder_hidden_states_image": given.noise(BATCH, IMAGE_TOKENS, 1280),
+        "kv_cache": left,
+        "kv_cache_mode": "cached",
+        "seq_len": PATCHES,
+        "reference_grid_sizes": torch.tensor([[FRAMES - 1, HEIGHT // 2, WIDTH // 2]] * BATCH),
+        "origin_len": 4 * FRAMES - 7,
+        "origin_area": [8 * HEIGHT, 8 * WIDTH],
+    }
+
+
+class _Uncompiled(Tiny):
+    """Makes the mask of its attention without compiling what makes it, which would take seconds."""
+
+    def build(self) -> nn.Module:
+        model = super().build()
+        make: Any = model.create_mask
+
+        def create_mask(*arguments: Any) -> Any:
+            with torch.compiler.set_stance("force_eager"):
+                return make(*arguments)
+
+        model.create_mask = create_mask
+        return model
+
+
 def _wan_vace(given: Given) -> dict[str, Any]:
     control = latents(given, 9)
     return at_time(given, control_hidden_states=control, control_hidden_states_scale=torch.tensor([1.0, 0.5]))
@@ -289,6 +329,23 @@ ADAPTED_VIDEO: dict[str, Tiny] = {
         arguments=_wan_animate,
         blocks={"blocks.0-3": "attn cross_attn mlp"},
         segments=(1, 2, 1),
+    ),
+    "wan-animate2": _Uncompiled(
+        kind="WanAnimate2Transformer3DModel",
+        config={
+            "text_len": TEXT_TOKENS + 2,
+            "in_dim": 2 * CHANNELS + 4,
+            "dim": 24,
+            "ffn_dim": 40,
+            "freq_dim": 16,
+            "text_dim": CAPTION,
+            "out_dim": CHANNELS,
+            "num_heads": 2,
+            "num_layers": 3,
+        },
+        arguments=_wan_animate2,
+        blocks={"blocks.0-2": "attn cross_attn mlp"},
+        segments=(3,),
     ),
     "wan-vace": Tiny(  # what the first list makes of a control is added behind blocks 0 and 2
         kind="WanVACETransformer3DModel",
