@@ -36,10 +36,6 @@ def cogview(given: Given) -> dict[str, Any]:
     return {**picture(given), "original_size": size, "target_size": size, "crop_coords": torch.zeros(BATCH, 2)}
 
 
-def cogview4(given: Given) -> dict[str, Any]:
-    return {**cogview(given), "attention_mask": mask_of()}
-
-
 def glm_image(given: Given) -> dict[str, Any]:
     return {
         **picture(given),
@@ -47,7 +43,6 @@ def glm_image(given: Given) -> dict[str, Any]:
         "prior_token_drop": torch.tensor([[False], [True]]).expand(BATCH, PATCHES),
         "target_size": torch.tensor([[8.0 * HEIGHT, 8.0 * WIDTH]] * BATCH),
         "crop_coords": torch.zeros(BATCH, 2),
-        "attention_mask": mask_of(),
     }
 
 
@@ -61,7 +56,7 @@ def glm_image_reading(given: Given) -> dict[str, Any]:
             layer.store(given.noise(1, 5, HEADS, HEAD), given.noise(1, 5, HEADS, HEAD))
             layer.next_sample()
     cache.set_mode("read")
-    return {**glm_image(given), "attention_mask": None, "kv_caches": cache}
+    return {**glm_image(given), "kv_caches": cache}
 
 
 def hidream(given: Given) -> dict[str, Any]:
@@ -172,22 +167,22 @@ DUAL_STREAM: dict[str, Tiny] = {
     "cogview4": Tiny(
         "CogView4Transformer2DModel",
         {**COGVIEW, "rope_axes_dim": (8, 8)},
-        cogview4,
-        {"transformer_blocks.0-2": "joint_attn mlp"},
+        cogview,
+        {"transformer_blocks.0-2": "joint_attn mlp mlp.context"},
         segments=(3,),
     ),
     "glm-image": Tiny(
         "GlmImageTransformer2DModel",
         {**COGVIEW, "prior_vq_quantizer_codebook_size": 10},
         glm_image,
-        {"transformer_blocks.0-2": "joint_attn mlp"},
+        {"transformer_blocks.0-2": "joint_attn mlp mlp.context"},
         segments=(3,),
     ),
     "glm-image-reading": Tiny(
         "GlmImageTransformer2DModel",
         {**COGVIEW, "prior_vq_quantizer_codebook_size": 10},
         glm_image_reading,
-        {"transformer_blocks.0-2": "joint_attn mlp"},
+        {"transformer_blocks.0-2": "joint_attn mlp mlp.context"},
         segments=(3,),
     ),
     # Text of its own is put behind the others before each block, and cut off after it.

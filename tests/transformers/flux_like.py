@@ -105,8 +105,7 @@ def bria_fibo(given: Given) -> dict[str, Any]:
 
 
 def chroma(given: Given) -> dict[str, Any]:
-    mask = torch.ones(BATCH, TEXT + PATCHES, dtype=torch.bool)
-    mask[1, TEXT - 2 : TEXT] = False
+    mask = torch.cat([mask_of(dtype=torch.float32), torch.ones(BATCH, PATCHES)], dim=1)
     return {**placed(given), "attention_mask": mask}
 
 

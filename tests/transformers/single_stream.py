@@ -1,6 +1,5 @@
 """Image transformers whose blocks pass on the latents only, small."""
 
-import math
 from typing import Any
 
 import torch
@@ -80,6 +79,10 @@ def nucleus(given: Given) -> dict[str, Any]:
     return {**packed(given), "img_shapes": [(1, ROWS, COLUMNS)] * BATCH, "encoder_hidden_states_mask": mask_of()}
 
 
+def sana(given: Given) -> dict[str, Any]:
+    return {**picture(given), "encoder_attention_mask": mask_of()}
+
+
 def prx(given: Given) -> dict[str, Any]:
     return {**picture(given, timestep=0.5), "attention_mask": mask_of(dtype=torch.bool)}
 
@@ -94,6 +97,16 @@ LUMINA = {
     "num_attention_heads": HEADS,
     "num_kv_heads": 1,
     "multiple_of": 8,
+}
+SANA = {
+    **WIDTHS,
+    **PICTURES,
+    "num_layers": 3,
+    "num_cross_attention_heads": 4,
+    "cross_attention_head_dim": 8,
+    "cross_attention_dim": INNER,
+    "caption_channels": CAPTION,
+    "sample_size": 16,
 }
 
 SINGLE_STREAM: dict[str, Tiny] = {
@@ -176,24 +189,12 @@ SINGLE_STREAM: dict[str, Tiny] = {
         segments=(1, 1, 4),
     ),
     "sana": Tiny(
+        "SanaTransformer2DModel", SANA, sana, {"transformer_blocks.0-2": "attn cross_attn mlp"}, segments=(3,)
+    ),
+    "sana-sprint": Tiny(
         "SanaTransformer2DModel",
-        {
-            **WIDTHS,
-            **PICTURES,
-            "num_layers": 3,
-            "num_cross_attention_heads": 4,
-            "cross_attention_head_dim": 8,
-            "cross_attention_dim": INNER,
-            "caption_channels": CAPTION,
-            "sample_size": 16,
-            "guidance_embeds": True,
-            "qk_norm": "rms_norm_across_heads",
-        },
-        lambda given: {
-            **picture(given),
-            "encoder_attention_mask": mask_of(),
-            "guidance": torch.full((BATCH,), math.pi),
-        },
+        {**SANA, "guidance_embeds": True, "qk_norm": "rms_norm_across_heads"},
+        lambda given: {**sana(given), "guidance": torch.full((BATCH,), 0.45)},
         {"transformer_blocks.0-2": "attn cross_attn mlp"},
         segments=(3,),
     ),
