@@ -1,14 +1,16 @@
 """Branches: which pieces of a block are its sites, of what kind, and what runs only for one of them."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from dicache.anatomy.overrides import TURN
 from dicache.anatomy.parts import AnatomyError, Site
-from dicache.anatomy.probing import Probe, carries, feeding_only
-from dicache.anatomy.recognising import MATRICES, count_matrices, is_attention, is_branch
+from dicache.anatomy.probing import Probe, carries, depending, feeding_only, nan_like, same
+from dicache.anatomy.recognising import MATRICES, count_matrices, is_attention, is_branch, is_called_attention
 from dicache.anatomy.watching import BlockCall, PieceCall, Returns
 
 KIND_WORDS = re.compile(r"self_?attn|cross_?attn|attention|attn|feed_?forward|ffn|mlp|ff|\d+$", re.IGNORECASE)
@@ -26,12 +28,15 @@ def sites_of(call: BlockCall, returns: Returns) -> tuple[Site, ...]:
     """
     streams = call.streams(returns)
     widths = {tensor.shape[-1] for tensor in streams.values()}
-    inner = _inner(call, streams, widths)
+    probe = Probe(call)
+    inner = _inner(call, probe, streams)
+    changing = depending(probe, call, streams)
     absorbed = {path for paths in inner.values() for path in paths}
     order = [piece.path for piece in call.pieces]
     sites: list[Site] = []
     for piece in call.pieces:
-        whole = is_branch(piece.module) and piece.path not in absorbed and _makes_tokens(piece, widths)
+        whole = is_branch(piece.module) and piece.path not in absorbed and _makes_tokens(piece, streams)
+        whole = whole and piece.path in changing  # not what only embeds a condition
         if not (whole or piece.path in inner):
             continue
         paths = inner.get(piece.path, ())
@@ -44,19 +49,39 @@ def sites_of(call: BlockCall, returns: Returns) -> tuple[Site, ...]:
     return _named(sorted(sites, key=lambda site: order.index(site.entrance)), call, streams)
 
 
-def _makes_tokens(piece: PieceCall, widths: set[int]) -> bool:
-    """Whether a piece returned tokens of the width of a stream, in a row or as a picture with its channels first."""
+def _makes_tokens(piece: PieceCall, streams: Mapping[str, Tensor]) -> bool:
+    """Whether a piece returned tokens of the width of a stream.
+
+    In a row, as a picture with its channels first, or with the heads of an attention apart.
+    """
+    widths, rank = {tensor.shape[-1] for tensor in streams.values()}, min(tensor.ndim for tensor in streams.values())
     shape = piece.outputs[0].shape if piece.outputs else ()
-    return (len(shape) >= 3 and shape[-1] in widths) or (len(shape) >= 4 and shape[1] in widths)
+    heads = len(shape) == 4 and is_attention(piece.module) and shape[2] * shape[3] in widths
+    return (len(shape) >= rank and shape[-1] in widths) or (len(shape) >= 4 and shape[1] in widths) or heads
 
 
-def _inner(call: BlockCall, streams: dict[str, Tensor], widths: set[int]) -> dict[str, tuple[str, ...]]:
+def wrappers(call: BlockCall, returns: Returns) -> set[str]:
+    """Return the pieces of a block that all its streams go through: layers with a branch and its residual inside."""
+    streams = call.streams(returns)
+    if not streams:
+        return set()
+    probe, lost = Probe(call), {name: nan_like(value) for name, value in streams.items()}
+    return {
+        piece.path
+        for piece in call.pieces
+        if is_branch(piece.module)
+        and any(True for _ in piece.module.children())
+        and _makes_tokens(piece, streams)
+        and same(probe.run([piece.path]), probe.run([piece.path], arguments=lost))
+    }
+
+
+def _inner(call: BlockCall, probe: Probe, streams: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
     """Return the bare matrices that are the output of a branch, each with the pieces that feed nothing else."""
     order = [piece.path for piece in call.pieces]
-    bare = [piece for piece in call.pieces if isinstance(piece.module, MATRICES) and _makes_tokens(piece, widths)]
+    bare = [piece for piece in call.pieces if isinstance(piece.module, MATRICES) and _makes_tokens(piece, streams)]
     if not bare:
         return {}
-    probe = Probe(call)
     made = {piece.path: piece.module for piece in call.pieces}
     found: dict[str, tuple[str, ...]] = {}
     absorbed: set[str] = set()
@@ -73,18 +98,33 @@ def _inner(call: BlockCall, streams: dict[str, Tensor], widths: set[int]) -> dic
 
 def _kind(piece: PieceCall, inner: tuple[str, ...], call: BlockCall, widths: set[int]) -> str:
     feeding = [other for other in call.pieces if other.path in inner and count_matrices(other.module)]
-    attentions = [other for other in feeding if is_attention(other.module)]
+    attentions = [other for other in feeding if is_called_attention(other.path, other.module)]
     if len(attentions) == 1 and len(feeding) == 1:  # its output projection stands outside of it
         piece = attentions[0]
     elif attentions:
         return "fused"
-    if not is_attention(piece.module):
+    if not is_called_attention(piece.path, piece.module):
         return "mlp"
     if sum(out.shape[-1] in widths for out in piece.outputs) > 1:
         return "joint_attn"
-    context = piece.arguments.get("encoder_hidden_states", piece.arguments.get("context"))
-    itself = context is next((value for value in piece.arguments.values() if isinstance(value, Tensor)), None)
-    return "cross_attn" if isinstance(context, Tensor) and not itself else "attn"
+    return "attn" if _mixes(piece) else "cross_attn"
+
+
+def _mixes(piece: PieceCall) -> bool:
+    """Whether a token that enters reaches what leaves for another one; in a cross-attention none does."""
+
+    width = 0
+
+    def poison(tokens: Tensor) -> Tensor:
+        nonlocal width
+        width, poisoned = tokens.shape[-1], tokens.clone()
+        poisoned[(0,) * (tokens.ndim - 1)] = torch.nan
+        return poisoned
+
+    with torch.no_grad():
+        out = piece.again(poison)
+    made = out[0] if isinstance(out, (tuple, list)) else out
+    return bool(made.isnan().sum() > max(width, made.shape[-1]))  # more than one token
 
 
 def _named(sites: list[Site], call: BlockCall, streams: dict[str, Tensor]) -> tuple[Site, ...]:

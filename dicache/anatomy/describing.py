@@ -7,8 +7,8 @@ from torch import nn
 
 from dicache.anatomy.inputs import Inputs, latents_of
 from dicache.anatomy.middles import middle_of
-from dicache.anatomy.parts import Anatomy, AnatomyError, Block, Site, check_branch
-from dicache.anatomy.probing import norms_of
+from dicache.anatomy.parts import MADE, Anatomy, AnatomyError, Block, Site, check_branch
+from dicache.anatomy.probing import continued, norms_of
 from dicache.anatomy.streams import check_streams, segments, streams
 from dicache.anatomy.surveying import measured
 from dicache.anatomy.watching import BlockCall, Blocks, Returns, watch
@@ -38,8 +38,9 @@ def describe(
             there are several of the kind (`mlp.context`) -> path inside the block of the module whose output is kept.
             Of several paths the last is that module, and the others are modules that feed it and nothing else. Blocks
             of one list that lack a module do not have that branch.
-        returns: For each list, the argument of a block that its output continues; of several outputs, one each, None
-            for one that continues none. Told by the tensors that pass from block to block when left out.
+        returns: For each list, the argument of a block that its output continues; of several outputs, one each:
+            `made.0` for one that continues none, None where the block gives None. Told by the tensors that pass from
+            block to block when left out.
         runs: Runs of blocks [start, stop), counted over all lists in the order in which they are called, that one
             delta may replace, since nothing else touches the streams between them. Watched when left out.
 
@@ -56,9 +57,9 @@ def describe(
         for position in range(len(container)):
             if (count := seen.count(f"{path}.{position}")) != 1:
                 raise AnatomyError(f"{path}.{position} is called {count} times in a call of the model, needed once")
-    given = [(returns or {}).get(call.container, known) for call, known in zip(calls, streams(calls), strict=True)]
-    described = []
-    for index, (call, names) in enumerate(zip(calls, given, strict=True)):
+    said, described = returns or {}, []
+    for index, (call, known) in enumerate(zip(calls, streams(calls), strict=True)):
+        names = said.get(call.container, known)
         _check_returns(call, names)
         block = Block(
             index=index,
@@ -68,8 +69,14 @@ def describe(
             returns=names,
             sites=_sites(call, blocks[call.container]),
         )
+        if call.container not in said:
+            block = replace(block, returns=continued(block, call))
         described.append(replace(block, norms=norms_of(block, call), middle=middle_of(block, call)))
-    found = segments(calls, given) if runs is None else tuple((int(start), int(stop)) for start, stop in runs)
+    found = (
+        segments(calls, [block.returns for block in described])
+        if runs is None
+        else tuple((int(start), int(stop)) for start, stop in runs)
+    )
     if [index for start, stop in found for index in range(start, stop)] != list(range(len(calls))):
         raise AnatomyError(f"the runs must cover the blocks 0 to {len(calls) - 1} in order, found {list(found)}")
     described, macs = measured(model, described, inputs)
@@ -123,8 +130,10 @@ def _check_returns(call: BlockCall, returns: Returns) -> None:
     if isinstance(returns, str) == isinstance(call.returned, (tuple, list)) or len(names) != len(call.outputs):
         raise AnatomyError(f"{call.path} returns {len(call.outputs)} outputs, and {returns!r} names {len(names)}")
     for name, output in zip(names, call.outputs, strict=True):
-        if name and name not in call.arguments:
+        if not name or name.startswith(MADE):
+            continue
+        if name not in call.arguments:
             raise AnatomyError(f"{call.path} is not given {name!r}; it is given {', '.join(call.arguments)}")
-        if name and getattr(call.arguments[name], "shape", None) != getattr(output, "shape", None):
+        if getattr(call.arguments[name], "shape", None) != getattr(output, "shape", None):
             raise AnatomyError(f"{call.path}: an output that is to continue {name!r} has another shape than it")
     check_streams(call, returns)

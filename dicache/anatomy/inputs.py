@@ -1,8 +1,10 @@
 """What a model is called with: captured from its pipeline, or made up from its configuration."""
 
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.parts import AnatomyError
 
+LATENTS = ("hidden_states", "sample", "x")  # what the models of diffusers call them
+TIME = re.compile(r"(^|_)(t|time|timesteps?)$")
 TEXT_TOKENS = 8  # of made-up text; enough to tell it from one token
 
 
@@ -128,16 +132,70 @@ def example_inputs(model: nn.Module) -> Inputs:
 
 
 def latents_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the latents among a call's arguments: `hidden_states` or `sample`, else the first tensor.
+    """Return the latents of a call, batch first: its `hidden_states`, `sample` or `x`, else the first that has numbers.
+
+    Those of a model that takes a list, a tensor for each sample, are put together where they are of one size; of
+    several sizes it is the first.
 
     Raises:
         AnatomyError: If there is no tensor.
     """
-    for name in ("hidden_states", "sample", "x"):
-        if isinstance(kwargs.get(name), Tensor) and not args:
-            latents: Tensor = kwargs[name]
-            return latents
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value
-    raise AnatomyError("the call has no tensor among its arguments, so its latents cannot be found")
+    value = _latents_among(Inputs(args, kwargs))
+    if isinstance(value, Tensor):
+        return value
+    found = list(numbers_in(value))
+    if found:
+        return torch.stack(found) if len({tensor.shape for tensor in found}) == 1 else found[0][None]
+    raise AnatomyError("the call has no tensor of numbers among its arguments, so its latents cannot be found")
+
+
+def numbers_in(value: Any) -> Iterator[Tensor]:
+    """Go through the tensors of floating-point numbers in a value or in nested lists of them."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from numbers_in(part)
+
+
+def is_time(name: str) -> bool:
+    """Whether an argument of this name is the timestep, as the models of diffusers call it."""
+    return TIME.search(name) is not None
+
+
+def moved_inputs(model: nn.Module, inputs: Inputs, *, time: bool = True) -> Inputs:
+    """Return the same arguments with other latents and, unless told otherwise, at another timestep."""
+    latents = _latents_among(inputs)
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+
+    def moved(name: str, value: Any) -> Any:
+        if value is latents:
+            return _changed(value)
+        if time and is_time(name):
+            return _earlier(value)
+        return value
+
+    args = tuple(
+        moved(name, value) for name, value in zip_longest(names[: len(inputs.args)], inputs.args, fillvalue="")
+    )
+    return Inputs(args, {name: moved(name, value) for name, value in inputs.kwargs.items()})
+
+
+def _latents_among(inputs: Inputs) -> Any:
+    """Return the argument that holds the latents."""
+    named = [inputs.kwargs[name] for name in LATENTS if name in inputs.kwargs and not inputs.args]
+    given = (*named, *inputs.args, *inputs.kwargs.values())
+    return next((value for value in given if next(numbers_in(value), None) is not None), None)
+
+
+def _changed(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        wave = torch.linspace(-1, 1, value.numel(), dtype=torch.float32, device=value.device).reshape(value.shape)
+        return value * 0.5 + wave.to(value.dtype) if value.is_floating_point() else value
+    return type(value)(_changed(part) for part in value) if isinstance(value, (list, tuple)) else value
+
+
+def _earlier(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value * 0.5 if value.is_floating_point() else value // 2
+    return type(value)(_earlier(part) for part in value) if isinstance(value, (list, tuple)) else value

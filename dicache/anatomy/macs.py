@@ -1,5 +1,6 @@
 """Multiply-accumulates counted by operator, as they happen: hooks cannot claim work that was not done."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -22,6 +24,8 @@ class MacCounter(TorchDispatchMode):
         macs: Path of a marked module -> the multiply-accumulates while it ran, those of marked modules in it
             included; `TOTAL` holds all of them.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -52,6 +56,10 @@ class MacCounter(TorchDispatchMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):  # flex attention: as if no block of its mask were empty
+            if func.name() == "flex_attention":
+                self._add(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape) // 2)
+            return func(*args, **kwargs)
         packet = func._overloadpacket
         if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # not in torch's registry
             self._add(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape) // 2)
@@ -74,6 +82,22 @@ class MacCounter(TorchDispatchMode):
 def count_macs(run: Callable[[], Any], model: nn.Module | None = None, paths: Iterable[str] = ()) -> Counter[str]:
     """Return the multiply-accumulates of `run()`: in all (`TOTAL`) and while each of these modules of a model ran."""
     counter = MacCounter()
-    with counter.mark(model, paths) if model is not None else nullcontext(), torch.no_grad(), counter:
+    with counter.mark(model, paths) if model is not None else nullcontext(), torch.no_grad(), _plain_flex(), counter:
         run()
     return counter.macs
+
+
+@contextmanager
+def _plain_flex() -> Iterator[None]:
+    """Let flex attention run as it is, where it is called uncompiled: it traces itself, which cannot be watched."""
+    flex = sys.modules.get("torch.nn.attention.flex_attention")
+    name = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+    before = getattr(flex, name, None)
+    if before is None:
+        yield
+        return
+    setattr(flex, name, True)
+    try:
+        yield
+    finally:
+        setattr(flex, name, before)

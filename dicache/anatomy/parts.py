@@ -9,6 +9,7 @@ from typing import Any
 
 BRANCHES = ("attn", "cross_attn", "joint_attn", "mlp", "fused", "conv")
 ROLES = ("main", "refiner")
+MADE = "made."  # begins the name of an output that continues no argument, such as a hint for another block
 MAIN_STREAMS = ("hidden_states", "x")  # what blocks call the stream of the latents
 
 
@@ -44,7 +45,7 @@ class Block:
     path: str  # container inside the model: "transformer_blocks"
     position: int  # place in the container
     kind: str  # class name
-    returns: str | tuple[str | None, ...]  # argument that each output belongs to; None for an output without a stream
+    returns: str | tuple[str | None, ...]  # argument that each output continues; `made.0`: none; None: no output
     sites: tuple[Site, ...]
     norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # path inside the block -> all branches it feeds
     macs: int = 0  # of one call, its sites included
@@ -60,7 +61,7 @@ class Block:
     def streams(self) -> tuple[str, ...]:
         """Names of the arguments that enter as a stream and leave as one."""
         returns = (self.returns,) if isinstance(self.returns, str) else self.returns
-        return tuple(name for name in returns if name is not None)
+        return tuple(name for name in returns if name is not None and not name.startswith(MADE))
 
     @property
     def main_stream(self) -> str:

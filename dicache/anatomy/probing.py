@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dicache.anatomy.overrides import Overrides, without_turn
-from dicache.anatomy.parts import AnatomyError, Block
+from dicache.anatomy.parts import MADE, AnatomyError, Block
 from dicache.anatomy.recognising import norms
 from dicache.anatomy.standins import pass_on, view_of_zero
-from dicache.anatomy.watching import BlockCall
+from dicache.anatomy.watching import BlockCall, Returns
 
 Forward = Callable[..., Any]
 
@@ -114,6 +114,49 @@ def carries(probe: Probe, output: str, streams: Mapping[str, Tensor]) -> bool:
     return any(same(want, probe.run([output], arguments={name: nan_like(value)})) for name, value in streams.items())
 
 
+def depending(probe: Probe, call: BlockCall, streams: Mapping[str, Tensor]) -> set[str]:
+    """Return the pieces of a block that give something else where its streams are other ones."""
+    changed: set[str] = set()
+
+    def compared(path: str, before: Any) -> Callable[[Forward], Forward]:
+        def make(forward: Forward) -> Forward:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                out = forward(*args, **kwargs)
+                if not same(before, out):
+                    changed.add(path)
+                return out
+
+            return run
+
+        return make
+
+    others = {name: value * 0.5 + 0.25 for name, value in streams.items()}
+    probe.run([], {piece.path: compared(piece.path, piece.returned) for piece in call.pieces}, others)
+    return changed
+
+
+def continued(block: Block, call: BlockCall) -> Returns:
+    """Return a block's outputs as they are named, but for one that does not continue the argument it is named for.
+
+    With all branches giving zeros, what enters as a stream arrives in what leaves as one. An output that it does not
+    arrive in only has the same shape: it is made anew, like a hint for other blocks.
+    """
+    probe = Probe(call)
+    silent = {path: probe.nothing(path) for site in block.sites for path in site.modules}
+    want = _outputs(probe.run([], silent))
+    names = [block.returns] if isinstance(block.returns, str) else list(block.returns)
+    for name, value in call.streams(block.returns).items():
+        place = names.index(name)
+        got = _outputs(probe.run([], silent, {name: value * 0.5 + 0.25}))
+        if same(want[place], got[place]):
+            names[place] = f"{MADE}{place}"
+    return names[0] or "" if isinstance(block.returns, str) else tuple(names)
+
+
+def _outputs(returned: Any) -> Any:
+    return returned if isinstance(returned, (tuple, list)) else (returned,)
+
+
 def norms_of(block: Block, call: BlockCall) -> dict[str, tuple[str, ...]]:
     """Return the norms of a block that feed nothing but its branches, and which branches each of them feeds.
 
@@ -161,7 +204,7 @@ def _poisoned_norm(fits: list[bool], forward: Forward) -> Forward:
         fits.append(
             isinstance(out, Tensor)
             and isinstance(passed, Tensor)
-            and out.ndim >= 3
+            and out.ndim >= 2
             and passed.shape == out.shape
             and passed.dtype == out.dtype
         )

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
@@ -33,21 +33,25 @@ def containers(model: nn.Module) -> dict[str, nn.ModuleList]:
     return found
 
 
-def pieces(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def pieces(block: nn.Module, entered: Collection[str] = (), above: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the outermost modules that a block works with, with their path inside it.
 
-    Norms and modulations are not among them. Lists, and wrappers round an attention, are entered.
+    Norms and modulations are not among them. Lists, wrappers round an attention and what is named are entered.
     """
     for name, child in block.named_children():
-        if is_attention(child):
-            yield name, child
+        path, attention = f"{above}{name}", is_attention(child)
+        if path not in entered and attention:
+            yield path, child
         elif NOT_A_BRANCH.search(type(child).__name__):
             continue
-        elif isinstance(child, nn.ModuleList) or any(is_attention(part) for part in child.modules()):
-            for inner, module in pieces(child):
-                yield f"{name}.{inner}", module
+        elif (
+            path in entered
+            or isinstance(child, nn.ModuleList)
+            or (not attention and any(is_attention(part) for part in child.modules()))
+        ):
+            yield from pieces(child, entered, f"{path}.")
         else:
-            yield name, child
+            yield path, child
 
 
 def norms(block: nn.Module) -> Iterator[str]:
@@ -64,6 +68,13 @@ def is_attention(module: nn.Module) -> bool:
         return True
     name = type(module).__name__
     return bool(ATTENTION.search(name)) and not NOT_A_BRANCH.search(name) and count_matrices(module) > 0
+
+
+def is_called_attention(path: str, module: nn.Module) -> bool:
+    """Whether a piece of a block is an attention, by itself or by what the block calls it."""
+    name = path.rpartition(".")[2]
+    called = ATTENTION.search(name) and not NOT_A_BRANCH.search(name) and count_matrices(module) >= 2
+    return bool(called) or is_attention(module)
 
 
 def is_branch(module: nn.Module) -> bool:

@@ -84,7 +84,7 @@ def segments(calls: list[BlockCall], returns: list[Returns]) -> tuple[tuple[int,
         direct = before.container == here.container and index - 1 not in used_later
         names = returns[index - 1]
         for output, name in zip(before.outputs, (names,) if isinstance(names, str) else names, strict=True):
-            direct = direct and name is not None and here.arguments.get(name) is output
+            direct = direct and (output is None or (name is not None and here.arguments.get(name) is output))
         if not direct:
             found.append((start, index))
             start = index

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dicache.anatomy.branches import sites_of
+from dicache.anatomy.branches import sites_of, wrappers
 from dicache.anatomy.inputs import Inputs, example_inputs, latents_of
 from dicache.anatomy.macs import TOTAL, count_macs
 from dicache.anatomy.middles import middle_of
 from dicache.anatomy.parts import Anatomy, AnatomyError, Block
-from dicache.anatomy.probing import norms_of
+from dicache.anatomy.probing import continued, norms_of
 from dicache.anatomy.recognising import containers
 from dicache.anatomy.streams import check_streams, segments, streams
 from dicache.anatomy.unets import is_unet, unet_blocks, without_additions
@@ -53,8 +53,13 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
             f"{type(model).__name__} has no list of modules that each hold an attention: found no transformer blocks; "
             "say where they are with dicache.anatomy.describe"
         )
+    entered: set[tuple[type, str]] = set()
     calls = watch(model, lists, inputs)
     returns = streams(calls)
+    while further := _wrappers(calls, returns) - entered:
+        entered |= further
+        calls = watch(model, lists, inputs, entered=entered)
+        returns = streams(calls)
     text = refiners(model, lists, inputs, calls, returns)
     main = [place for place, call in enumerate(calls) if call.container not in text]
     calls, returns = [calls[place] for place in main], [returns[place] for place in main]
@@ -65,10 +70,16 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
     return Anatomy(
         model=type(model).__name__,
         blocks=tuple(blocks),
-        segments=segments(calls, returns),
+        segments=segments(calls, [block.returns for block in blocks]),
         macs=macs,
         latents=tuple(latents_of(inputs.args, inputs.kwargs).shape[1:]),
     )
+
+
+def _wrappers(calls: list[BlockCall], returns: list[Returns]) -> set[tuple[type, str]]:
+    """Return which parts of which blocks hold a branch and its residual, and are not a branch."""
+    kinds = {_kind(call, names): (call, names) for call, names in zip(calls, returns, strict=True)}
+    return {(type(call.module), path) for call, names in kinds.values() for path in wrappers(call, names)}
 
 
 def _check_called_once(model: nn.Module, calls: list[BlockCall], lists: dict[str, nn.ModuleList]) -> None:
@@ -95,6 +106,7 @@ def _block(index: int, call: BlockCall, returns: Returns, known: dict[Hashable, 
         returns=returns,
         sites=sites_of(call, returns),
     )
+    block = replace(block, returns=continued(block, call))
     known[kind] = replace(block, norms=norms_of(block, call), middle=middle_of(block, call))
     return known[kind]
 

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dicache.anatomy.inputs import Inputs
+from dicache.anatomy.inputs import Inputs, is_time
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.parts import Anatomy
 from dicache.anatomy.watching import signature
 
 TIME, PROJECTED = "time", "time_projected"
 EMBEDS_TIME = re.compile("time(step)?s?embed", re.IGNORECASE)  # class names; `Timesteps` alone only makes waves
-TIMESTEP = ("timestep", "timesteps", "t")  # arguments, as the models of diffusers call it
 
 Take = Callable[[Tensor], None]
 
@@ -140,7 +139,7 @@ def _moved(model: nn.Module, inputs: Inputs, *, time: bool) -> Inputs:
             return {key: moved(key, part) for key, part in value.items()}
         if isinstance(value, (list, tuple)):
             return [moved(name, part) for part in value]
-        if not isinstance(value, Tensor) or (name in TIMESTEP) != time:
+        if not isinstance(value, Tensor) or is_time(name) != time:
             return value
         if time:
             return value * 0.5 if value.is_floating_point() else value // 2

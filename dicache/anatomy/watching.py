@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dicache.anatomy.inputs import Inputs, latents_of
+from dicache.anatomy.inputs import Inputs, moved_inputs
 from dicache.anatomy.overrides import TURN, Overrides
-from dicache.anatomy.parts import AnatomyError
+from dicache.anatomy.parts import MADE, AnatomyError
 from dicache.anatomy.recognising import pieces
 
 Returns = str | tuple[str | None, ...]
@@ -26,6 +26,15 @@ class PieceCall:
     module: nn.Module
     arguments: dict[str, Any]
     returned: Any
+
+    def again(self, change: Callable[[Tensor], Tensor]) -> Any:
+        """Call the piece again, with the first of its tensors changed, and return what it returns."""
+        bound = inspect.BoundArguments(signature(self.module), OrderedDict(self.arguments))
+        given: list[Any] = [*bound.args, *bound.kwargs.values()]
+        first = next(place for place, value in enumerate(given) if isinstance(value, Tensor))
+        given[first] = change(given[first])
+        count = len(bound.args)
+        return self.module(*given[:count], **dict(zip(bound.kwargs, given[count:], strict=True)))
 
     @property
     def outputs(self) -> list[Tensor]:
@@ -56,7 +65,7 @@ class BlockCall:
     def streams(self, returns: Returns) -> dict[str, Tensor]:
         """Return the arguments that leave the block again, by name."""
         names = (returns,) if isinstance(returns, str) else returns
-        return {name: self.arguments[name] for name in names if name}
+        return {name: self.arguments[name] for name in names if name and not name.startswith(MADE)}
 
     def again(self, changed: Mapping[str, Any]) -> Any:
         """Call the block again, with some of its arguments changed, and return what it returns."""
@@ -79,6 +88,7 @@ def watch(
     containers: Mapping[str, Blocks],
     inputs: Inputs,
     named: Mapping[str, Collection[str]] | None = None,
+    entered: Collection[tuple[type, str]] = (),
 ) -> list[BlockCall]:
     """Call the model once and return the calls of its blocks, in order, with those of the pieces inside them.
 
@@ -87,6 +97,7 @@ def watch(
         containers: Lists of blocks by their path.
         inputs: Of the call.
         named: For each container, paths inside its blocks of other modules to watch.
+        entered: Class of a block, and path inside it of a module whose own parts are watched in its place.
     """
     calls: list[BlockCall] = []
     open_block: list[BlockCall] = []
@@ -117,7 +128,11 @@ def watch(
             for position, block in enumerate(container):
                 overrides.set(block, watch_block(path, position, block, block.forward))
                 inside = dict(block.named_modules())
-                found = {**dict(pieces(block)), **{p: inside[p] for p in (named or {}).get(path, ()) if p in inside}}
+                enter = {place for kind, place in entered if kind is type(block)}
+                found = {
+                    **dict(pieces(block, enter)),
+                    **{p: inside[p] for p in (named or {}).get(path, ()) if p in inside},
+                }
                 for name, piece in found.items():
                     overrides.set(piece, watch_piece(name, piece, piece.forward))
         model(*inputs.args, **inputs.kwargs)
@@ -135,55 +150,51 @@ def _name_turns(pieces: list[PieceCall]) -> None:
 
 
 def refiners(
+    model: nn.Module, containers: Mapping[str, Blocks], inputs: Inputs, calls: list[BlockCall], returns: list[Returns]
+) -> set[str]:
+    """Return the containers that refine text: no stream enters any of their calls that the latents change.
+
+    The model is called again with other latents, and each call of a block compared with the one seen before; and once
+    more at another timestep, where it must call the same blocks.
+    """
+    changed: set[str] = set()
+
+    def compare(before: BlockCall, names: Returns, now: Mapping[str, Any]) -> None:
+        streams = before.streams(names)
+        if not streams or not all(torch.equal(value, now[name]) for name, value in streams.items()):
+            changed.add(before.container)
+
+    _call_alike(model, containers, moved_inputs(model, inputs, time=False), calls, returns, compare)
+    _call_alike(model, containers, moved_inputs(model, inputs), calls, returns, lambda *_: None)
+    return set(containers) - changed
+
+
+def _call_alike(
     model: nn.Module,
-    containers: Mapping[str, nn.ModuleList],
+    containers: Mapping[str, Blocks],
     inputs: Inputs,
     calls: list[BlockCall],
     returns: list[Returns],
-) -> set[str]:
-    """Return the containers that refine text: no stream enters any of their calls that latents and timestep change.
-
-    The model is called once more, with others, and each call of a block compared with the one seen before.
-    """
-    changed: set[str] = set()
+    look: Callable[[BlockCall, Returns, Mapping[str, Any]], None],
+) -> None:
+    """Call the model with other arguments; look at each call of a block beside the one seen before."""
     following = iter(zip(calls, returns, strict=True))
     differs = f"{type(model).__name__} calls other blocks with other latents or at another timestep; not supported"
 
-    def compare(path: str, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def compared(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             before, names = next(following, (None, ""))
             if before is None or before.module is not module:
                 raise AnatomyError(differs)
-            now = _bind(module, args, kwargs)
-            streams = before.streams(names)
-            if not streams or not all(torch.equal(value, now[name]) for name, value in streams.items()):
-                changed.add(path)
+            look(before, names, _bind(module, args, kwargs))
             return forward(*args, **kwargs)
 
         return run
 
     with Overrides() as overrides, torch.no_grad():
-        for path, container in containers.items():
+        for container in containers.values():
             for block in container:
-                overrides.set(block, compare(path, block, block.forward))
-        other = moved_inputs(model, inputs)
-        model(*other.args, **other.kwargs)
+                overrides.set(block, compared(block, block.forward))
+        model(*inputs.args, **inputs.kwargs)
     if next(following, None) is not None:
         raise AnatomyError(differs)
-    return set(containers) - changed
-
-
-def moved_inputs(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Return the same arguments with other latents and another timestep."""
-    latents = latents_of(inputs.args, inputs.kwargs)
-    bound = _bind(model, inputs.args, inputs.kwargs)
-    time: Any = bound.get("timestep")
-
-    def moved(value: Any) -> Any:
-        if value is latents:
-            return latents * 0.5 + 0.25
-        if value is time and isinstance(value, Tensor):
-            return value * 0.5 if value.is_floating_point() else value // 2
-        return value
-
-    return Inputs(tuple(map(moved, inputs.args)), {name: moved(value) for name, value in inputs.kwargs.items()})

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dicache.anatomy import Anatomy, Block
-from dicache.anatomy.inputs import Inputs
+from dicache.anatomy.inputs import Inputs, moved_inputs
 from dicache.anatomy.macs import TOTAL, count_macs
 from dicache.anatomy.overrides import Overrides, without_turn
-from dicache.anatomy.watching import moved_inputs
 from dicache.runtime.apply import apply
 from dicache.runtime.cache import Cache
 from dicache.runtime.nested import tensors_of

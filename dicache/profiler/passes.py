@@ -119,7 +119,8 @@ class Pass:
         self._middles[index] = stream
 
     def block(self, index: int, into: Tensors, out: Tensors) -> None:
-        """Take what entered and what left a block."""
+        """Take what entered and what left a block; of what left, what continues a stream."""
+        out = {name: tensor for name, tensor in out.items() if name in into}
         if index in self._residuals:
             name = self.anatomy.blocks[index].main_stream
             middle = self._middles.pop(index, None)

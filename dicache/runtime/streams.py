@@ -39,15 +39,15 @@ class Streams:
 
 
 def delta(out: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> Tensors:
-    """Return output minus input of a range of blocks, for each stream that leaves it."""
-    return {name: tensor - into[name] for name, tensor in out.items()}
+    """Return output minus input of a range of blocks, for each stream that leaves it; what it makes anew, whole."""
+    return {name: tensor - into[name] if name in into else tensor for name, tensor in out.items()}
 
 
 def add(into: Mapping[str, Tensor], change: Mapping[str, Tensor]) -> Tensors:
     """Return the streams with the delta added; a stream without one passes."""
-    return {name: tensor + change[name] if name in change else tensor for name, tensor in into.items()}
+    return {**into, **{name: into[name] + part if name in into else part for name, part in change.items()}}
 
 
 def replace(into: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> Tensors:
     """Return the streams as a range of blocks left them; a stream that does not leave it passes."""
-    return {name: made.get(name, tensor) for name, tensor in into.items()}
+    return {**into, **made}

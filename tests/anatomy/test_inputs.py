@@ -101,5 +101,5 @@ def test_latents_are_the_hidden_states_wherever_they_stand_among_the_keywords() 
     latents, other = torch.zeros(2, 4), torch.zeros(3)
     assert latents_of((), {"timestep": other, "hidden_states": latents}) is latents
     assert latents_of((latents,), {"timestep": other}) is latents
-    with pytest.raises(AnatomyError, match="no tensor among its arguments"):
+    with pytest.raises(AnatomyError, match="no tensor of numbers among its arguments"):
         latents_of((1,), {"timestep": 2})
