@@ -14,12 +14,14 @@ from tests.transformers.pictures import (
     HEIGHT,
     INNER,
     PATCHES,
+    PICTURES,
     POOLED,
     ROWS,
     TEXT,
     WIDTH,
     WIDTHS,
     mask_of,
+    packed,
     picture,
 )
 from tests.transformers.tiny_transformer import BATCH, Given, Tiny
@@ -70,20 +72,21 @@ def hidream(given: Given) -> dict[str, Any]:
     }
 
 
-def qwen_image(given: Given, *sizes: tuple[int, int, int]) -> dict[str, Any]:
-    sizes = sizes or ((1, ROWS, COLUMNS),)
+def qwen_image(given: Given, *references: tuple[int, int, int]) -> dict[str, Any]:
+    sizes = [(1, ROWS, COLUMNS), *references]
+    arguments = packed(given)
+    more = [given.noise(BATCH, rows * columns, 4 * CHANNELS) for _, rows, columns in references]
     return {
-        "hidden_states": given.noise(BATCH, sum(rows * columns for _, rows, columns in sizes), 4 * CHANNELS),
-        "encoder_hidden_states": given.noise(BATCH, TEXT, CAPTION),
+        **arguments,
+        "hidden_states": torch.cat([arguments["hidden_states"], *more], dim=1),
         "encoder_hidden_states_mask": mask_of(),
-        "timestep": torch.full((BATCH,), 0.5),
-        "img_shapes": [list(sizes)] * BATCH,
+        "img_shapes": [sizes] * BATCH,
     }
 
 
 def qwen_image_edit(given: Given) -> dict[str, Any]:
     """The patches of a smaller picture to start from follow those of the latents."""
-    return qwen_image(given, (1, ROWS, COLUMNS), (1, 2, 3))
+    return qwen_image(given, (1, 2, 3))
 
 
 def joy_image(given: Given) -> dict[str, Any]:
@@ -103,8 +106,7 @@ def joy_image_plus(given: Given) -> dict[str, Any]:
 
 COGVIEW = {
     **WIDTHS,
-    "in_channels": CHANNELS,
-    "out_channels": CHANNELS,
+    **PICTURES,
     "num_layers": 3,
     "text_embed_dim": CAPTION,
     "time_embed_dim": TIME,
@@ -129,8 +131,7 @@ QWEN_IMAGE = {
 SD3 = {
     **WIDTHS,
     "sample_size": 16,
-    "in_channels": CHANNELS,
-    "out_channels": CHANNELS,
+    **PICTURES,
     "num_layers": 4,
     "joint_attention_dim": CAPTION,
     "caption_projection_dim": INNER,
@@ -144,8 +145,7 @@ DUAL_STREAM: dict[str, Tiny] = {
         {
             **WIDTHS,
             "sample_size": 16,
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
+            **PICTURES,
             "num_mmdit_layers": 3,
             "num_single_dit_layers": 4,
             "joint_attention_dim": CAPTION,

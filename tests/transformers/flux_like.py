@@ -12,6 +12,7 @@ from tests.transformers.pictures import (
     HEAD,
     HEADS,
     PATCHES,
+    PICTURES,
     POOLED,
     TEXT,
     WIDTHS,
@@ -171,8 +172,7 @@ FLUX_LIKE: dict[str, Tiny] = {
         "HunyuanImageTransformer2DModel",
         {
             **WIDTHS,
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
+            **PICTURES,
             "num_layers": 3,
             "num_single_layers": 4,
             "num_refiner_layers": 2,

@@ -14,7 +14,9 @@ from tests.transformers.pictures import (
     HEADS,
     HEIGHT,
     INNER,
+    PACKED,
     PATCHES,
+    PICTURES,
     POOLED,
     ROWS,
     TEXT,
@@ -29,8 +31,6 @@ from tests.transformers.single_stream import LUMINA
 from tests.transformers.tiny_transformer import BATCH, Given, Tiny
 
 LAYERS = 5  # of the text's encoder that are given
-PICTURES = {"in_channels": CHANNELS, "out_channels": CHANNELS}
-PACKED = {"in_channels": 4 * CHANNELS, "out_channels": 4 * CHANNELS}
 
 
 def prior(given: Given) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def z_image_edit(given: Given) -> dict[str, Any]:
     """A list of pictures for each of the batch, the last of which is made, with texts around them."""
 
     def row_of_pictures() -> list[Tensor]:
-        return [given.noise(CHANNELS, 1, 4, 6), given.noise(CHANNELS, 1, HEIGHT, WIDTH)]
+        return [given.noise(CHANNELS, 1, HEIGHT // 2, WIDTH // 2), given.noise(CHANNELS, 1, HEIGHT, WIDTH)]
 
     return {
         "x": [row_of_pictures() for _ in range(BATCH)],

@@ -18,6 +18,8 @@ POOLED = 28  # channels of the whole text's embedding
 HEADS, HEAD = 2, 16
 WIDTHS = {"num_attention_heads": HEADS, "attention_head_dim": HEAD}
 INNER = HEADS * HEAD
+PICTURES = {"in_channels": CHANNELS, "out_channels": CHANNELS}
+PACKED = {"in_channels": 4 * CHANNELS, "out_channels": 4 * CHANNELS}
 AXES = (4, 6, 6)  # of a head's channels, for the place in the row of frames, rows and columns
 
 

@@ -15,6 +15,7 @@ from tests.transformers.pictures import (
     HEIGHT,
     INNER,
     PATCHES,
+    PICTURES,
     POOLED,
     ROWS,
     SQUARE,
@@ -26,8 +27,6 @@ from tests.transformers.pictures import (
     picture,
 )
 from tests.transformers.tiny_transformer import BATCH, Given, Tiny
-
-PICTURES = {"in_channels": CHANNELS, "out_channels": CHANNELS}
 
 
 def labelled(given: Given) -> dict[str, Any]:
