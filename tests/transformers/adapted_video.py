@@ -15,6 +15,7 @@ from tests.transformers.video import (
     IMAGE,
     IMAGE_TOKENS,
     PATCHES,
+    POOLED,
     TEXT_TOKENS,
     WAN,
     WIDTH,
@@ -23,6 +24,7 @@ from tests.transformers.video import (
     latents,
     masked,
     of_image,
+    text_mask,
 )
 
 SOUND_TOKENS = 11
@@ -32,7 +34,7 @@ KANDINSKY6: Mapping[str, Any] = {
     "in_visual_dim": CHANNELS,
     "out_visual_dim": CHANNELS,
     "in_text_dim": CAPTION,
-    "in_text_dim2": IMAGE,
+    "in_text_dim2": POOLED,
     "time_dim": 16,
     "model_dim": 24,
     "ff_dim": 40,
@@ -105,7 +107,11 @@ def _helios(given: Given) -> dict[str, Any]:
 
 
 def _kandinsky6(given: Given) -> dict[str, Any]:
-    return {**kandinsky(given), "audio_hidden_states": given.noise(BATCH, SOUND_TOKENS, SOUND)}
+    return {**kandinsky(given), "encoder_attention_mask": text_mask().bool()}
+
+
+def _kandinsky6_with_sound(given: Given) -> dict[str, Any]:
+    return {**_kandinsky6(given), "audio_hidden_states": given.noise(BATCH, SOUND_TOKENS, SOUND)}
 
 
 def _minimax_h3(given: Given) -> dict[str, Any]:
@@ -190,7 +196,7 @@ class _Uncompiled(Tiny):
             with torch.compiler.set_stance("force_eager"):
                 return make(*arguments)
 
-        model.create_mask = create_mask
+        vars(model)["create_mask"] = create_mask
         return model
 
 
@@ -227,7 +233,7 @@ ADAPTED_VIDEO: dict[str, Tiny] = {
     ),
     "helios": Tiny(
         kind="HeliosTransformer3DModel",
-        config={name: value for name, value in {**WAN, "rope_dim": (4, 4, 4)}.items() if name != "rope_max_seq_len"},
+        config={**WAN, "rope_dim": (4, 4, 4)},
         arguments=_helios,
         blocks={"blocks.0-2": "attn cross_attn mlp"},
         segments=(3,),
@@ -235,7 +241,7 @@ ADAPTED_VIDEO: dict[str, Tiny] = {
     "kandinsky6": Tiny(  # video and sound
         kind="Kandinsky6Transformer3DModel",
         config=KANDINSKY6,
-        arguments=_kandinsky6,
+        arguments=_kandinsky6_with_sound,
         blocks={
             "visual_transformer_blocks.0-2": "attn.self cross_attn.cross attn.self_attention "
             "cross_attn.cross_attention cross_attn.va_cross cross_attn.av_cross mlp mlp.feed_forward"
@@ -245,7 +251,7 @@ ADAPTED_VIDEO: dict[str, Tiny] = {
     "kandinsky6-silent": Tiny(
         kind="Kandinsky6Transformer3DModel",
         config=KANDINSKY6,
-        arguments=kandinsky,
+        arguments=_kandinsky6,
         blocks={"visual_transformer_blocks.0-2": "attn cross_attn mlp"},
         segments=(3,),
     ),

@@ -51,7 +51,7 @@ def _longcat(given: Given) -> dict[str, Any]:
     return {
         "hidden_states": given.noise(BATCH, LENGTH, CHANNELS),
         "encoder_hidden_states": text(given),
-        "encoder_attention_mask": text_mask(given).bool(),
+        "encoder_attention_mask": text_mask().bool(),
         "timestep": _time(),
         "attention_mask": whole,
         "latent_cond": given.noise(BATCH, LENGTH, CHANNELS),
@@ -80,7 +80,7 @@ def _stable_audio3(given: Given) -> dict[str, Any]:
         "timestep": _time(),
         "encoder_hidden_states": text(given),
         "global_hidden_states": given.noise(BATCH, 28),
-        "encoder_attention_mask": text_mask(given),
+        "encoder_attention_mask": text_mask(),
     }
 
 
@@ -93,7 +93,7 @@ def _t5_film(given: Given) -> dict[str, Any]:
     """Return notes and the sound before, each with a mask, the spectrogram and its time, from 0 to 1."""
     notes, before = given.noise(BATCH, TEXT_TOKENS, 24), given.noise(BATCH, 5, 24)
     return {
-        "encodings_and_masks": [(notes, text_mask(given)), (before, torch.ones(BATCH, 5, dtype=torch.long))],
+        "encodings_and_masks": [(notes, text_mask()), (before, torch.ones(BATCH, 5, dtype=torch.long))],
         "decoder_input_tokens": given.noise(BATCH, LENGTH, CHANNELS),
         "decoder_noise_time": _time(),
     }

@@ -15,6 +15,7 @@ from tests.transformers.video import (
     IMAGE,
     IMAGE_TOKENS,
     PATCHES,
+    POOLED,
     TEXT_TOKENS,
     WIDTH,
     at_time,
@@ -24,8 +25,6 @@ from tests.transformers.video import (
     text,
     text_mask,
 )
-
-POOLED = 36  # channels of the whole text's embedding
 
 COGVIDEOX: Mapping[str, Any] = {
     "num_attention_heads": 2,
@@ -174,7 +173,7 @@ def _ltx2(given: Given) -> dict[str, Any]:
         "hidden_states": given.noise(BATCH, PATCHES, CHANNELS),
         "audio_hidden_states": given.noise(BATCH, 11, 6),
         "audio_encoder_hidden_states": text(given),
-        "audio_encoder_attention_mask": text_mask(given),
+        "audio_encoder_attention_mask": text_mask(),
         "num_frames": FRAMES,
         "height": HEIGHT // 2,
         "width": WIDTH // 2,

@@ -9,12 +9,13 @@ from tests.transformers.tiny_transformer import BATCH, Given, Tiny
 
 CHANNELS = 4
 FRAMES = 3
-HEIGHT, WIDTH = 6, 10  # of the latents
+HEIGHT, WIDTH = 8, 10  # of the latents, twice the places of patches
 PATCHES = FRAMES * (HEIGHT // 2) * (WIDTH // 2)
 TEXT_TOKENS = 7
 CAPTION = 20  # channels of the text
-IMAGE_TOKENS = 5  # of the picture that a video begins with
+IMAGE_TOKENS = 6  # of the picture that a video begins with
 IMAGE = 28  # channels of its embedding
+POOLED = 36  # channels of the whole text's embedding
 
 # Width 24, and nothing else of that size.
 WAN = {
@@ -26,7 +27,6 @@ WAN = {
     "freq_dim": 16,
     "ffn_dim": 40,
     "num_layers": 3,
-    "rope_max_seq_len": 32,
 }
 
 COSMOS = {
@@ -44,19 +44,22 @@ COSMOS = {
 
 
 def latents(given: Given, channels: int = CHANNELS, frames: int = FRAMES) -> Tensor:
+    """Return a video, shape (batch, channels, frames, height, width)."""
     return given.noise(BATCH, channels, frames, HEIGHT, WIDTH)
 
 
 def text(given: Given) -> Tensor:
+    """Return a text a sample, shape (batch, tokens, channels)."""
     return given.noise(BATCH, TEXT_TOKENS, CAPTION)
 
 
 def image(given: Given) -> Tensor:
+    """Return a picture's embedding a sample, shape (batch, tokens, channels)."""
     return given.noise(BATCH, IMAGE_TOKENS, IMAGE)
 
 
-def text_mask(given: Given) -> Tensor:
-    """Return which tokens of each text are not padding: all of the first's, and all but two of the second's."""
+def text_mask() -> Tensor:
+    """Return which tokens of each text are not padding, shape (batch, tokens): the second text is shorter by two."""
     mask = torch.ones(BATCH, TEXT_TOKENS, dtype=torch.long)
     mask[1, -2:] = 0
     return mask
@@ -69,17 +72,19 @@ def at_time(given: Given, **more: Any) -> dict[str, Any]:
 
 
 def masked(given: Given) -> dict[str, Any]:
-    return at_time(given, encoder_attention_mask=text_mask(given))
+    """Return the same, with a mask of the text."""
+    return at_time(given, encoder_attention_mask=text_mask())
 
 
 def of_image(given: Given) -> dict[str, Any]:
+    """Return the same, with the picture that the video begins with."""
     return at_time(given, encoder_hidden_states_image=image(given))
 
 
 def _ltx(given: Given) -> dict[str, Any]:
-    given_all = masked(given)
     packed = given.noise(BATCH, PATCHES, CHANNELS)
-    return {**given_all, "hidden_states": packed, "num_frames": FRAMES, "height": HEIGHT // 2, "width": WIDTH // 2}
+    size = {"num_frames": FRAMES, "height": HEIGHT // 2, "width": WIDTH // 2}
+    return {**masked(given), "hidden_states": packed, **size}
 
 
 def _allegro(given: Given) -> dict[str, Any]:
@@ -87,11 +92,11 @@ def _allegro(given: Given) -> dict[str, Any]:
     places = torch.cartesian_prod(torch.arange(FRAMES), torch.arange(HEIGHT // 2), torch.arange(WIDTH // 2))
     turns = tuple((given.noise(PATCHES, 4).cos(), given.noise(PATCHES, 4).sin()) for _ in range(3))
     grid = tuple(axis[None].expand(BATCH, -1) for axis in places.unbind(1))
-    return at_time(given, encoder_attention_mask=text_mask(given), image_rotary_emb=(turns, grid))
+    return at_time(given, encoder_attention_mask=text_mask(), image_rotary_emb=(turns, grid))
 
 
 def _cosmos(given: Given) -> dict[str, Any]:
-    return at_time(given, attention_mask=text_mask(given).bool(), fps=24)
+    return at_time(given, fps=24)
 
 
 def _cosmos_of_video(given: Given) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def kandinsky(given: Given) -> dict[str, Any]:
         "hidden_states": given.noise(BATCH, FRAMES, HEIGHT, WIDTH, 2 * CHANNELS + 1),
         "timestep": torch.full((BATCH,), 500.0),
         "encoder_hidden_states": text(given),
-        "pooled_projections": given.noise(BATCH, IMAGE),
+        "pooled_projections": given.noise(BATCH, POOLED),
     }
 
 
@@ -119,7 +124,7 @@ def _kandinsky5(given: Given) -> dict[str, Any]:
 
 def _kandinsky6_sr(given: Given) -> dict[str, Any]:
     """Return latents whose patches make squares of eight by eight, over which its attention is sparse."""
-    latents = given.noise(BATCH, FRAMES, 16, 16, 2 * CHANNELS + 1)
+    latents = given.noise(BATCH, 2, 16, 16, 2 * CHANNELS + 1)
     return {"hidden_states": latents, "timestep": torch.full((BATCH,), 500.0)}
 
 
@@ -188,7 +193,7 @@ VIDEO: dict[str, Tiny] = {
             "in_visual_dim": CHANNELS,
             "out_visual_dim": CHANNELS,
             "in_text_dim": CAPTION,
-            "in_text_dim2": IMAGE,
+            "in_text_dim2": POOLED,
             "time_dim": 16,
             "model_dim": 24,
             "ff_dim": 40,
@@ -224,7 +229,7 @@ VIDEO: dict[str, Tiny] = {
             "attention_head_dim": 12,
             "in_channels": CHANNELS,
             "out_channels": 2 * CHANNELS,
-            "num_layers": 2,
+            "num_layers": 3,
             "sample_size": 8,
             "patch_size": 2,
             "cross_attention_dim": 24,
@@ -241,8 +246,10 @@ VIDEO: dict[str, Tiny] = {
             "temporal_transformer_blocks.0": "attn mlp",
             "transformer_blocks.1": "attn cross_attn mlp",
             "temporal_transformer_blocks.1": "attn mlp",
+            "transformer_blocks.2": "attn cross_attn mlp",
+            "temporal_transformer_blocks.2": "attn mlp",
         },
-        segments=(1, 1, 1, 1),
+        segments=(1, 1, 1, 1, 1, 1),
     ),
     "ltx": Tiny(
         kind="LTXVideoTransformer3DModel",
