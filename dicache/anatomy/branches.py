@@ -55,7 +55,7 @@ def _makes_tokens(piece: PieceCall, streams: Mapping[str, Tensor]) -> bool:
     In a row, as a picture with its channels first, or with the heads of an attention apart.
     """
     widths, rank = {tensor.shape[-1] for tensor in streams.values()}, min(tensor.ndim for tensor in streams.values())
-    shape = piece.outputs[0].shape if piece.outputs else ()
+    shape = tuple(piece.outputs[0].shape) if piece.outputs else ()
     heads = len(shape) == 4 and is_attention(piece.module) and shape[2] * shape[3] in widths
     return (len(shape) >= rank and shape[-1] in widths) or (len(shape) >= 4 and shape[1] in widths) or heads
 

@@ -9,7 +9,7 @@ from dicache.anatomy.inputs import Inputs, latents_of
 from dicache.anatomy.middles import middle_of
 from dicache.anatomy.parts import MADE, Anatomy, AnatomyError, Block, Site, check_branch
 from dicache.anatomy.probing import continued, norms_of
-from dicache.anatomy.streams import check_streams, segments, streams
+from dicache.anatomy.streams import check_streams, segments, streams, unread
 from dicache.anatomy.surveying import measured
 from dicache.anatomy.watching import BlockCall, Blocks, Returns, watch
 
@@ -73,7 +73,7 @@ def describe(
             block = replace(block, returns=continued(block, call))
         described.append(replace(block, norms=norms_of(block, call), middle=middle_of(block, call)))
     found = (
-        segments(calls, [block.returns for block in described])
+        unread(model, inputs, calls, segments(calls, [block.returns for block in described]))
         if runs is None
         else tuple((int(start), int(stop)) for start, stop in runs)
     )

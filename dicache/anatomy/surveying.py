@@ -13,7 +13,7 @@ from dicache.anatomy.middles import middle_of
 from dicache.anatomy.parts import Anatomy, AnatomyError, Block
 from dicache.anatomy.probing import continued, norms_of
 from dicache.anatomy.recognising import containers
-from dicache.anatomy.streams import check_streams, segments, streams
+from dicache.anatomy.streams import check_streams, segments, streams, unread
 from dicache.anatomy.unets import is_unet, unet_blocks, without_additions
 from dicache.anatomy.watching import BlockCall, Returns, refiners, watch
 
@@ -70,7 +70,7 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
     return Anatomy(
         model=type(model).__name__,
         blocks=tuple(blocks),
-        segments=segments(calls, [block.returns for block in blocks]),
+        segments=unread(model, inputs, calls, segments(calls, [block.returns for block in blocks])),
         macs=macs,
         latents=tuple(latents_of(inputs.args, inputs.kwargs).shape[1:]),
     )

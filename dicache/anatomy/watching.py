@@ -28,11 +28,12 @@ class PieceCall:
     returned: Any
 
     def again(self, change: Callable[[Tensor], Tensor]) -> Any:
-        """Call the piece again, with the first of its tensors changed, and return what it returns."""
+        """Call the piece again, with its first tensor changed wherever it is given, and return what it returns."""
         bound = inspect.BoundArguments(signature(self.module), OrderedDict(self.arguments))
         given: list[Any] = [*bound.args, *bound.kwargs.values()]
-        first = next(place for place, value in enumerate(given) if isinstance(value, Tensor))
-        given[first] = change(given[first])
+        first = next(value for value in given if isinstance(value, Tensor))
+        other = change(first)
+        given = [other if value is first else value for value in given]
         count = len(bound.args)
         return self.module(*given[:count], **dict(zip(bound.kwargs, given[count:], strict=True)))
 

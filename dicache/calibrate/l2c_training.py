@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dicache.anatomy import Anatomy, StepClock
+from dicache.anatomy.nested import each, tensors_of
 from dicache.anatomy.overrides import Overrides
 from dicache.calibrate.l2c import (
     FORMAT,
@@ -34,7 +35,6 @@ from dicache.runtime.apply import denoiser
 from dicache.runtime.executor import Forward
 from dicache.runtime.generation import Call, Generation
 from dicache.runtime.naming import PassNames
-from dicache.runtime.nested import each, tensors_of
 from dicache.schedules import Target
 
 LABEL_DROPOUT = 0.1  # share of the samples without a condition, as in the released code

@@ -1,14 +1,14 @@
 """The laws of the runtime, each a function that raises where a model breaks it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from torch import Tensor
 
 from dicache.anatomy.macs import TOTAL, count_macs
+from dicache.anatomy.nested import tensors_of
 from dicache.anatomy.overrides import Overrides
-from dicache.conformance.subject import Subject, equal, error, rounding
-from dicache.runtime.nested import tensors_of
+from dicache.conformance.subject import Place, Subject, attributes, equal, error, rounding
 from dicache.schedules import PlanError, Rule
 from dicache.schedules.policies import FirstBlockPolicy, Policy, TeaCachePolicy
 
@@ -138,10 +138,15 @@ def deciding(subject: Subject) -> int:
 
 def restoring(subject: Subject) -> int:
     """detaching restores every attribute of every module, also after a failure, and the next run is a fresh one's"""
-    before, want = subject.attributes(), [subject.call(inputs) for inputs in subject.calls[:2]]
+    at_first = attributes(subject.model)
+    want = [subject.call(inputs) for inputs in subject.calls[:2]]
+    before = attributes(subject.model)
+    # What the model itself sets anew in a call is not there to be restored.
+    before = {place: value for place, value in before.items() if at_first.get(place, value) is value}
+    known = at_first.keys() | before.keys()
     schedule = subject.plan(Rule("reuse", "C."), steps=2)
     clean = subject.replay(schedule, subject.calls[:2])
-    _restored(subject, before, "after a generation")
+    _restored(subject, before, known, "after a generation")
     blocks = subject.anatomy.blocks
     for index in (0, len(blocks) // 2, len(blocks) - 1):
         module = subject.model.get_submodule(blocks[index].module)
@@ -154,7 +159,7 @@ def restoring(subject: Subject) -> int:
                 pass
             else:
                 raise LawError(f"block {index} was not called")
-        _restored(subject, before, f"after a failure in block {index}")
+        _restored(subject, before, known, f"after a failure in block {index}")
         if not all(map(equal, subject.replay(schedule, subject.calls[:2]), clean)):
             raise LawError(f"after a failure in block {index} the next generation is another")
     if not all(map(equal, [subject.call(inputs) for inputs in subject.calls[:2]], want)):
@@ -236,11 +241,12 @@ def _close(said: str, got: list[Tensor], want: list[Tensor]) -> None:
         raise LawError(f"{said} and equal inputs the output differs by {found:.2g}, more than rounding ({allowed:.2g})")
 
 
-def _restored(subject: Subject, before: dict[str, dict[str, int]], when: str) -> None:
-    after = subject.attributes()
-    if after != before:
-        path = next(path for path in before if before[path] != after.get(path))
-        raise LawError(f"{when} {path or 'the model'} is not as it was")
+def _restored(subject: Subject, before: Mapping[Place, Any], known: Set[Place], when: str) -> None:
+    after = attributes(subject.model)
+    changed = [place for place, value in before.items() if after.get(place, before) is not value]
+    if left := [*changed, *(after.keys() - known)]:
+        path, name = left[0]
+        raise LawError(f"{when} {name} of {path or 'the model'} is not as it was")
 
 
 def _failing(forward: Callable[..., Any]) -> Callable[..., Any]:

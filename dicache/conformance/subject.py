@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from dicache.anatomy import Anatomy, Block
 from dicache.anatomy.inputs import Inputs, moved_inputs
 from dicache.anatomy.macs import TOTAL, count_macs
+from dicache.anatomy.nested import tensors_of
 from dicache.anatomy.overrides import Overrides, without_turn
 from dicache.runtime.apply import apply
 from dicache.runtime.cache import Cache
-from dicache.runtime.nested import tensors_of
 from dicache.schedules import Plan, Rule, Schedule, Target
 from dicache.schedules.policies import Policy
 
 Range = tuple[int, int]
+Place = tuple[str, str]  # a module's path, an attribute's name
 ROUNDING = 32  # in units of the last place; adding and taking away a delta moves the output by about four of them
 
 
@@ -116,10 +117,6 @@ class Subject:
         """Return a context that counts the calls of the norms that feed nothing but branches, by path."""
         return _counting(self.model, [f"{b.module}.{path}" for b in self.anatomy.blocks for path in b.norms])
 
-    def attributes(self) -> dict[str, dict[str, int]]:
-        """Return which objects hang on each module of the model."""
-        return attributes(self.model)
-
 
 @contextmanager
 def _counting(model: nn.Module, paths: Sequence[str]) -> Iterator[Counter[str]]:
@@ -139,9 +136,9 @@ def _counting(model: nn.Module, paths: Sequence[str]) -> Iterator[Counter[str]]:
         yield counts
 
 
-def attributes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Return which objects hang on each module of a model."""
-    return {path: {key: id(value) for key, value in vars(part).items()} for path, part in model.named_modules()}
+def attributes(model: nn.Module) -> dict[Place, Any]:
+    """Return what hangs on each module of a model, by its path and the attribute's name."""
+    return {(path, name): value for path, part in model.named_modules() for name, value in vars(part).items()}
 
 
 def equal(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:

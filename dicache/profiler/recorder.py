@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dicache.anatomy import Anatomy, StepClock
 from dicache.anatomy.inputs import latents_of
+from dicache.anatomy.nested import tensors_of
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.signal import frames_of
 from dicache.anatomy.time_embedding import Reading, watch_reading
@@ -20,7 +21,6 @@ from dicache.profiler.profiles import Provenance, Run
 from dicache.profiler.storage import RunRecord
 from dicache.runtime.generation import Call, Generation
 from dicache.runtime.naming import PassNames
-from dicache.runtime.nested import tensors_of
 from dicache.runtime.streams import Streams
 
 Forward = Callable[..., Any]

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dicache.anatomy.nested import each, tensors_of
 from dicache.anatomy.watching import signature
 from dicache.runtime.generation import Call, Key, Lane, same
-from dicache.runtime.nested import each, tensors_of
 from dicache.runtime.stats import bytes_of
 from dicache.schedules import ScheduleError
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dicache.runtime.nested import each, tensors_of
+from dicache.anatomy.nested import each, tensors_of
 from dicache.runtime.stats import Stats
 from dicache.schedules import Corrections, ScheduleError
 from dicache.schedules.corrections import name_of

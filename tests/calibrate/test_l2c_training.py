@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dicache import apply
 from dicache.anatomy import Anatomy, StepClock
+from dicache.anatomy.nested import tensors_of
 from dicache.anatomy.overrides import Overrides
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.l2c import LearningToCache, Router, load_checkpoint, read_router
@@ -21,7 +22,6 @@ from dicache.models.sampling import UNCONDITIONAL, Sampling, default_conditions,
 from dicache.models.schedulers import with_scheduler
 from dicache.profiler.profiling import survey_pipeline, target_of
 from dicache.runtime.apply import denoiser
-from dicache.runtime.nested import tensors_of
 from dicache.schedules import Plan, Rule, Schedule, Target
 from tests.calibrate.test_l2c import published
 from tests.counting import attributes

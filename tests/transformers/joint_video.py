@@ -238,7 +238,10 @@ JOINT_VIDEO: dict[str, Tiny] = {
         kind="EasyAnimateTransformer3DModel",
         config={**EASY_ANIMATE, "num_layers": 4},
         arguments=at_time,
-        blocks={"transformer_blocks.0-2": "joint_attn mlp mlp.txt", "transformer_blocks.3": "joint_attn mlp"},
+        blocks={
+            "transformer_blocks.0-2": "joint_attn mlp mlp.txt",
+            "transformer_blocks.3": "joint_attn mlp mlp.context",
+        },
         segments=(4,),
     ),
     "hunyuan-video": Tiny(

@@ -1,6 +1,6 @@
 """What an entry of the tables of tiny transformers states."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -58,6 +58,14 @@ class Tiny:
         if not hasattr(diffusers, self.kind) and not hasattr(transformers, self.kind):
             pytest.skip(f"diffusers {diffusers.__version__} has no {self.kind}")
         return getattr(diffusers, self.kind, None) or getattr(transformers, self.kind)
+
+    def every_block(self) -> Iterator[tuple[str, str]]:
+        """Go through the blocks: the module of each, and its branches."""
+        for modules, branches in self.blocks.items():
+            path, _, positions = modules.rpartition(".")
+            first, _, last = positions.partition("-")
+            for position in range(int(first), int(last or first) + 1):
+                yield f"{path}.{position}", branches
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)  # of buffers that are drawn

@@ -77,8 +77,9 @@ def masked(given: Given) -> dict[str, Any]:
 
 
 def of_image(given: Given) -> dict[str, Any]:
-    """Return the same, with the picture that the video begins with."""
-    return at_time(given, encoder_hidden_states_image=image(given))
+    """Return the same, with the picture that the video begins with: the models take the last 512 tokens for text."""
+    text = given.noise(BATCH, 512, CAPTION)
+    return {**at_time(given, encoder_hidden_states_image=image(given)), "encoder_hidden_states": text}
 
 
 def _ltx(given: Given) -> dict[str, Any]:
