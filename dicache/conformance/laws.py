@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dicache.anatomy.inputs import moved_inputs
 from dicache.anatomy.macs import TOTAL, count_macs
 from dicache.anatomy.nested import tensors_of
 from dicache.anatomy.overrides import Overrides
@@ -73,13 +74,16 @@ def reusing_one(subject: Subject) -> int:
 
 
 def stale(subject: Subject) -> int:
-    """what is reused is the output of the step before, and not that of this one"""
-    fresh = subject.call(subject.calls[1])
+    """what is reused is the branches' output of the step before; the stream is that of this one"""
+    now = moved_inputs(subject.model, subject.inputs, time=False)
+    fresh = subject.call(now)
     for rule in (Rule("reuse", "C."), Rule("skip", "C.", blocks=_skippable(subject))):
-        _, second = subject.replay(subject.plan(rule, steps=2), subject.calls[:2])
-        if equal(second, fresh):
+        before, out = subject.replay(subject.plan(rule, steps=2), (subject.inputs, now))
+        if equal(out, fresh):
             raise LawError(f"a step that is to {rule.action} gives what a computed one does: nothing was reused")
-        if not all(bool(out.isfinite().all()) for out in second):
+        if equal(out, before):
+            raise LawError(f"a step that is to {rule.action} gives what the step before gave, with other latents")
+        if not all(bool(tensor.isfinite().all()) for tensor in out):
             raise LawError(f"a step that is to {rule.action} gives NaN or infinity")
     return 2
 

@@ -188,6 +188,20 @@ def test_a_block_whose_output_a_later_block_takes_ends_its_segment() -> None:
     assert survey(Chain(long_skip=True), toy_inputs()).segments == ((0, 1), (1, 3))
 
 
+def test_what_something_else_reads_of_a_block_ends_its_segment() -> None:
+    class Reading(Chain):
+        def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+            x, seen = hidden_states, []
+            for block in self.blocks:
+                x = block(x)
+                seen.append(self.adapter(x))
+            out: Tensor = x + seen[0]
+            return out
+
+    anatomy = survey(Reading(), toy_inputs())
+    assert anatomy.segments == ((0, 1), (1, 3))
+
+
 def test_a_block_that_sees_only_text_is_not_among_the_main_blocks() -> None:
     with_text = survey(Chain(refines=1), toy_inputs())
     without = survey(Chain(), toy_inputs())
