@@ -14,6 +14,7 @@ from dicache.cli.calibrate_unets import deepcache
 from dicache.cli.command import Group
 from dicache.cli.cost import cost
 from dicache.cli.demo import demo
+from dicache.cli.doctor import doctor
 from dicache.cli.evaluate import evaluate
 from dicache.cli.generate import generate
 from dicache.cli.models import models, zoo
@@ -34,7 +35,7 @@ def main() -> None:
     """
 
 
-for command in (demo, models, zoo, profile, profiles, calibrate, schedules, generate, evaluate, cost, plot):
+for command in (demo, models, zoo, doctor, profile, profiles, calibrate, schedules, generate, evaluate, cost, plot):
     main.add_command(command)
 for method in (teacache, mask, delta_cache, delta_dit, deepcache):
     calibrate.add_command(method)
