@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dicache
 from dicache.anatomy import survey
 from dicache.anatomy.inputs import capture_inputs
-from dicache.runtime.cache import CacheError
+from dicache.runtime import CacheError
 from dicache.schedules import Schedule, Target, TeaCachePolicy
 from tests.tiny import first_tensor, randomised
 
