@@ -25,8 +25,10 @@ def loop_scheduler() -> Any:
 
 def _scheduler_of(frame: FrameType) -> Any:
     # Asked for at each call of the model, so what is cheap comes first: the locals of a frame are copied to be read.
+    if str(frame.f_globals.get("__name__")).startswith(("dicache.", "torch.")):
+        return None
     names = frame.f_code.co_varnames
-    if not names or names[0] != "self" or str(frame.f_globals.get("__name__")).startswith("dicache."):
+    if not names or names[0] != "self":
         return None
     return getattr(frame.f_locals.get("self"), "__dict__", {}).get("scheduler")
 
