@@ -16,7 +16,7 @@ from tests.runtime.test_hazards import (
     schedule_of,
     some_models,
 )
-from tests.tiny import Build, arguments, every_model, flux, generate, pipeline_of, predict, sd3, unet
+from tests.tiny import Build, arguments, flux, generate, pipeline_of, predict, sd3, unet
 
 
 def beside(pipe: Any, build: Build) -> Any:
@@ -26,7 +26,7 @@ def beside(pipe: Any, build: Build) -> Any:
     return other
 
 
-@every_model
+@some_models
 @every_method
 @pytest.mark.parametrize("before", [picture, aborted_picture])
 def test_another_pipeline_with_the_same_model_is_not_cached(
