@@ -3,16 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dicache.runtime import Cache, CacheError, apply
+    from dicache.runtime import Cache, CacheError, CacheWarning, apply
     from dicache.schedules import Schedule, ScheduleError
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "CacheError", "Schedule", "ScheduleError", "apply"]
+__all__ = ["Cache", "CacheError", "CacheWarning", "Schedule", "ScheduleError", "apply"]
 
 
 def __getattr__(name: str) -> Any:
     # torch takes a second to import, and `dicache --help` does not need it.
-    if name in ("Cache", "CacheError", "apply"):
+    if name in ("Cache", "CacheError", "CacheWarning", "apply"):
         import dicache.runtime
 
         return getattr(dicache.runtime, name)

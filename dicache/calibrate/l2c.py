@@ -149,7 +149,7 @@ def check_fit(router: Router, anatomy: Anatomy, target: Target, steps: int) -> N
             f"{len(anatomy.blocks)} with {len(anatomy.sites)} or others; take the router of this model, or train one "
             "with --train"
         )
-    known = {name: value for name, value in vars(target).items() if value is not None}
+    known = {**vars(target), "guidance": None}  # it is trained on single passes
     if differences := router.target.differences(**known):
         raise CalibrationError(
             f"l2c: the router was trained for {'; '.join(differences)}; train one for this model and sampler"

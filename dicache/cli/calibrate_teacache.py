@@ -201,8 +201,8 @@ def _without_profile(
             f"teacache: {subject.anatomy.model} makes no {IN_WORDS[known.signal]} before its blocks of the timestep "
             f"alone, which the polynomial of {known.name} is of"
         )
-    # The decisions hang on the weights and the timesteps, but not on the size of the picture or the precision.
-    target = replace(target_of(pipeline, subject.anatomy, sampling), dtype=None, latents=None)
+    # The decisions hang on the weights and the timesteps, but not on guidance, the picture's size or the precision.
+    target = replace(target_of(pipeline, subject.anatomy, sampling), dtype=None, latents=None, guidance=None)
     made = settings.without_profile(model, subject.anatomy, target, subject.steps, measured[SIGNALS[known.signal]])
     return made, model
 

@@ -204,7 +204,8 @@ def validate(files: tuple[Path, ...], model: str | None, as_json: bool) -> None:
         pipeline = load(model)
         condition = default_conditions(pipeline, 1)
         for _, schedule in read:
-            sampling = Sampling(schedule.target.num_inference_steps or schedule.steps).usual_for(model)
+            made_for = schedule.target
+            sampling = Sampling(made_for.num_inference_steps or schedule.steps, made_for.guidance).usual_for(model)
             with apply(pipeline, schedule):  # refuses when the pipeline sets its timesteps, before the first step
                 capture_inputs(denoiser(pipeline), partial(sample, pipeline, condition, [0], sampling))
     if as_json:

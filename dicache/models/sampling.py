@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dicache.models.names import ModelError, find
+from dicache.runtime.callers import guidance_name
 
 # What pictures are asked for when nobody says: plain things, many kinds of texture, layout and light.
 PROMPTS = (
@@ -100,14 +101,8 @@ class Sampling:
 
 
 def guidance_argument(pipeline: Any) -> str:
-    """Return what a pipeline calls the scale of guidance that takes a second pass a step, if the model has it.
-
-    Models whose guidance was distilled into them read the scale as an input, with one pass, and some of their pipelines
-    have a `true_cfg_scale` besides; without an input for it, that one is the guidance.
-    """
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    distilled = "transformer" in pipeline.components and pipeline.transformer.config.get("guidance_embeds")
-    return "true_cfg_scale" if "true_cfg_scale" in parameters and not distilled else "guidance_scale"
+    """Return what a pipeline calls the scale of guidance that takes a second pass a step, if the model has it."""
+    return guidance_name(inspect.signature(type(pipeline).__call__).parameters, pipeline)
 
 
 def takes_classes(pipeline: Any) -> bool:

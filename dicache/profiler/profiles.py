@@ -175,8 +175,7 @@ class Profile:
             return [f"the {theirs} sites of a {schedule.anatomy.model}, found {mine} of a {self.anatomy.model}"]
         if schedule.steps != self.steps:
             return [f"{schedule.steps} steps, found {self.steps}"]
-        found = {name: value for name, value in vars(self.provenance.target).items() if value is not None}
-        return schedule.target.differences(**found)
+        return schedule.target.differences(**vars(self.provenance.target))
 
     def similarity(self, branch: str, lag: int = 1) -> np.ndarray:
         """Return the cosine between a branch's outputs at step i and i - lag, shape (r, c, s, b).

@@ -214,6 +214,7 @@ def target_of(pipeline: Any, anatomy: Anatomy, sampling: Sampling, component: st
         num_inference_steps=sampling.steps,
         timesteps=timesteps(scheduler),
         noise_levels=noise_levels(scheduler),
+        guidance=sampling.resolved(pipeline).guidance,
     )
 
 

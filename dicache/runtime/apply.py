@@ -6,15 +6,14 @@ from typing import Any, get_args
 
 from torch import nn
 
-from dicache.anatomy.fingerprint import fingerprint
-from dicache.anatomy.overrides import without_turn
-from dicache.runtime.cache import Cache, CacheError, Fit
+from dicache.runtime.cache import Cache
+from dicache.runtime.errors import CacheError
+from dicache.runtime.fitting import BOUND, Fit, Fitting
 from dicache.runtime.ranks import Ranks, group_of
-from dicache.schedules import Schedule, ScheduleError
+from dicache.schedules import Schedule
 
 DENOISERS = ("transformer", "unet", "prior")  # what diffusers' pipelines call the model in their sampling loop
 SECOND = ("transformer_2",)  # and what they call one that takes turns with the first
-BOUND = ("model", "weights", "dtype", "latents", "scheduler", "num_inference_steps", "timesteps", "noise_levels")
 
 
 def apply(
@@ -28,8 +27,10 @@ def apply(
 ) -> Cache:
     """Attach a schedule to a pipeline or a bare model, and return the cache that replays it.
 
-    All that the schedule says it was made for is compared, and any difference is refused: what cannot be seen yet,
-    the steps of the sampler and the size of the latents, when the first generation begins.
+    All that the schedule says it was made for is compared: now, and what cannot be seen yet or may have been changed,
+    when a generation begins. Another model, other weights and another sampler or number of steps are refused, with a
+    list of what differs. Another precision, size or guidance is warned of, once, with what to expect of it. Guidance is
+    seen where a pipeline's call is running that was given it.
 
     Args:
         target: A diffusers pipeline, or the transformer itself. With a bare model, call the cache's
@@ -37,7 +38,8 @@ def apply(
         schedule: A schedule or its file.
         fit: `exact` refuses another number of steps or other timesteps; `resample` maps the schedule to them by
             noise level.
-        allow: Names of what may differ from what the schedule was made for, such as `dtype`.
+        allow: Names of what may differ from what the schedule was made for, without refusal or warning: of `model`,
+            `weights`, `scheduler`, `num_inference_steps`, `timesteps`, `noise_levels`, `dtype`, `latents`, `guidance`.
         component: Name of the model in the pipeline, where it has two that share its steps, such as `transformer_2` of
             Wan 2.2. Each is given a schedule of its own.
         group: Process group of `torch.distributed` that the model's tokens or samples are spread over, so that all its
@@ -47,6 +49,9 @@ def apply(
     Raises:
         ScheduleError: If the schedule cannot be read or was made for something else.
         CacheError: If the model cannot take a schedule as it is.
+
+    Warns:
+        CacheWarning: If the precision, size or guidance is another one.
     """
     if not isinstance(schedule, Schedule):
         schedule = Schedule.load(schedule)
@@ -57,9 +62,10 @@ def apply(
     model = denoiser(target, component)
     pipeline = None if model is target else target
     allowed = frozenset(allow) | ({"num_inference_steps"} if "timesteps" in allow else set())
-    _check(model, pipeline, schedule, fit, allowed)
+    fitting = Fitting(model, schedule, fit, allowed)
+    fitting.check_model(None if pipeline is None else pipeline.scheduler)
     ranks = Ranks(group_of(model) if group is None else group, next(model.parameters()).device)
-    return Cache(model, schedule, pipeline, fit, allowed, ranks)
+    return Cache(model, schedule, pipeline, fitting, ranks)
 
 
 def denoiser(target: Any, component: str | None = None) -> nn.Module:
@@ -93,47 +99,3 @@ def denoiser(target: Any, component: str | None = None) -> nn.Module:
         )
     model: nn.Module = getattr(target, component or found[0])
     return model
-
-
-def _check(model: nn.Module, pipeline: Any | None, schedule: Schedule, fit: Fit, allow: frozenset[str]) -> None:
-    if model.training:
-        raise CacheError(f"the {type(model).__name__} is in training mode; call its eval() first")
-    if any(getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
-        raise CacheError(
-            "the model is compiled already, and compiled code does not see a schedule; apply it uncompiled"
-        )
-    differences = []
-    if type(model).__name__ != schedule.anatomy.model and "model" not in allow:
-        differences.append(f"a {schedule.anatomy.model}, found {type(model).__name__}")
-    else:
-        differences += _missing_modules(model, schedule)
-    found: dict[str, Any] = {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-    if schedule.target.weights is not None and not differences:
-        found["weights"] = fingerprint(model)
-    if pipeline is not None and fit == "exact":
-        found["scheduler"] = type(pipeline.scheduler).__name__
-    differences += schedule.target.differences(**{k: v for k, v in found.items() if k not in allow})
-    if differences:
-        raise ScheduleError(
-            f"this {schedule.method} schedule was made for {'; '.join(differences)}. "
-            "Calibrate for this model, or name what may differ in apply(..., allow=...)"
-        )
-
-
-def _missing_modules(model: nn.Module, schedule: Schedule) -> list[str]:
-    modules = dict(model.named_modules())
-    paths = [
-        f"{block.module}.{without_turn(path)}"
-        for block in schedule.anatomy.blocks
-        for path in (*(path for site in block.sites for path in site.modules), *block.norms, block.middle)
-        if path
-    ]
-    absent = [path for path in paths if path not in modules]
-    said = [f"a model with {absent[0]}, found none"] if absent else []
-    lists = {block.path for block in schedule.anatomy.blocks}
-    for path in sorted(lists):
-        count = sum(block.path == path for block in schedule.anatomy.blocks)
-        found = len(list(modules[path].children())) if path in modules else 0
-        if found != count:
-            said.append(f"{count} blocks in {path}, found {found}")
-    return said[-1:]

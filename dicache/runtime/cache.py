@@ -4,14 +4,17 @@ import warnings
 from contextlib import suppress
 from threading import RLock
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from dicache.anatomy.clock import StepClock, noise_levels, timesteps
+from dicache.anatomy.clock import StepClock
 from dicache.anatomy.overrides import Overrides
 from dicache.runtime.adaptive import Adaptive
+from dicache.runtime.callers import guidance_scale, loop_scheduler
+from dicache.runtime.errors import CacheError, CacheWarning
 from dicache.runtime.executor import Executor, Installer
+from dicache.runtime.fitting import Fitting
 from dicache.runtime.generation import Call, Generation
 from dicache.runtime.guidance import WHOLE, Collapse, twice
 from dicache.runtime.naming import PassNames
@@ -19,19 +22,10 @@ from dicache.runtime.ranks import Ranks, RanksError
 from dicache.runtime.replay import Replay
 from dicache.runtime.requests import Request, Requests
 from dicache.runtime.stats import Stats
-from dicache.schedules import Schedule, ScheduleError
+from dicache.schedules import Schedule
 from dicache.schedules.policies import Policy
 
-Fit = Literal["exact", "resample"]
 _MARK = "_dicache"
-
-
-class CacheError(RuntimeError):
-    """The cache cannot be used this way."""
-
-
-class CacheWarning(UserWarning):
-    """The cache works, but not as it was meant."""
 
 
 class Cache:
@@ -49,8 +43,7 @@ class Cache:
         model: nn.Module,
         schedule: Schedule,
         pipeline: Any | None,
-        fit: Fit,
-        allow: frozenset[str],
+        fitting: Fitting,
         ranks: Ranks,
     ) -> None:
         if _MARK in model.__dict__:
@@ -62,8 +55,7 @@ class Cache:
         self.stats = Stats(planned_macs_fraction=schedule.macs_fraction())
         self._model = model
         self._pipeline = pipeline
-        self._fit = fit
-        self._allow = allow
+        self._fitting = fitting
         self._ranks = ranks
         self._warned = False
         self._lock = RLock()
@@ -100,15 +92,11 @@ class Cache:
             steps: How many steps it will have, to be compared with the schedule; None trusts the caller.
 
         Raises:
-            ScheduleError: If the schedule is for another number of steps.
+            ScheduleError: If the schedule is for another number of steps, or the model was changed.
         """
         self._check_attached()
-        if steps is not None and steps != self.schedule.steps:
-            raise ScheduleError(
-                f"this {self.schedule.method} schedule has {self.schedule.steps} steps, the generation has {steps}; "
-                "calibrate for this step count"
-            )
-        self._begin(self.schedule)
+        self._requests.current().free()
+        self._begin(self._fitting.check_generation(None, steps, None))
 
     def begin_step(self) -> None:
         """Say that the next step of a bare model's sampling loop begins.
@@ -165,24 +153,8 @@ class Cache:
 
     def _on_set_timesteps(self, scheduler: Any) -> None:
         self._requests.current().free()
-        steps, levels = len(scheduler.timesteps), _levels(scheduler)
-        asked = getattr(scheduler, "num_inference_steps", None)
-        found = {"num_inference_steps": asked, "timesteps": timesteps(scheduler), "noise_levels": levels}
-        found = {name: value for name, value in found.items() if value is not None and name not in self._allow}
-        differences = self.schedule.target.differences(**found)
-        if steps != self.schedule.steps:
-            differences = [f"{self.schedule.steps} steps, found {steps}"]
-        if not differences:
-            return self._begin(self.schedule)
-        if self._fit != "resample":
-            mapped = ", or pass fit='resample' to apply() to map the schedule by noise level"
-            raise ScheduleError(
-                f"this {self.schedule.method} schedule was made for {'; '.join(differences)}. Calibrate for this "
-                f"sampler and number of steps{mapped if self.schedule.target.noise_levels else ''}"
-            )
-        if levels is None:
-            raise ScheduleError(f"{type(scheduler).__name__} does not tell its noise levels; nothing to resample on")
-        return self._begin(self.schedule.resampled(levels, asked))
+        second = getattr(self._pipeline, "transformer_2", None) is self._model
+        self._begin(self._fitting.check_generation(scheduler, None, guidance_scale(second)))
 
     def _on_step(self) -> None:
         generation = self._requests.current().generation
@@ -203,7 +175,8 @@ class Cache:
             )
 
     def _begin(self, schedule: Schedule) -> None:
-        self._check_model()
+        if self._fitting.rebuilt:
+            self._build_anew()
         levels = schedule.target.noise_levels
         if levels not in self._executors:
             self._executors[levels] = self._executor_of(schedule)
@@ -215,10 +188,19 @@ class Cache:
         request = self._requests.current()
         request.free()
         request.generation = generation
+        request.scheduler = None if self._pipeline is None else id(loop_scheduler())
         self.stats.generations += 1
         self.stats.planned_macs_fraction = schedule.macs_fraction()
         self.stats.planned_steps = schedule.expected_steps
         self.stats.steps, self.stats.distances = generation.letters, generation.distances
+
+    def _build_anew(self) -> None:
+        """Make the forwards again, of modules that others have taken the place of: an adapter's, for one."""
+        with self._lock:
+            self._requests.free()
+            self._installer.uninstall()
+            self._installer = Installer(self._overrides)
+            self._executors.clear()
 
     # What the model does
 
@@ -236,8 +218,8 @@ class Cache:
                 "the pipeline's scheduler was replaced after the schedule was applied; "
                 "set the scheduler first, then call dicache.apply"
             )
-        elif generation is None or generation.finished:  # the model is called outside a sampling loop: plainly
-            return self._plainly(args, kwargs)
+        elif generation is None or generation.finished or request.scheduler != id(loop_scheduler()):
+            return self._plainly(args, kwargs)  # outside a sampling loop, or in that of another pipeline
         assert generation is not None
         with self._lock:
             self._overrides.rewind()
@@ -262,7 +244,7 @@ class Cache:
         runs = (name, call.batch)  # whose kept outputs the call goes on from
         collapse, action = generation.collapse, WHOLE
         try:
-            self._check_latents(tuple(call.latents.shape[1:]))
+            self._fitting.check_latents(tuple(call.latents.shape[1:]))
             if collapse is not None:
                 action = collapse.action(runs, generation.lanes, call, generation.step)
                 runs = collapse.leader if action == "lead" else runs
@@ -319,32 +301,6 @@ class Cache:
             stacklevel=2,
         )
 
-    def _check_model(self) -> None:
-        """Refuse a model that was changed since the schedule was applied."""
-        if self._model.training:
-            raise CacheError(f"the {type(self._model).__name__} is in training mode; call its eval() first")
-        dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
-        if differences := self.schedule.target.differences(**({} if "dtype" in self._allow else {"dtype": dtype})):
-            raise ScheduleError(
-                f"this {self.schedule.method} schedule was made for {differences[0]}: the model was changed since it "
-                "was applied. Apply it again, with allow=('dtype',) if that is meant"
-            )
-
-    def _check_latents(self, found: tuple[int, ...]) -> None:
-        want = self.schedule.target.latents
-        if want is not None and want != found and "latents" not in self._allow:
-            raise ScheduleError(
-                f"this {self.schedule.method} schedule was made for latents of shape {want}, but the model is called "
-                f"with {found}. Calibrate for this size, or pass allow=('latents',) to apply()"
-            )
-
     def _check_attached(self) -> None:
         if not self._attached:
             raise CacheError("this cache is detached; call dicache.apply again")
-
-
-def _levels(scheduler: Any) -> tuple[float, ...] | None:
-    try:
-        return noise_levels(scheduler)
-    except ValueError:
-        return None

@@ -43,7 +43,7 @@ class Installer:
         self._overrides = overrides
         self._nothing: Program = {}
         self._installed = self._nothing
-        self._moves: dict[tuple[int, int], list[tuple[dict[str, Any], Forward]]] = {}
+        self._moves: dict[tuple[int, int], tuple[Program, list[tuple[dict[str, Any], Forward]]]] = {}
         self._known: list[Program] = []  # kept alive, since they are told apart by identity
 
     def original(self, module: nn.Module) -> Forward:
@@ -59,17 +59,21 @@ class Installer:
         if program is self._installed:
             return
         change = (id(self._installed), id(program))
-        moves = self._moves.get(change)
-        if moves is None:
-            self._known.append(program)
-            modules = {**self._installed, **program}
-            forwards = {module: program.get(module) or self.original(module) for module in modules}
-            for module, forward in forwards.items():
-                self._overrides.set(module, forward)
-            moves = self._moves[change] = [(vars(module), forward) for module, forward in forwards.items()]
+        if change not in self._moves:
+            self._moves[change] = self._move(program)
+        both, moves = self._moves[change]
+        self._installed = both  # an interrupt may come before all forwards are in place
         for namespace, forward in moves:
             namespace["forward"] = forward
         self._installed = program
+
+    def _move(self, program: Program) -> tuple[Program, list[tuple[dict[str, Any], Forward]]]:
+        """Return the modules of the installed program and of another, and what puts the other in its place."""
+        both = {**self._installed, **program}
+        self._known += [program, both]
+        for module in both:
+            self._overrides.set(module, module.forward)  # changes nothing yet
+        return both, [(vars(module), program.get(module) or self.original(module)) for module in both]
 
     def uninstall(self) -> None:
         """Let the model run as it is."""

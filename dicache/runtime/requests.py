@@ -27,6 +27,7 @@ class Request:
         self._requests = requests
         self._tokens: list[Token[Request | None]] = []
         self.generation: Generation | None = None
+        self.scheduler: int | None = None  # identity of that of the loop which has begun the generation
         self.context: str | None = None
 
     def __enter__(self) -> "Request":

@@ -4,7 +4,8 @@ from dicache.schedules.corrections import Corrections
 from dicache.schedules.plan import Plan, PlanError, Rule
 from dicache.schedules.policies import AdaCachePolicy, FirstBlockPolicy, Motion, TeaCachePolicy
 from dicache.schedules.rows import Range, Row, Rows
-from dicache.schedules.schedule import Schedule, ScheduleError, Target
+from dicache.schedules.schedule import Schedule
+from dicache.schedules.target import ScheduleError, Target
 
 __all__ = [
     "AdaCachePolicy",

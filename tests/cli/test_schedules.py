@@ -45,7 +45,7 @@ def test_a_plan_is_shown_under_a_ruler() -> None:
         "fora: interval 2",
         "12 steps of Toy, 0.800 of the MACs",  # 6 times 200 of 12 times 500
         "made for nothing in particular",
-        "does not bind weights, dtype, latents, scheduler, num inference steps, timesteps, noise levels",
+        "does not bind weights, dtype, latents, scheduler, num inference steps, timesteps, noise levels, guidance",
         "",
         "  step      0    5    10",
         "  attn 0    CCCCCCCCCCCC",

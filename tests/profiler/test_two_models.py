@@ -15,7 +15,7 @@ from dicache.calibrate.teacache import TeaCache
 from dicache.models.sampling import Sampling, sample
 from dicache.profiler import Profile, storage
 from dicache.profiler.profiling import profile_pipeline
-from dicache.runtime.cache import CacheError
+from dicache.runtime import CacheError
 from tests.runtime.test_two_models import NAMES, STEPS, TEXT, model
 from tests.tiny import randomised
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dicache import Schedule, ScheduleError, apply
-from dicache.schedules import Corrections, Rule
+from dicache.schedules import Corrections, Rule, Target
 from dicache.schedules.corrections import Form
 from tests.tiny import (
     BATCH,
@@ -211,6 +211,26 @@ def test_another_batch_or_size_than_the_trends_are_for_is_refused() -> None:
         pytest.raises(ScheduleError, match=r"corrects the guidance passes cond, but the pipeline has a pass 0"),
     ):
         sample(model, cache, steps=STEPS)
+
+
+def test_trends_are_for_one_size_and_for_the_passes_of_guidance_whatever_is_allowed() -> None:
+    model = dit()
+    of_a_wider_picture = replace(corrected(dit, 0.3, contexts={"0": 1}), target=Target(latents=(4, 4, 16)))
+    with (
+        apply(model, of_a_wider_picture, allow={"latents"}) as cache,
+        pytest.raises(
+            ScheduleError, match=r"latents \(4, 4, 16\), found \(4, 8, 8\), and corrects what it holds token by"
+        ),
+    ):
+        sample(model, cache, steps=STEPS)  # as many tokens, in other places
+    pipe = pipeline_of(dit)
+    guided = replace(corrected(dit, 0.3, contexts={"0": 2}), target=Target(guidance=4.0))
+    with apply(pipe, guided, allow={"guidance"}):
+        with pytest.raises(
+            ScheduleError, match=r"guidance 4, found 1, and corrects what it holds in each of the passes"
+        ):
+            generate(pipe, steps=STEPS, batch=2, guidance_scale=1.0)  # two pictures, and not two passes of one
+        generate(pipe, steps=STEPS, batch=2, guidance_scale=2.0)
 
 
 def test_an_output_held_from_another_step_than_the_trend_is_of_is_not_corrected() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dicache import apply
-from dicache.runtime.cache import CacheWarning
+from dicache.runtime import CacheWarning
 from tests.tiny import Build, adaptive, arguments, every_transformer, first_block, predict, sample
 
 STEPS = 8

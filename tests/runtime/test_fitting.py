@@ -1,6 +1,6 @@
 """Law 7: every stated field is compared, all differences are told at once, and the default is to refuse."""
 
-import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 from torch import nn
 
-from dicache import Schedule, ScheduleError, apply
+from dicache import CacheError, CacheWarning, Schedule, ScheduleError, apply
 from dicache.anatomy.clock import noise_levels, timesteps
 from dicache.anatomy.fingerprint import fingerprint
 from dicache.schedules import Rule
@@ -19,8 +19,10 @@ from tests.tiny import (
     Build,
     anatomy_of,
     arguments,
+    both_models,
     dit,
     every_transformer,
+    flux,
     generate,
     pipeline_of,
     pixart,
@@ -30,6 +32,9 @@ from tests.tiny import (
     sample,
     scheduled,
 )
+
+# By default. Two of these keep it to their own call, and Flux has a second one, for models without an input for it.
+GUIDANCE = {"DiTPipeline": 4.0, "PixArtAlphaPipeline": 4.5, "StableDiffusion3Pipeline": 7.0, "FluxPipeline": 3.5}
 
 
 def stated(pipe: Any, steps: int = STEPS, **wrong: Any) -> dict[str, Any]:
@@ -43,6 +48,7 @@ def stated(pipe: Any, steps: int = STEPS, **wrong: Any) -> dict[str, Any]:
         "num_inference_steps": steps,
         "timesteps": timesteps(pipe.scheduler),
         "noise_levels": noise_levels(pipe.scheduler),
+        "guidance": GUIDANCE[type(pipe).__name__],
         **wrong,
     }
 
@@ -53,7 +59,6 @@ def reusing(build: Build, **made_for: Any) -> Schedule:
 
 WRONG_MODEL: list[tuple[str, Any, str]] = [
     ("weights", "0123456789abcdef", "weights 0123456789abcdef, found "),
-    ("dtype", "bfloat16", "dtype bfloat16, found float32"),
     ("scheduler", "PNDMScheduler", "scheduler PNDMScheduler, found "),
 ]
 WRONG_STEPS: list[tuple[str, Any, str]] = [
@@ -63,10 +68,18 @@ WRONG_STEPS: list[tuple[str, Any, str]] = [
 ]
 
 
+WARNED_OF: list[tuple[str, Any, str]] = [
+    ("dtype", "bfloat16", "dtype bfloat16, found float32: a half precision keeps three or four digits"),
+    ("latents", (4, 16, 16), "latents (4, 16, 16), found {latents}: its limits, its errors and its speed-up were"),
+    ("guidance", 1.5, "guidance 1.5, found {guidance}: guidance multiplies the difference of its passes"),
+]
+
+
 @every_transformer
-def test_a_schedule_that_states_everything_truly_is_replayed(build: Build) -> None:
+def test_a_schedule_that_states_everything_truly_is_replayed_without_a_word(build: Build) -> None:
     pipe = pipeline_of(build)
-    with apply(pipe, reusing(build, **stated(pipe))) as cache:
+    with apply(pipe, reusing(build, **stated(pipe))) as cache, warnings.catch_warnings():
+        warnings.simplefilter("error", CacheWarning)
         generate(pipe)
         assert list(cache.stats.steps.values()) == ["C.C."]
 
@@ -80,7 +93,9 @@ def test_what_differs_in_the_model_is_refused_at_once_unless_allowed(
     schedule = reusing(build, **stated(pipe, **{name: value}))
     with pytest.raises(ScheduleError, match=message) as refused:
         apply(pipe, schedule)
-    assert "Calibrate for this model, or name what may differ in apply(..., allow=...)" in str(refused.value)
+    assert "Calibrate for this model, or name what may differ in apply(..., allow=...), of model, weights" in str(
+        refused.value
+    )
     assert ";" not in str(refused.value)  # and nothing else differs
     with apply(pipe, schedule, allow={name}) as cache:
         generate(pipe)
@@ -104,15 +119,57 @@ def test_what_differs_in_the_steps_is_refused_when_the_generation_begins_unless_
 
 
 @every_transformer
-def test_latents_of_another_size_are_refused_unless_allowed(build: Build) -> None:
+@pytest.mark.parametrize(("name", "value", "message"), WARNED_OF)
+def test_another_precision_size_or_guidance_is_warned_of_once_and_replayed(
+    build: Build, name: str, value: Any, message: str
+) -> None:
     pipe = pipeline_of(build)
-    schedule = reusing(build, **stated(pipe, latents=(4, 16, 16)))
-    found = re.escape(str(anatomy_of(build).latents))
-    message = rf"made for latents of shape \(4, 16, 16\), but the model is called with {found}"
-    with apply(pipe, schedule), pytest.raises(ScheduleError, match=message):
+    schedule = reusing(build, **stated(pipe, **{name: value}))
+    found = message.format(latents=anatomy_of(build).latents, guidance=f"{GUIDANCE[type(pipe).__name__]:g}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CacheWarning)
+        with apply(pipe, schedule) as cache:
+            generate(pipe)
+            generate(pipe)
+            assert cache.stats.reused_sites > 0
+    assert [type(each.message) for each in caught] == [CacheWarning]
+    assert f"this test schedule was made for {found}" in str(caught[0].message)
+    assert f"allow=({name!r},) in apply() says that it is meant" in str(caught[0].message)
+    with apply(pipe, schedule, allow={name}) as cache, warnings.catch_warnings():
+        warnings.simplefilter("error", CacheWarning)
         generate(pipe)
-    with apply(pipe, schedule, allow={"latents"}) as cache:
-        generate(pipe)
+        assert cache.stats.reused_sites > 0
+
+
+@every_transformer
+def test_guidance_is_what_the_running_call_was_given(build: Build) -> None:
+    pipe = pipeline_of(build)
+    with apply(pipe, reusing(build, guidance=3.0)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CacheWarning)
+            generate(pipe, guidance_scale=3.0)
+        for scale in (1.0, 2.0):
+            with pytest.warns(CacheWarning, match=f"guidance 3, found {scale:g}:"):
+                generate(pipe, guidance_scale=scale)
+
+
+def test_the_guidance_of_a_flux_without_an_input_for_it_is_that_of_its_second_pass() -> None:
+    def undistilled() -> nn.Module:
+        return flux(guidance_embeds=False)
+
+    pipe = pipeline_of(undistilled)
+    with (
+        apply(pipe, scheduled(flux, Rule("reuse", "C.C."), guidance=2.0)),
+        pytest.warns(CacheWarning, match="guidance 2, found 1.5:"),
+    ):
+        generate(pipe, true_cfg_scale=1.5)
+
+
+def test_a_bare_models_guidance_cannot_be_seen_and_is_not_compared() -> None:
+    model = dit()
+    with apply(model, reusing(dit, guidance=3.0)) as cache, warnings.catch_warnings():
+        warnings.simplefilter("error", CacheWarning)
+        sample(model, cache)
         assert cache.stats.reused_sites > 0
 
 
@@ -148,12 +205,13 @@ def test_all_that_differs_in_the_steps_is_told_in_one_message(build: Build) -> N
 
 
 def test_another_class_of_model_is_refused_along_with_all_else_that_differs() -> None:
-    schedule = reusing(dit, dtype="float16", scheduler="DDIMScheduler")
+    schedule = reusing(dit, weights="0123456789abcdef", scheduler="DDIMScheduler")
     with pytest.raises(ScheduleError) as refused:
         apply(pipeline_of(pixart), schedule)
     for message in (
         "a DiTTransformer2DModel, found PixArtTransformer2DModel",
-        "dtype float16, found float32",
+        "4 blocks in transformer_blocks, found 3",
+        "weights 0123456789abcdef, found ",
         "scheduler DDIMScheduler, found DPMSolverMultistepScheduler",
     ):
         assert message in str(refused.value)
@@ -170,6 +228,9 @@ def test_a_model_with_fewer_blocks_or_without_a_named_module_is_refused_even_if_
     bare = dit()
     del bare.transformer_blocks[2].ff  # type: ignore[union-attr,index]
     with pytest.raises(ScheduleError, match=r"a model with transformer_blocks\.2\.ff, found none"):
+        apply(bare, reusing(dit))
+    del bare.transformer_blocks[1].attn1  # type: ignore[union-attr,index]
+    with pytest.raises(ScheduleError, match=r"transformer_blocks\.1\.attn1 and 1 more modules, found none"):
         apply(bare, reusing(dit))
 
 
@@ -284,10 +345,38 @@ def test_a_schedule_that_states_less_binds_less(build: Build) -> None:
 @every_transformer
 def test_a_bare_model_is_compared_as_far_as_it_goes(build: Build) -> None:
     pipe = pipeline_of(build)
-    with pytest.raises(ScheduleError, match="dtype bfloat16, found float32"):
-        apply(pipe.transformer, reusing(build, **stated(pipe, dtype="bfloat16")))
+    with pytest.raises(ScheduleError, match="weights 0123456789abcdef, found "):
+        apply(pipe.transformer, reusing(build, **stated(pipe, weights="0123456789abcdef")))
+    with pytest.warns(CacheWarning, match="dtype bfloat16, found float32"):
+        apply(pipe.transformer, reusing(build, **stated(pipe, dtype="bfloat16"))).detach()
     with apply(pipe.transformer, reusing(build, **stated(pipe))) as cache:
         sample(pipe.transformer, cache)
-        with pytest.raises(ScheduleError, match="has 4 steps, the generation has 5"):
+        with pytest.raises(ScheduleError, match="made for 4 steps, found 5"):
             cache.begin_generation(steps=5)
         cache.begin_generation(steps=4)
+
+
+@every_transformer
+def test_a_model_that_was_changed_since_is_compared_again_along_with_the_steps(build: Build) -> None:
+    pipe = pipeline_of(build)
+    with apply(pipe, reusing(build, **stated(pipe))) as cache:
+        generate(pipe)
+        randomised(pipe.transformer, seed=1)
+        with pytest.raises(ScheduleError, match=r"made for weights \w+, found \w+; 4 steps, found 7\.") as refused:
+            generate(pipe, steps=7)
+        assert "The model was changed since the schedule was applied" in str(refused.value)
+        assert "or pass fit='resample'" in str(refused.value)
+        calls = cache.stats.calls
+        del pipe.transformer.transformer_blocks[2].ff
+        with pytest.raises(ScheduleError, match=r"a model with transformer_blocks\.2\.ff, found none; weights"):
+            generate(pipe)
+        assert cache.stats.calls == calls
+
+
+@both_models
+def test_a_model_that_was_put_in_training_since_is_refused(build: Build) -> None:
+    pipe = pipeline_of(build)
+    with apply(pipe, reusing(build)):
+        pipe.transformer.train()
+        with pytest.raises(CacheError, match=r"training mode; call its eval\(\) first"):
+            generate(pipe)

@@ -17,13 +17,16 @@ from tests.tiny import (
     Build,
     adaptive,
     arguments,
+    block_of,
     denoise,
     entrance,
+    every_model,
     every_transformer,
     first_tensor,
     generate,
     pipeline_of,
     predict,
+    replay,
     scheduled,
 )
 
@@ -173,6 +176,19 @@ def test_a_call_that_failed_keeps_nothing_and_the_next_step_computes(build: Buil
         assert (inputs.alive, outputs.alive) == (0, 0)
         cache.begin_step()
         assert torch.equal(predict(model, given[2]), want)
+
+
+@every_model
+def test_a_step_that_failed_may_be_called_again_and_computes(build: Build) -> None:
+    model = build()
+    first, second = arguments(model, seed=1), arguments(model, seed=2)
+    want = predict(model, second)
+    with apply(model, scheduled(build, Rule("reuse", "C..."))) as cache:
+        replay(model, cache, [first])
+        cache.begin_step()
+        with broken(block_of(model, build, 1), call=0):
+            predict(model, second)
+        assert torch.equal(predict(model, second), want)  # nothing of the first step is in it
 
 
 def started(model: nn.Module, cache: Cache) -> None:

@@ -68,16 +68,6 @@ def plain(build: Build, name: int, step: int, batch: int = 2) -> Tensor:
 
 @every_model
 @every_method
-@pytest.mark.parametrize("batches", [(2, 2), (2, 1), (1, 3)])
-def test_two_passes_a_step_give_what_each_gives_alone(build: Build, method: str, batches: tuple[int, int]) -> None:
-    first, second = batches
-    both = together(build, method, turns=[[(0, first), (1, second)]] * STEPS)
-    assert torch.equal(torch.stack([step[0] for step in both]), torch.stack(alone(build, method, 0, first)))
-    assert torch.equal(torch.stack([step[1] for step in both]), torch.stack(alone(build, method, 1, second)))
-
-
-@every_model
-@every_method
 def test_what_a_pass_gives_alone_is_not_what_computing_gives(build: Build, method: str) -> None:
     got = alone(build, method, 0)
     assert torch.equal(got[0], plain(build, 0, 0))
@@ -108,15 +98,6 @@ def test_a_pass_of_another_batch_size_that_takes_the_first_place_finds_nothing(b
     assert torch.equal(both[1][1], plain(build, 1, 1, 1))
     assert torch.equal(both[2][0], plain(build, 0, 2))
     assert torch.equal(both[2][1], plain(build, 1, 2, 1))
-
-
-@every_model
-@every_method
-def test_a_batch_size_that_changes_on_the_way_computes(build: Build, method: str) -> None:
-    got = together(build, method, turns=[[(0, 4)], [(0, 2)], [(0, 2)], [(0, 4)]])
-    assert torch.equal(got[1][0], plain(build, 0, 1, 2))  # nothing kept for two
-    assert not torch.equal(got[2][0], plain(build, 0, 2, 2))  # kept at the step before
-    assert torch.equal(got[3][0], plain(build, 0, 3, 4))  # what was kept for four is three steps old
 
 
 @every_model

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from dicache import Cache, Schedule, apply
 from dicache.schedules import Plan, Rule, Target
+from tests.runtime.interleaving import out_of_phase
 from tests.runtime.test_oracle import expansion
-from tests.runtime.test_requests import out_of_phase
 from tests.tiny import Build, arguments, denoise, every_model, predict, sample, scheduled
 from tests.toys import written
 

@@ -2,15 +2,16 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dicache import Cache, Schedule, apply
 from dicache.schedules import Rule
+from tests.runtime.interleaving import in_threads, out_of_phase, request
 from tests.tiny import STEPS, Build, adaptive, block_of, denoise, every_model, first_block, sample, scheduled
 
 every_method = pytest.mark.parametrize("method", ["reuse", "skip", "adaptive", "first-block"])
@@ -32,53 +33,6 @@ def alone(build: Build, method: str, *seeds: int) -> list[Tensor]:
         with apply(model, schedule_of(build, method)) as cache:
             outputs.append(sample(model, cache, seed=seed, batch=1 + seed))
     return outputs
-
-
-def request(model: nn.Module, cache: Cache, seed: int) -> Generator[Tensor]:
-    """Hold a request while sampling."""
-    with cache.request():
-        yield from denoise(model, cache, seed=seed, batch=1 + seed)
-
-
-def out_of_phase(first: Generator[Tensor], second: Generator[Tensor], steps: int = STEPS) -> tuple[Tensor, Tensor]:
-    """Let two generations take turns, the second one a step behind."""
-    outputs: tuple[list[Tensor], list[Tensor]] = ([next(first)], [])
-    for _ in range(steps - 1):
-        outputs[1].append(next(second))
-        outputs[0].append(next(first))
-    outputs[1].append(next(second))
-    first.close()
-    second.close()
-    return torch.stack(outputs[0]), torch.stack(outputs[1])
-
-
-def in_threads(*works: Callable[[], None]) -> None:
-    """Run in one thread each; an error of any of them is raised here."""
-    errors: list[BaseException] = []
-
-    def run(work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(work,)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
-    if errors:
-        raise errors[0]
-
-
-@every_model
-@every_method
-def test_requests_held_by_generators_that_take_turns(build: Build, method: str) -> None:
-    model, want = build(), alone(build, method, 0, 1)
-    with apply(model, schedule_of(build, method)) as cache:
-        got = out_of_phase(request(model, cache, 0), request(model, cache, 1))
-    assert torch.equal(got[0], want[0])
-    assert torch.equal(got[1], want[1])
 
 
 @every_model
@@ -243,26 +197,6 @@ def test_a_caller_that_names_no_request_beside_one_that_holds_its_own(build: Bui
     model, want = build(), alone(build, method, 0, 1)
     with apply(model, schedule_of(build, method)) as cache:
         got = out_of_phase(request(model, cache, 0), denoise(model, cache, seed=1, batch=2))
-    assert torch.equal(got[0], want[0])
-    assert torch.equal(got[1], want[1])
-
-
-@every_model
-@every_method
-def test_two_models_in_two_threads(build: Build, method: str) -> None:
-    want = alone(build, method, 0, 1)
-    turn = threading.Barrier(2, timeout=30)
-    got: dict[int, Tensor] = {}
-
-    def work(seed: int) -> None:
-        model, outputs = build(), []
-        with apply(model, schedule_of(build, method)) as cache:
-            for out in denoise(model, cache, seed=seed, batch=1 + seed):
-                outputs.append(out)
-                turn.wait()
-        got[seed] = torch.stack(outputs)
-
-    in_threads(lambda: work(0), lambda: work(1))
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
 

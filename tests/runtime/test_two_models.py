@@ -1,6 +1,8 @@
 """A pipeline of which two models share the steps, as in Wan 2.2: each has a schedule of its own."""
 
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 import dicache
 from dicache.anatomy import survey
 from dicache.anatomy.inputs import capture_inputs
-from dicache.runtime.cache import CacheError
+from dicache.runtime import CacheError
 from dicache.schedules import Schedule, Target, TeaCachePolicy
 from tests.tiny import first_tensor, randomised
 
@@ -52,7 +54,7 @@ def pipeline() -> Any:
     return pipe
 
 
-def generate(pipe: Any) -> Tensor:
+def generate(pipe: Any, **options: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     text = torch.randn(2, 1, 5, TEXT, generator=generator)
     latents: Tensor = pipe(
@@ -62,7 +64,7 @@ def generate(pipe: Any) -> Tensor:
         width=32,
         num_frames=5,
         num_inference_steps=STEPS,
-        guidance_scale=3.0,
+        **{"guidance_scale": 3.0, **options},
         generator=generator,
         output_type="latent",
     ).frames
@@ -148,3 +150,15 @@ def test_which_model_a_schedule_is_for_must_be_said(component: str | None, messa
     made: Callable[[], Schedule] = lambda: schedule(pipe, "transformer", policies()["transformer"])  # noqa: E731
     with pytest.raises(CacheError, match=message):
         dicache.apply(pipe, made(), component=component)
+
+
+def test_the_second_model_has_a_guidance_of_its_own() -> None:
+    pipe = pipeline()
+    for name in NAMES:
+        made = replace(schedule(pipe, name, policies()[name]), target=Target(guidance=3.0))
+        with dicache.apply(pipe, made, component=name), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", dicache.CacheWarning)
+            generate(pipe, guidance_scale_2=2.0)
+        said = [str(each.message) for each in caught if "guidance" in str(each.message)]
+        assert len(said) == (name == "transformer_2")
+        assert all("guidance 3, found 2:" in each for each in said)

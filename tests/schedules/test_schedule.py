@@ -86,6 +86,7 @@ def test_a_target_names_what_it_does_not_bind() -> None:
         "num_inference_steps",
         "timesteps",
         "noise_levels",
+        "guidance",
     )
     assert Target(dtype="float32", latents=(4, 8, 8)).unbound() == (
         "weights",
@@ -93,11 +94,14 @@ def test_a_target_names_what_it_does_not_bind() -> None:
         "num_inference_steps",
         "timesteps",
         "noise_levels",
+        "guidance",
     )
 
 
 def test_every_field_that_is_given_and_differs_is_a_sentence() -> None:
-    target = Target("abc", "float32", (4, 8, 8), "DDIMScheduler", 4, (750.0, 500.0, 250.0, 0.0), (3.0, 2.0, 1.0, 0.0))
+    target = Target(
+        "abc", "float32", (4, 8, 8), "DDIMScheduler", 4, (750.0, 500.0, 250.0, 0.0), (3.0, 2.0, 1.0, 0.0), 4.0
+    )
     said = target.differences(
         weights="def",
         dtype="float16",
@@ -106,6 +110,7 @@ def test_every_field_that_is_given_and_differs_is_a_sentence() -> None:
         num_inference_steps=5,
         timesteps=(750.0, 500.0, 200.0, 0.0),
         noise_levels=(3.0, 2.5, 1.0, 0.0),
+        guidance=7.5,
     )
     assert said == [
         "weights abc, found def",
@@ -115,12 +120,15 @@ def test_every_field_that_is_given_and_differs_is_a_sentence() -> None:
         "num inference steps 4, found 5",
         "timestep 250 at step 2, found 200",
         "noise level 2 at step 1, found 2.5",
+        "guidance 4, found 7.5",
     ]
 
 
 def test_what_is_not_bound_or_not_given_or_differs_by_rounding_is_no_difference() -> None:
     assert Target().differences(weights="abc", timesteps=(1.0,)) == []
     assert Target(weights="abc").differences(dtype="float16") == []
+    assert Target(guidance=4.0).differences(guidance=None) == []
+    assert Target(guidance=4.0).differences(guidance=4) == []
     assert Target(timesteps=(999.0, 500.0)).differences(timesteps=(999.4, 499.9)) == []
 
 
