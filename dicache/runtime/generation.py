@@ -99,6 +99,7 @@ class Generation:
         letters: For each pass, a letter a step: `C` all computed, `.` not all, `-` not called.
         distances: For each pass, what a policy compared with its limit at each step; None where nothing was.
         collapse: Ends guidance in it, if the schedule says so.
+        checked: Whether a step has ended at the timestep that the schedule has there.
     """
 
     steps: int
@@ -108,6 +109,7 @@ class Generation:
     letters: dict[str, str] = field(default_factory=dict)
     distances: dict[str, list[float | None]] = field(default_factory=dict)
     collapse: "Collapse | None" = None
+    checked: bool = False
     _calls: Counter[str] = field(default_factory=Counter)
 
     def begin_step(self) -> None:
