@@ -80,7 +80,9 @@ def pooled(batch: int) -> dict[str, Any]:
     return {"pooled_prompt_embeds": cond, "negative_pooled_prompt_embeds": uncond}
 
 
-def masks(batch: int, name: str = "prompt_attention_mask", negative: str = "negative_prompt_attention_mask") -> dict[str, Any]:
+def masks(
+    batch: int, name: str = "prompt_attention_mask", negative: str = "negative_prompt_attention_mask"
+) -> dict[str, Any]:
     return {each: torch.ones(batch, TEXT_TOKENS, dtype=torch.long) for each in (name, negative)}
 
 

@@ -3,7 +3,6 @@
 from contextlib import ExitStack
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 
@@ -11,35 +10,9 @@ import dicache
 from dicache import Cache, Schedule
 from dicache.schedules import Plan, Rule, Target
 from tests.pipelines.by_hand import ByHand
-from tests.pipelines.table import PIPELINES, STEPS, Sampled, anatomy_of
+from tests.pipelines.samplers import NOISE, put, rounds
+from tests.pipelines.table import PIPELINES, Sampled, anatomy_of
 
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddim of CogVideoX": ("CogVideoXDDIMScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "dpm": ("DPMSolverMultistepScheduler", {}),
-    "dpm of CogVideoX": ("CogVideoXDPMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "flow-dpm": ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
-    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
-    "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
-    "flow-unipc": ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "kdpm2": ("KDPM2DiscreteScheduler", {}),
-    "kdpm2-ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "pndm with Runge-Kutta steps": ("PNDMScheduler", {"skip_prk_steps": False}),
-}
-ROUNDS = {  # of the model for so many inference steps, where it is not one for each
-    "flow-heun": 2 * STEPS - 1,
-    "heun": 2 * STEPS - 1,
-    "kdpm2": 2 * STEPS - 1,
-    "kdpm2-ancestral": 2 * STEPS - 1,
-    "pndm": STEPS + 1,
-    "pndm with Runge-Kutta steps": STEPS + 9,
-}
-NOISE = ("ddim", "deis", "dpm", "euler", "heun", "kdpm2", "kdpm2-ancestral", "lcm", "pndm")
 SAMPLERS: dict[str, tuple[str, ...]] = {
     "DiT": ("ddim", "dpm", "heun", "pndm"),
     "PixArtAlpha": (*NOISE, "pndm with Runge-Kutta steps"),
@@ -59,21 +32,19 @@ SAMPLERS: dict[str, tuple[str, ...]] = {
     "QwenImage": ("flow-euler",),
     "Sana": ("flow-dpm", "flow-euler", "flow-heun"),
     "StableDiffusion": NOISE,
-    "StableDiffusionXL": NOISE,
+    "StableDiffusionXL": ("ddim", "heun", "pndm"),
 }
-every_pipeline = pytest.mark.parametrize("name", PIPELINES)
-every_sampler = pytest.mark.parametrize(
-    ("name", "sampler"), [(name, sampler) for name, samplers in SAMPLERS.items() for sampler in samplers]
-)
+COMBINED = [(name, sampler) for name, samplers in SAMPLERS.items() for sampler in samplers]
+every_sampler = pytest.mark.parametrize(("name", "sampler"), COMBINED)
 
 
-def pipeline(name: str, sampler: str | None = None) -> Any:
-    """Return a fresh pipeline, with another sampler if it says so."""
-    pipe = PIPELINES[name].build()
-    if sampler is not None:
-        kind, settings = KINDS[sampler]
-        pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **settings)
-    return pipe
+def has_rows_of_blocks(name: str) -> bool:
+    """Whether blocks can be replaced in rows; what replaces a part of a U-Net is tested in `runtime/test_unets.py`."""
+    return "unet" not in PIPELINES[name].models
+
+
+def pipeline(name: str, sampler: str) -> Any:
+    return put(PIPELINES[name].build(), sampler)
 
 
 def letters_of(steps: int) -> str:
@@ -99,7 +70,7 @@ def applied(stack: ExitStack, pipe: Any, sampled: Sampled, **schedules: Schedule
 def test_a_schedule_that_computes_everything_changes_nothing_and_has_a_letter_for_each_step_of_each_pass(
     name: str, sampler: str
 ) -> None:
-    sampled, steps = PIPELINES[name], ROUNDS.get(sampler, STEPS)
+    sampled, steps = PIPELINES[name], rounds(sampler)
     want = sampled.sample(pipeline(name, sampler))
     pipe = pipeline(name, sampler)
     with ExitStack() as stack:
@@ -112,14 +83,19 @@ def test_a_schedule_that_computes_everything_changes_nothing_and_has_a_letter_fo
     assert torch.equal(sampled.sample(pipe), want)
 
 
-@every_sampler
-@pytest.mark.parametrize("whole", [False, True], ids=["branches", "blocks"])
+@pytest.mark.parametrize(
+    ("name", "sampler", "whole"),
+    [
+        pytest.param(name, sampler, whole, id=f"{name}-{sampler}-{'blocks' if whole else 'branches'}")
+        for name, sampler in COMBINED
+        for whole in (False, True)
+        if not whole or has_rows_of_blocks(name)
+    ],
+)
 def test_a_schedule_that_reuses_gives_what_reuse_by_hand_gives_and_does_so_again(
     name: str, sampler: str, whole: bool
 ) -> None:
-    sampled, steps = PIPELINES[name], ROUNDS.get(sampler, STEPS)
-    if whole and any(anatomy_of(name, model).links for model in sampled.models):
-        pytest.skip("a U-Net has no rows of blocks; what replaces a part of it is tested in runtime/test_unets.py")
+    sampled, steps = PIPELINES[name], rounds(sampler)
     letters = letters_of(steps)
     plain = pipeline(name, sampler)
     uncached = sampled.sample(plain)
