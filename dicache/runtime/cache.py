@@ -201,8 +201,8 @@ class Cache:
             at, of = f"{float(clock.timestep):g}", f"{float(known[generation.step]):g}"
             self._requests.current().free()
             raise CacheError(
-                f"the sampling loop has ended a step at timestep {at}, where step {generation.step} of the schedule, at "
-                f"{of}, was due: which of its steps this is cannot be known beforehand. Pass the model itself to "
+                f"the sampling loop has ended a step at timestep {at}, where step {generation.step} of the schedule, "
+                f"at {of}, was due: which of its steps this is cannot be known beforehand. Pass the model itself to "
                 "apply(), and use begin_generation() and begin_step()"
             )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dicache.anatomy.watching import signature
-from dicache.runtime.generation import Call, Key, Lane, same
+from dicache.runtime.generation import TIMES, Call, Key, Lane, same
 from dicache.runtime.nested import each, tensors_of
 from dicache.runtime.stats import bytes_of
 from dicache.schedules import ScheduleError
@@ -18,7 +18,6 @@ from dicache.schedules import ScheduleError
 Action = Literal["whole", "half", "lead", "answer"]
 WHOLE: Action = "whole"
 
-TIMES = re.compile(r"timestep|^(t|sigma)$")  # arguments that say how noisy the latents are
 TABLES = re.compile(r"rope|rotary|(^|_)ids$")  # arguments that have a row for each token, and none for each sample
 
 
