@@ -207,13 +207,14 @@ class Generation:
                 )
 
     def _mark(self, lane: Lane, call: Call) -> None:
-        """Remember which arguments tell a new unnamed pass from the others of this step."""
+        """Remember which arguments tell a new unnamed pass from the others, of this step or of those before."""
         for (_, batch), peer in self.lanes.items():
-            if peer.named or batch != call.batch or not peer.latest:
+            known = peer.latest or peer.steady
+            if peer is lane or peer.named or batch != call.batch or not known:
                 continue
-            for key in call.tensors.keys() & peer.latest.keys():
-                if not same(call.tensors[key], peer.latest[key]):
-                    lane.marks[key], peer.marks[key] = call.tensors[key], peer.latest[key]
+            for key in call.tensors.keys() & known.keys():
+                if not same(call.tensors[key], known[key]):
+                    lane.marks[key], peer.marks[key] = call.tensors[key], known[key]
 
 
 def _any_same(marks: Mapping[Hashable, Tensor], tensors: Mapping[Hashable, Tensor]) -> bool:

@@ -18,7 +18,8 @@ from dicache.schedules import ScheduleError
 Action = Literal["whole", "half", "lead", "answer"]
 WHOLE: Action = "whole"
 
-TABLES = re.compile(r"rope|rotary|(^|_)ids$")  # arguments that have a row for each token, and none for each sample
+# Arguments that have a row for each token, and none for each sample; sizes, called time_ids, are of samples.
+TABLES = re.compile(r"rope|rotary|(^|_)(?<!time_)ids$")
 
 
 class Collapse:

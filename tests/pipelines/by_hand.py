@@ -14,8 +14,8 @@ Forward = Callable[..., Any]
 class ByHand:
     """Makes a model compute or reuse all its branches, or the rows of blocks, as letters say.
 
-    Everything is computed; what a reused one returns is then overwritten by what it returned before. A pass that was not
-    called at the step before has nothing to reuse, and is given what it computes.
+    Branches are all computed; what a reused one returns is then overwritten by what it returned before. A pass that was
+    not called at the step before has nothing to reuse, and is given what it computes.
 
     Args:
         model: Plain; its modules keep their new forwards.

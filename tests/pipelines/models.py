@@ -1,4 +1,4 @@
-"""Tiny models with random weights of the kinds that `tests.tiny` has not, and their pipelines, without text encoders."""
+"""Tiny models with random weights of the kinds that `tests.tiny` has not, and their pipelines without encoders."""
 
 from typing import Any
 
