@@ -64,7 +64,7 @@ class StepClock:
         one = all(size == 1 or stride == 0 for size, stride in zip(timestep.shape, timestep.stride(), strict=True))
         if not one or not len(whole) or timestep.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
             return None
-        place, rest = divmod(timestep.storage_offset() - whole.storage_offset(), whole.stride(0) or 1)
+        place, rest = divmod(int(timestep.storage_offset()) - int(whole.storage_offset()), whole.stride(0) or 1)
         return place if not rest and 0 <= place < len(whole) else None
 
     def detach(self) -> None:

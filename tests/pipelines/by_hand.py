@@ -82,7 +82,7 @@ class ByHand:
 
     def of_block(self, row: tuple[int, int], block: Block, parameters: list[str], forward: Forward) -> Forward:
         """Return the forward of a block in a row of them: the first adds what all of them did, the others nothing."""
-        names = (block.returns,) if isinstance(block.returns, str) else block.returns
+        names: tuple[str | None, ...] = (block.returns,) if isinstance(block.returns, str) else block.returns
 
         def run(*args: Any, **kwargs: Any) -> Any:
             given = {**dict(zip(parameters, args, strict=False)), **kwargs}
@@ -94,7 +94,8 @@ class ByHand:
                 made = {name: value + change[name] if name in change else value for name, value in into.items()}
             else:
                 out = forward(*args, **kwargs)
-                made = dict(zip(names, out if isinstance(out, tuple) else (out,), strict=True))
+                outputs = out if isinstance(out, tuple) else (out,)
+                made = {name: value for name, value in zip(names, outputs, strict=True) if name}
             if block.index == row[1] - 1 and not self.reuses(row):
                 self.kept[self.name, row] = {name: made[name] - self.entered[name] for name in into}
             packed = tuple(made[name] if name else None for name in names)

@@ -136,7 +136,11 @@ def generate_with_true_guidance(pipe: Any, *, batch: int = 1, **options: Any) ->
     return generate(pipe, batch=batch, **negative, **options)
 
 
-SKIPS_LAYERS = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.1, "skip_layer_guidance_stop": 0.7}
+SKIPS_LAYERS: dict[str, Any] = {
+    "skip_guidance_layers": [1],
+    "skip_layer_guidance_start": 0.1,
+    "skip_layer_guidance_stop": 0.7,
+}
 
 
 def with_skipped_layers(step: int, steps: int) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ from tests.pipelines.table import PIPELINES, STEPS, Sampled, always, anatomy_of,
 from tests.tiny import CHANNELS, SIZE, pipeline_of, unet
 
 LETTERS = "C.C.."
-# Pipelines of one model whose guidance is two passes, with what its scale is called, and how several pictures of a prompt are asked for, where its embeddings are then repeated.
+# Pipelines of one model whose guidance is two passes: what its scale is called, and how several pictures of a prompt
+# are asked for, where they repeat the embeddings that they are given.
 SCALES = {
     "DiT": ("guidance_scale", None),
     "PixArtAlpha": ("guidance_scale", "num_images_per_prompt"),
@@ -148,7 +149,7 @@ def collapse_by_hand(model: nn.Module, gate: int, calls_a_step: int = 1) -> None
 
     def run(*args: Any, **kwargs: Any) -> Any:
         step, place = divmod(len(calls), calls_a_step)
-        batch = len(args[0] if args else kwargs.get("hidden_states", kwargs.get("sample")))
+        batch = len(args[0] if args else kwargs["hidden_states"])
         calls.append(None)
         if step < gate:
             return forward(*args, **kwargs)

@@ -225,7 +225,7 @@ def loop(
     """
     model: Any = build()
     text = {letter: arguments(model, seed=ord(letter))["encoder_hidden_states"] for letter in "ABC"}
-    outputs = []
+    outputs: list[dict[str, Tensor]] = []
     schedule = method and scheduled(build, Rule(method, ("C.C." * 2)[: len(turns)]))  # type: ignore[arg-type]
     with apply(model, schedule) if schedule else nullcontext() as cache:
         if cache:
