@@ -31,7 +31,7 @@ from tests.pipelines import models
 from tests.pipelines.by_hand import ByHand
 from tests.pipelines.samplers import order, put, rounds
 from tests.pipelines.table import STEPS, of_noise, pooled, prompts, video
-from tests.tiny import CHANNELS, SIZE, flux, pipeline_of, randomised, sd3, unet, unet_xl
+from tests.tiny import CHANNELS, SIZE, flux, generate, pipeline_of, randomised, sd3, unet, unet_xl
 
 STRENGTH = 0.6
 LEFT_OUT = 2  # of the five inference steps
@@ -189,3 +189,27 @@ def whole(name: str, sampler: str, letters: str) -> Tensor:
     turns = [(step, passed) for step in range(len(letters)) for passed in given.passes]
     ByHand(model_of(pipe)[1], anatomy_of(name), dict.fromkeys(given.passes, letters), turns)
     return given.sample(pipe, strength=1.0)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_two_pipelines_that_share_the_steps_are_each_at_their_own(sampler: str) -> None:
+    """As the base and the refiner of Stable Diffusion XL: the first stops at a noise level, the second begins there."""
+    letters, name, first = "C.CC.", "StableDiffusionXL", 3
+    schedule = Schedule("test", {}, anatomy_of(name), Target(), STEPS, Plan(STEPS, (Rule("reuse", letters),)))
+    latents = of_noise(1, CHANNELS, SIZE, SIZE, seed=7)[0]
+    for options, turns, want in (
+        ({"denoising_end": 0.6}, range(first), letters[:first]),
+        ({"denoising_start": 0.6, "image": latents}, range(first, STEPS), "-" * first + letters[first:]),
+    ):
+        begins = "denoising_start" in options
+        build = PIPELINES[name].build if begins else lambda: pipeline_of(unet_xl)
+        plain, pipe = put(build(), sampler), put(build(), sampler)
+
+        def sample(pipe: Any, options: dict[str, Any] = options, begins: bool = begins) -> Tensor:
+            return PIPELINES[name].sample(pipe, **options) if begins else generate(pipe, steps=STEPS, **options)
+
+        ByHand(plain.unet, anatomy_of(name), {"0": letters}, [(step, "0") for step in turns])
+        with dicache.apply(pipe, schedule) as cache:
+            for _ in range(2):
+                assert torch.equal(sample(pipe), sample(plain))
+                assert cache.stats.steps == {"0": want}
