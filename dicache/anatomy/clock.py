@@ -1,9 +1,11 @@
 """The step clock: which denoising step a call of the model belongs to."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 Then = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]  # told the result and the arguments of a call
 
@@ -33,14 +35,15 @@ class StepClock:
         self.latents: Any = None
         self.model_output: Any = None
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
+        signature = inspect.signature(step)
 
         def began(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             on_generation(scheduler)
 
         def ended(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.latents = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
-            self.model_output = kwargs["model_output"] if "model_output" in kwargs else args[0]
-            self.timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+            given = signature.bind(*args, **kwargs).arguments  # some take more before the timestep
+            self.model_output, self.timestep = given["model_output"], given.get("timestep")
             on_step()
 
         self._watched = (
@@ -48,6 +51,21 @@ class StepClock:
             _Watched(scheduler, "step", step, ended),
         )
         scheduler.set_timesteps, scheduler.step = self._watched
+
+    def place(self, timestep: Any) -> int | None:
+        """Return which of the scheduler's timesteps this is, if it is a view of them, as their iteration gives.
+
+        It is told by where it lies, so that nothing is read from a device, and a timestep that is repeated is told from
+        the one before. None for anything else.
+        """
+        whole = self.scheduler.timesteps
+        if not isinstance(timestep, Tensor) or not isinstance(whole, Tensor) or timestep.dtype != whole.dtype:
+            return None
+        one = all(size == 1 or stride == 0 for size, stride in zip(timestep.shape, timestep.stride(), strict=True))
+        if not one or not len(whole) or timestep.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+            return None
+        place, rest = divmod(int(timestep.storage_offset()) - int(whole.storage_offset()), whole.stride(0) or 1)
+        return place if not rest and 0 <= place < len(whole) else None
 
     def detach(self) -> None:
         """Give the scheduler its own methods back."""

@@ -14,7 +14,7 @@ from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.parts import AnatomyError
 
 LATENTS = ("hidden_states", "sample", "x")  # what the models of diffusers call them
-TIME = re.compile(r"(^|_)(t|time|timesteps?)$")
+TIME = re.compile(r"timestep|noise_time|^(t|sigma)$")
 TEXT_TOKENS = 8  # of made-up text; enough to tell it from one token
 
 
@@ -159,7 +159,7 @@ def numbers_in(value: Any) -> Iterator[Tensor]:
 
 
 def is_time(name: str) -> bool:
-    """Whether an argument of this name is the timestep, as the models of diffusers call it."""
+    """Whether an argument of this name says how noisy the latents are, as the models of diffusers call it."""
     return TIME.search(name) is not None
 
 

@@ -11,7 +11,7 @@ from dicache.anatomy.macs import TOTAL, count_macs
 from dicache.anatomy.nested import tensors_of
 from dicache.anatomy.overrides import Overrides
 from dicache.conformance.subject import Place, Subject, attributes, equal, error, rounding
-from dicache.runtime.cache import CacheWarning
+from dicache.runtime.errors import CacheWarning
 from dicache.schedules import PlanError, Rule
 from dicache.schedules.policies import FirstBlockPolicy, Policy, TeaCachePolicy
 

@@ -159,19 +159,29 @@ class Cache:
     def _on_step(self) -> None:
         generation = self._requests.current().generation
         if generation is not None and not generation.finished:
-            if generation.step == 0 and self._clock is not None:
-                self._check_first_step(float(self._clock.timestep), float(self._clock.scheduler.timesteps[0]))
+            assert self._clock is not None
+            self._check_step(generation, self._clock)
             generation.begin_step()
             if generation.finished:
                 self.stats.held(self._requests.bytes_held())
 
-    def _check_first_step(self, found: float, first: float) -> None:
-        if abs(found - first) > 1e-3 * max(1.0, abs(first)):
+    def _check_step(self, generation: Generation, clock: StepClock) -> None:
+        """Refuse a loop whose steps are not those of the schedule, as its scheduler was told when they ended."""
+        place, known = clock.place(clock.timestep), clock.scheduler.timesteps
+        if place is not None and not generation.letters:  # of a model that was not called yet
+            generation.step = place
+        wrong = place is not None and place != generation.step
+        if place is None and not generation.checked and clock.timestep is not None:
+            found, want = float(clock.timestep), float(known[generation.step])
+            wrong = abs(found - want) > 1e-3 * max(1.0, abs(want))
+        generation.checked = True
+        if wrong:
+            at, of = f"{float(clock.timestep):g}", f"{float(known[generation.step]):g}"
             self._requests.current().free()
             raise CacheError(
-                f"the sampling loop began at timestep {found:g}, not at the first one, {first:g}, and its scheduler "
-                "does not say so: which of its steps this is cannot be known. Pass the model itself to apply(), "
-                "and use begin_generation() and begin_step()"
+                f"the sampling loop has ended a step at timestep {at}, where step {generation.step} of the schedule, "
+                f"at {of}, was due: which of its steps this is cannot be known beforehand. Pass the model itself to "
+                "apply(), and use begin_generation() and begin_step()"
             )
 
     def _begin(self, schedule: Schedule) -> None:
@@ -238,8 +248,7 @@ class Cache:
         assert executor is not None
         call = Call(args, kwargs)
         if self._clock is not None and not generation.called and generation.step == 0:
-            # Image-to-image begins in the middle.
-            generation.step = getattr(self._clock.scheduler, "begin_index", None) or 0
+            generation.step = self._first_step(self._clock, call)
         name, lane = generation.lane(context, call)
         runs = (name, call.batch)  # whose kept outputs the call goes on from
         collapse, action = generation.collapse, WHOLE
@@ -282,6 +291,14 @@ class Cache:
         if generation.step == generation.steps - 1 and self.schedule.policy is not None:
             self._warn_of_extremes(self.schedule.policy, generation, name)
         return out
+
+    def _first_step(self, clock: StepClock, call: Call) -> int:
+        """Return the step that a sampling loop begins with: image-to-image begins in the middle."""
+        begin = getattr(clock.scheduler, "begin_index", None)
+        if begin is not None:
+            return int(begin)
+        places = (clock.place(tensor) for tensor in call.tensors.values())
+        return next((place for place in places if place is not None), 0)
 
     def _warn_of_extremes(self, policy: Policy, generation: Generation, name: str) -> None:
         """Warn, once, of a policy that skipped nothing or all that it may: its limit does not fit the model."""

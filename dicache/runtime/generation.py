@@ -3,12 +3,15 @@
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from dicache.anatomy.inputs import latents_of
+from dicache.anatomy.inputs import is_time, latents_of
+from dicache.anatomy.nested import tensors_of
+from dicache.schedules import ScheduleError
 from dicache.schedules.policies import Memory
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ class Call:
         given: Its arguments, by name or place.
         tensors: The tensors among them.
         latents: Those that are denoised.
-        signature: Shape, dtype and device of each tensor.
+        signature: Their names, and shape, dtype and device of each tensor: what differs there is not the same pass.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -36,11 +39,19 @@ class Call:
             k: value for k, value in self.given.items() if isinstance(value, Tensor)
         }
         self.latents = latents_of(args, kwargs)
-        self.signature: Signature = tuple((x.shape, x.dtype, x.device) for x in self.tensors.values())
+        self.signature: Signature = (
+            *self.given,
+            *((x.shape, x.dtype, x.device) for x in tensors_of(self.given)),
+        )
 
     @property
     def batch(self) -> int:
         return len(self.latents)
+
+    @property
+    def conditions(self) -> dict[Hashable, Tensor]:
+        """The tensors that may stay as they are from step to step: neither latents nor times."""
+        return {key: x for key, x in self.tensors.items() if x is not self.latents and not _is_time(key, x)}
 
 
 @dataclass
@@ -48,7 +59,7 @@ class Lane:
     """What one guidance pass of one generation keeps.
 
     Attributes:
-        signature: Shape, dtype and device of the tensors of its calls.
+        signature: That of its calls.
         named: Whether the pipeline has a name for the pass.
         batch: Samples in its calls.
         latents: Shape of the latents in its calls.
@@ -60,6 +71,8 @@ class Lane:
         bytes_held: Memory of the entries.
         marks: Arguments that told this pass from the others of its first step.
         latest: Arguments of its call in the step that runs.
+        first: Conditions of its first call.
+        steady: Those of them that its second call was given too; None before that one.
         single: Whether guidance has collapsed in it: `halves`, its batch holds both passes and the first half of it is
             computed; `shares`, it is one of two passes of which one is computed; `no`, it is alone.
         twins: Of the lanes called in its latest step, those that look like the other pass of the same samples.
@@ -76,6 +89,8 @@ class Lane:
     bytes_held: int = 0
     marks: dict[Hashable, Tensor] = field(default_factory=dict)
     latest: dict[Hashable, Tensor] = field(default_factory=dict)
+    first: dict[Hashable, Tensor] = field(default_factory=dict)
+    steady: dict[Hashable, Tensor] | None = None
     single: Single = "undecided"
     twins: list[Key] = field(default_factory=list)
 
@@ -99,6 +114,7 @@ class Generation:
         letters: For each pass, a letter a step: `C` all computed, `.` not all, `-` not called.
         distances: For each pass, what a policy compared with its limit at each step; None where nothing was.
         collapse: Ends guidance in it, if the schedule says so.
+        checked: Whether a step has ended at the timestep that the schedule has there.
     """
 
     steps: int
@@ -108,6 +124,7 @@ class Generation:
     letters: dict[str, str] = field(default_factory=dict)
     distances: dict[str, list[float | None]] = field(default_factory=dict)
     collapse: "Collapse | None" = None
+    checked: bool = False
     _calls: Counter[str] = field(default_factory=Counter)
 
     def begin_step(self) -> None:
@@ -149,8 +166,13 @@ class Generation:
         lane = self.lanes.get((name, call.batch))
         if lane is None:
             lane = self.lanes[name, call.batch] = Lane(call.signature, context is not None, call.batch)
-            self._mark(lane, call)
-        elif lane.signature != call.signature or lane.step != self.step - 1:
+            if context is None:
+                self._check_places(call)
+                self._mark(lane, call)
+                lane.first = call.conditions
+        elif lane.steady is None and context is None:
+            lane.steady = {k: x for k, x in lane.first.items() if k in call.tensors and same(x, call.tensors[k])}
+        if lane.signature != call.signature or lane.step != self.step - 1:
             lane.clear()
             lane.signature = call.signature
         lane.step, lane.latents = self.step, tuple(call.latents.shape)
@@ -161,27 +183,60 @@ class Generation:
     def _pass(self, name: str, call: Call) -> str:
         """Return the name of an unnamed pass: that of its place, unless its arguments are those of another.
 
-        A pass that is left out for some steps moves the later ones up a place.
+        A pass that is left out for some steps moves the later ones up a place, one that is new moves them down.
         """
         peers = {n: lane for (n, batch), lane in self.lanes.items() if batch == call.batch and not lane.named}
-        mine = peers.get(name)
-        if len(peers) < 2 or (mine is not None and _any_same(mine.marks, call.tensors)):
+        if name not in peers:
             return name
-        return next((n for n, lane in peers.items() if _any_same(lane.marks, call.tensors)), name)
+        free = {n: lane for n, lane in peers.items() if lane.step < self.step}
+        places = sorted(free, key=lambda n: n != name)
+        found = next((n for n in places if _any_same(free[n].marks, call.tensors)), None)
+        found = found or next((n for n in places if (n == name or free[n].steady) and _fits(free[n], call)), None)
+        if found is not None:
+            return found
+        return next(n for n in map(str, count()) if n not in peers)
+
+    def _check_places(self, call: Call) -> None:
+        """Refuse a pass that is new in a place where another one has been taken for it, and has reused what is its."""
+        for (name, batch), lane in self.lanes.items():
+            if batch != call.batch or lane.named or lane.step < self.step or lane.steady is None:
+                continue
+            moved = {key: x for key, x in lane.first.items() if key not in lane.steady}
+            if _any_same(moved, call.tensors) and self.letters.get(name, "C").endswith("."):
+                raise ScheduleError(
+                    f"a guidance pass that began at step {self.step} was called in the place of another, and was taken "
+                    f"for it. Name the passes: call the model inside `with model.cache_context(name)`"
+                )
 
     def _mark(self, lane: Lane, call: Call) -> None:
-        """Remember which arguments tell a new unnamed pass from the others of this step."""
+        """Remember which arguments tell a new unnamed pass from the others, of this step or of those before."""
         for (_, batch), peer in self.lanes.items():
-            if lane.named or peer.named or batch != call.batch or not peer.latest:
+            known = peer.latest or peer.steady
+            if peer is lane or peer.named or batch != call.batch or not known:
                 continue
-            for key in call.tensors.keys() & peer.latest.keys():
-                if not same(call.tensors[key], peer.latest[key]):
-                    lane.marks[key], peer.marks[key] = call.tensors[key], peer.latest[key]
+            for key in call.tensors.keys() & known.keys():
+                if not same(call.tensors[key], known[key]):
+                    lane.marks[key], peer.marks[key] = call.tensors[key], known[key]
 
 
 def _any_same(marks: Mapping[Hashable, Tensor], tensors: Mapping[Hashable, Tensor]) -> bool:
     return any(key in tensors and same(mark, tensors[key]) for key, mark in marks.items())
 
 
+def _fits(lane: Lane, call: Call) -> bool:
+    """Whether a call is given what the lane's calls have always been given."""
+    return all(key in call.tensors and same(x, call.tensors[key]) for key, x in (lane.steady or {}).items())
+
+
+def _is_time(key: Hashable, tensor: Tensor) -> bool:
+    return is_time(key) if isinstance(key, str) else tensor.ndim < 2
+
+
 def same(one: Tensor, two: Tensor) -> bool:
-    return one is two or (one.shape == two.shape and one.dtype == two.dtype and torch.equal(one, two))
+    """Whether two tensors are alike; where they lie in the same place, nothing is read from a device."""
+    if one is two:
+        return True
+    if one.shape != two.shape or one.dtype != two.dtype or one.device != two.device:
+        return False
+    in_place = one.data_ptr() == two.data_ptr() and one.stride() == two.stride()
+    return in_place or torch.equal(one, two)

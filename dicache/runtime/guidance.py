@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dicache.anatomy.inputs import is_time
 from dicache.anatomy.nested import each, tensors_of
 from dicache.anatomy.watching import signature
 from dicache.runtime.generation import Call, Key, Lane, same
@@ -18,8 +19,8 @@ from dicache.schedules import ScheduleError
 Action = Literal["whole", "half", "lead", "answer"]
 WHOLE: Action = "whole"
 
-TIMES = re.compile(r"timestep|^(t|sigma)$")  # arguments that say how noisy the latents are
-TABLES = re.compile(r"rope|rotary|(^|_)ids$")  # arguments that have a row for each token, and none for each sample
+# Arguments that have a row for each token, and none for each sample; sizes, called time_ids, are of samples.
+TABLES = re.compile(r"rope|rotary|(^|_)(?<!time_)ids$")
 
 
 class Collapse:
@@ -152,7 +153,7 @@ class Collapse:
             if one.given[key] is one.latents:
                 continue
             alike = _all_same(tensors_of(one.given[key]), tensors_of(other.given[key]))
-            if not alike and TIMES.search(self._name(key)) and one.batch == other.batch:
+            if not alike and is_time(self._name(key)) and one.batch == other.batch:
                 return None
             differ = differ or not alike
         return differ
@@ -165,7 +166,7 @@ class Collapse:
         for key, value in call.given.items():
             for tensor in _of_samples(self._name(key), value, call.batch):
                 alike = tensor is call.latents or _same_parts(tensor, 2)
-                if not alike and TIMES.search(self._name(key)):
+                if not alike and is_time(self._name(key)):
                     return False
                 differ = differ or not alike
         if differ and call.batch % 3 == 0 and _same_parts(call.latents, 3):

@@ -1,34 +1,31 @@
-"""Learns the names that pipelines give to their guidance passes, through the model's `cache_context`."""
+"""Learns the names that pipelines and loops give to their guidance passes, through the model's `cache_context`."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
 
 class PassNames:
-    """Wraps `cache_context` on one instance of a model, if its class has it.
+    """Wraps `cache_context` on one instance of a model; where its class has none, the instance has it for a while.
 
     Args:
-        model: Whose pipelines may name their passes.
+        model: Whose passes may be named.
         named: Given a name, a context inside which calls of the model belong to that pass.
     """
 
     def __init__(self, model: nn.Module, named: Callable[[str], AbstractContextManager[None]]) -> None:
         self._model = model
         inner: Any = getattr(type(model), "cache_context", None)
-        self._wrapped = inner is not None
 
         @contextmanager
         def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-            with named(name), inner(model, name, *args, **kwargs):
+            with named(name), inner(model, name, *args, **kwargs) if inner is not None else nullcontext():
                 yield
 
-        if self._wrapped:
-            vars(model)["cache_context"] = cache_context
+        vars(model)["cache_context"] = cache_context
 
     def detach(self) -> None:
         """Give the model its own method back."""
-        if self._wrapped:
-            vars(self._model).pop("cache_context", None)
+        vars(self._model).pop("cache_context", None)

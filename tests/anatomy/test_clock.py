@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDPMScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -143,6 +144,32 @@ def test_a_copied_scheduler_steps_itself_and_is_not_watched() -> None:
     copied.set_timesteps(7)
     assert count.generations == [4]
     assert len(scheduler.timesteps) == 4
+
+
+def test_a_timestep_is_found_also_behind_arguments_that_only_some_samplers_take() -> None:
+    scheduler: Any = CogVideoXDPMScheduler()
+    clock = Count().watch(scheduler)
+    scheduler.set_timesteps(3)
+    x = torch.ones(1, 2, 2, 2)
+    for step, t in enumerate(scheduler.timesteps):
+        scheduler.step(0.1 * x, None if step == 0 else x, t, scheduler.timesteps[step - 1], x)
+        assert clock.timestep is t
+        assert torch.equal(clock.model_output, 0.1 * x)
+
+
+def test_a_timestep_has_its_place_by_where_it_lies_also_where_it_is_repeated() -> None:
+    scheduler: Any = HeunDiscreteScheduler()
+    clock = Count().watch(scheduler)
+    scheduler.set_timesteps(3)
+    assert [clock.place(t) for t in scheduler.timesteps] == [0, 1, 2, 3, 4]
+    assert scheduler.timesteps[1] == scheduler.timesteps[2]
+    assert [clock.place(t.expand(4)) for t in scheduler.timesteps[2:]] == [2, 3, 4]
+    assert [clock.place(t[None, None]) for t in scheduler.timesteps] == [0, 1, 2, 3, 4]
+    for other in (scheduler.timesteps, scheduler.timesteps[1:3], scheduler.timesteps[1].clone(), 999, None):
+        assert clock.place(other) is None
+    before = scheduler.timesteps
+    scheduler.set_timesteps(3)
+    assert clock.place(before[1]) is None
 
 
 @pytest.mark.parametrize("steps", [2, 10, 50])

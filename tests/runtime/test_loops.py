@@ -1,10 +1,11 @@
 """Loops that leave passes out, begin in the middle, or run on a model that was changed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from torch import Tensor
 
 import dicache
@@ -58,12 +59,18 @@ def test_a_pass_that_was_left_out_computes_when_it_comes_back(build: Build) -> N
 
 
 class MiddleLoop:
-    """A sampling loop that begins at a later timestep, as image-to-image pipelines do."""
+    """A sampling loop that begins at a later timestep, as image-to-image pipelines do.
 
-    def __init__(self, scheduler: Any, start: int) -> None:
+    Args:
+        scheduler: What it samples with.
+        start: The step that it begins with.
+        told: What the model and the scheduler are told of a timestep.
+    """
+
+    def __init__(self, scheduler: Any, start: int, told: Callable[[Tensor], Any] = lambda t: t) -> None:
         self.pipe = pipeline_of(dit)
         self.pipe.scheduler = scheduler
-        self.start = start
+        self.start, self.told = start, told
 
     def run(self) -> Tensor:
         scheduler, model = self.pipe.scheduler, self.pipe.transformer
@@ -71,27 +78,54 @@ class MiddleLoop:
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(self.start)
         given = arguments(model)
-        for t in scheduler.timesteps[self.start :]:
+        for t in map(self.told, scheduler.timesteps[self.start :]):
             out = predict(model, {**given, "timestep": t.expand(2)})
             given["hidden_states"] = scheduler.step(out[:, :4], t, given["hidden_states"]).prev_sample
         latents: Tensor = given["hidden_states"]
         return latents
 
 
-def test_a_loop_that_begins_in_the_middle_is_at_that_step_of_the_schedule() -> None:
-    loop = MiddleLoop(DPMSolverMultistepScheduler(), 2)
+@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, DDIMScheduler])  # the second has no begin_index
+def test_a_loop_that_begins_in_the_middle_is_at_that_step_of_the_schedule(kind: Any) -> None:
+    loop = MiddleLoop(kind(), 2)
     with dicache.apply(loop.pipe, scheduled(dit, Rule("reuse", "CCCC.C"))) as cache:
-        loop.run()
-        assert cache.stats.steps == {"0": "--CC.C"}
+        for _ in range(2):
+            loop.run()
+            assert cache.stats.steps == {"0": "--CC.C"}
 
 
-def test_a_loop_that_begins_in_the_middle_without_saying_so_is_refused() -> None:
-    loop = MiddleLoop(DDIMScheduler(), 2)
+def test_a_loop_that_begins_at_a_timestep_that_is_repeated_is_at_that_step_of_the_schedule() -> None:
+    for start in (1, 2):
+        loop = MiddleLoop(PNDMScheduler(skip_prk_steps=True), start)
+        rule = Rule("reuse", "CCCC.C.")
+        with dicache.apply(loop.pipe, scheduled(dit, rule)) as cache:
+            loop.run()
+            assert loop.pipe.scheduler.timesteps[1] == loop.pipe.scheduler.timesteps[2]
+            assert cache.stats.steps == {"0": "-" * start + "CCCC.C."[start:]}
+
+
+@pytest.mark.parametrize("told", [Tensor.clone])
+def test_a_loop_that_begins_in_the_middle_without_saying_so_is_refused(told: Callable[[Tensor], Any]) -> None:
+    loop = MiddleLoop(DDIMScheduler(), 2, told)
     with (
         dicache.apply(loop.pipe, scheduled(dit, EVERY_OTHER)),
-        pytest.raises(CacheError, match=r"began at timestep \d+, not at the first one, \d+"),
+        pytest.raises(CacheError, match=r"ended a step at timestep 498, where step 0 of the schedule, at 830, was due"),
     ):
         loop.run()
+
+
+@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, DDIMScheduler])
+def test_a_loop_that_ends_a_step_twice_is_refused(kind: Any) -> None:
+    """As where several pictures are denoised with one scheduler in turns."""
+    pipe = pipeline_of(dit)
+    pipe.scheduler = kind()
+    with dicache.apply(pipe, scheduled(dit, EVERY_OTHER)):
+        pipe.scheduler.set_timesteps(STEPS)
+        given, first = arguments(pipe.transformer), pipe.scheduler.timesteps[0]
+        predict(pipe.transformer, {**given, "timestep": first.expand(2)})
+        pipe.scheduler.step(given["hidden_states"], first, given["hidden_states"])
+        with pytest.raises(CacheError, match=r"step at timestep \d+, where step 1 of the schedule, at \d+, was due"):
+            pipe.scheduler.step(given["hidden_states"], first, given["hidden_states"])
 
 
 def test_after_a_generation_the_blocks_are_plain() -> None:

@@ -1,5 +1,6 @@
 """Law 6: guidance passes never share state, and an entry that is missing means compute."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
-from dicache import Schedule, apply
+from dicache import Schedule, ScheduleError, apply
 from dicache.schedules import Rule
 from tests.tiny import (
     CHANNELS,
@@ -20,6 +21,7 @@ from tests.tiny import (
     arguments,
     every_model,
     first_block,
+    pixart,
     predict,
     randomised,
     replay,
@@ -190,3 +192,81 @@ def test_a_rule_for_a_named_pass_acts_in_it_alone_and_the_name_still_reaches_the
         assert cache.stats.steps == {"cond": "CCCC", "uncond": "C.C."}
     assert model.told == ["cond", "uncond"] * STEPS
     assert "cache_context" not in model.__dict__
+
+
+def loop(
+    turns: list[str], method: str | None, *, names: bool = False, build: Build = pixart
+) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
+    """Call a model as loops do that leave guidance out for some steps: the passes of a step differ in their text only.
+
+    Args:
+        turns: The passes of each step, a letter each.
+        method: None for a plain model.
+        names: Whether the loop names its passes.
+    """
+    model: Any = build()
+    text = {letter: arguments(model, seed=ord(letter))["encoder_hidden_states"] for letter in "ABC"}
+    outputs: list[dict[str, Tensor]] = []
+    schedule = method and scheduled(build, Rule(method, ("C.C." * 2)[: len(turns)]))  # type: ignore[arg-type]
+    with apply(model, schedule) if schedule else nullcontext() as cache:
+        if cache:
+            cache.begin_generation()
+        for step, turn in enumerate(turns):
+            if cache:
+                cache.begin_step()
+            given = arguments(model, seed=step, timestep=900 - 100 * step)
+            outputs.append({})
+            for letter in turn:
+                with model.cache_context(letter) if names else nullcontext():
+                    out = predict(model, {**given, "encoder_hidden_states": text[letter].clone()})
+                outputs[-1][letter] = out
+    return outputs, cache.stats.steps if cache else {}
+
+
+def expected(turns: list[str], method: str) -> list[dict[str, Tensor]]:
+    """Return what the passes give where each has a loop of its own, in which it is left out at the same steps."""
+    alone = {letter: loop([letter if letter in turn else "" for turn in turns], method)[0] for letter in "ABC"}
+    return [{letter: alone[letter][step][letter] for letter in turn} for step, turn in enumerate(turns)]
+
+
+def equal(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:
+    return all(
+        mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine)
+        for mine, its in zip(one, other, strict=True)
+    )
+
+
+INTERVALS = [
+    ["A", "A", "BA", "BA", "BA", "A"],  # a second pass that begins and is called first, and then ends
+    ["A", "A", "A", "BA", "BA", "BA"],  # the same at a step that reuses
+    ["A", "A", "A", "BCA", "BCA", "BA"],
+    ["A", "A", "AB", "AB", "A", "A"],
+    ["AB", "AB", "A", "A", "AB", "AB"],
+    ["AB", "AB", "B", "B", "AB", "AB"],
+    ["BA", "BA", "CBA", "CBA", "CBA", "BA"],
+    ["AB", "AB", "CAB", "CAB", "BC", "AB"],
+    ["A", "A", "B", "B", "A", "B"],  # one at a time
+]
+
+
+@pytest.mark.parametrize("turns", INTERVALS, ids="-".join)
+@pytest.mark.parametrize("method", ["reuse", "skip"])
+@pytest.mark.parametrize("names", [False, True])
+def test_guidance_in_a_part_of_the_steps_mixes_no_passes(turns: list[str], method: str, names: bool) -> None:
+    got, steps = loop(turns, method, names=names)
+    assert equal(got, expected(turns, method))
+    assert not equal(got, loop(turns, None)[0])
+    if names:
+        assert set(steps) == set("".join(turns))
+
+
+@pytest.mark.parametrize("method", ["reuse", "skip"])
+def test_a_pass_that_begins_in_the_place_of_one_that_was_seen_once_is_refused_where_that_one_has_been_reused(
+    method: str,
+) -> None:
+    turns = ["A", "BA", "BA", "BA"]
+    with pytest.raises(ScheduleError, match=r"began at step 1 was called in the place of another.*cache_context"):
+        loop(turns, method)
+    got, steps = loop(turns, method, names=True)
+    assert equal(got, expected(turns, method))
+    assert steps == {"A": "C.C.", "B": "-CC."}
