@@ -31,6 +31,7 @@ class MacCounter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.macs: Counter[str] = Counter()
         self._open = [TOTAL]
+        self._whole: set[Any] = set()  # operators that do not consist of others
 
     @contextmanager
     def mark(self, model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
@@ -67,11 +68,12 @@ class MacCounter(TorchDispatchMode):
             out = func(*args, **kwargs)
             self._add(flop_registry[packet](*args, **kwargs, out_val=out) // 2)
             return out
-        else:
+        elif func not in self._whole:
             with self:
                 decomposed = func.decompose(*args, **kwargs)
             if decomposed is not NotImplemented:
                 return decomposed
+            self._whole.add(func)
         return func(*args, **kwargs)
 
     def _add(self, macs: int) -> None:

@@ -13,7 +13,7 @@ from dicache.runtime.nested_ranges import Nested, shape_keys
 from dicache.runtime.predictors import Corrector, foretell
 from dicache.runtime.stats import Stats, bytes_of
 from dicache.runtime.streams import Streams, Tensors, add, delta, replace
-from dicache.schedules import Range, Row, Rows, Schedule
+from dicache.schedules import Range, Row, Rows, Schedule, ScheduleError
 from dicache.schedules.plan import ACT
 from dicache.schedules.rows import Key
 
@@ -44,6 +44,7 @@ class Replay:
         self._entries: dict[Any, Any] = {}  # of the lane whose call is running
         self._batch = 1  # of that call
         self._inputs: dict[Range, Tensors] = {}
+        self._ran: set[Range] = set()  # ranges whose delta was kept or put in, in the call that runs
         self._streams: dict[int, Streams] = {}
         for block in anatomy.blocks:
             module = model.get_submodule(block.module)
@@ -55,6 +56,10 @@ class Replay:
         if lane.since < 0:
             lane.since = generation.step
         step = self._step(context, generation.step, lane.since)
+        if any(part not in lane.entries for part in step.row.skip):
+            # The pass left out a block at which the range begins or ends, so that it has no delta: it computes.
+            lane.since = generation.step
+            step = self._step(context, generation.step, lane.since)
         self._installer.install(step.program)
         self._running = step
         self._entries = lane.entries
@@ -63,6 +68,8 @@ class Replay:
     def finish(self, lane: Lane) -> None:
         """Release what no later step reads, and count the call."""
         step, stats = self._running, self._stats
+        if not self._anatomy.links:
+            self._check_ran(step.row, lane)
         for key in step.released:
             lane.entries.pop(key, None)
         stats.reused_sites += step.reused
@@ -75,6 +82,19 @@ class Replay:
                 step.bytes_held[shapes] = bytes_of(lane.entries)
             lane.bytes_held = step.bytes_held[shapes]
 
+    def _check_ran(self, row: Row, lane: Lane) -> None:
+        """Forget what was not made anew, and refuse what was not put in, because the model did not call the blocks."""
+        for part in row.keep_delta:
+            if part not in self._ran:
+                for key in [key for key in lane.entries if key == part or (isinstance(key, tuple) and key[0] == part)]:
+                    del lane.entries[key]
+        for start, stop in row.skip:
+            if (start, stop) not in self._ran:
+                raise ScheduleError(
+                    f"blocks {start} to {stop - 1} are skipped by what they add, which goes in at block {start}, and "
+                    "this guidance pass does not call it any more; limit the schedule's rule to the other passes"
+                )
+
     def fail(self, generation: Generation) -> None:
         """A plan has nobody to tell."""
 
@@ -82,6 +102,7 @@ class Replay:
         """Forget the call that ran, also when it failed."""
         self._entries = {}
         self._inputs.clear()
+        self._ran.clear()
         self._nested.clear()
 
     @property
@@ -158,7 +179,7 @@ class Replay:
                 program[streams.module] = _through(streams)
             first = self._streams[part[0]]
             change = self._stand_in(part, predict.get(part, ()), None)
-            program[first.module] = _changed(first, change, replace if part in row.features else add)
+            program[first.module] = self._changed(part, first, change, replace if part in row.features else add)
         for part in row.keep_delta:
             first, last = self._streams[part[0]], self._streams[part[1] - 1]
             forward = program.get(last.module, last.forward)
@@ -220,11 +241,22 @@ class Replay:
 
         return enter
 
+    def _changed(
+        self, part: Range, streams: Streams, change: Forward, act: Callable[[Tensors, Tensors], Tensors]
+    ) -> Forward:
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            self._ran.add(part)
+            return streams.pack(act(streams.read(args, kwargs), change()))
+
+        return changed
+
     def _exit(self, part: Range, streams: Streams, forward: Forward, older: int, *, feature: bool = False) -> Forward:
         def leave(*args: Any, **kwargs: Any) -> Any:
             returned = forward(*args, **kwargs)
             left = streams.unpack(returned)
-            self._push(part, left if feature else delta(left, self._inputs.pop(part)), older)
+            if feature or part in self._inputs:
+                self._push(part, left if feature else delta(left, self._inputs.pop(part)), older)
+                self._ran.add(part)
             return returned
 
         return leave
@@ -262,10 +294,3 @@ def _through(streams: Streams) -> Forward:
         return streams.pack(streams.read(args, kwargs))
 
     return through
-
-
-def _changed(streams: Streams, change: Forward, act: Callable[[Tensors, Tensors], Tensors]) -> Forward:
-    def changed(*args: Any, **kwargs: Any) -> Any:
-        return streams.pack(act(streams.read(args, kwargs), change()))
-
-    return changed

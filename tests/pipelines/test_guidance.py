@@ -93,6 +93,21 @@ def test_a_rule_for_the_pass_that_skips_layers_acts_in_it_alone() -> None:
     assert stats.steps == {"0": "CCCCC", "1": "-CC."}
 
 
+@pytest.mark.parametrize("layers", [[0], [2], [0, 2]])
+def test_a_pass_that_leaves_out_a_block_at_which_a_range_begins_or_ends_computes(layers: list[int]) -> None:
+    name = "StableDiffusion3 that skips layers"
+    anatomy = anatomy_of(name, "transformer")
+
+    def skipping(context: str) -> Schedule:
+        plan = Plan(STEPS, (Rule("skip", LETTERS, context=context),))
+        return Schedule("test", {}, anatomy, Target(), STEPS, plan)
+
+    want, _ = replayed(name, skipping("0"), skip_guidance_layers=layers)
+    got, stats = replayed(name, skipping("*"), skip_guidance_layers=layers)
+    assert torch.equal(got, want)
+    assert stats.steps == {"0": LETTERS, "1": "-CCC"}
+
+
 @pytest.mark.parametrize("name", SCALES)
 def test_without_guidance_there_is_one_pass(name: str) -> None:
     scale, _ = SCALES[name]
