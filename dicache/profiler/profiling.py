@@ -92,6 +92,7 @@ def profile_pipeline(
     lags: int = 3,
     priors: bool | Schedule = False,
     component: str | None = None,
+    anatomy: Anatomy | None = None,
     decision_blocks: Sequence[int] | None = None,
     first_blocks: Sequence[int] | None = None,
     max_memory: int | None = None,
@@ -116,6 +117,7 @@ def profile_pipeline(
             output and at the step that this output is from.
         component: Name of the model in the pipeline, where it has two that share its steps. The steps of the other have
             no measurements.
+        anatomy: The model's, where it was described by hand (`dicache.anatomy.describe`); surveyed when left out.
         decision_blocks: Blocks of which to measure what they add to the stream, for AdaCache; its usual one when left
             out.
         first_blocks: For FirstBlockCache: of how many of the first blocks, one number or several, to compare the
@@ -151,7 +153,9 @@ def profile_pipeline(
             "stream changes its shape; take a method that needs no profile, such as `dicache calibrate deepcache`"
         )
     inputs = capture_inputs(model, lambda: sample(pipeline, conditions[:1], [seed], sampling))
-    anatomy = survey(model, inputs)
+    if anatomy is not None and anatomy.model != type(model).__name__:
+        raise ProfileError(f"the anatomy is that of a {anatomy.model}, found {type(model).__name__}")
+    anatomy = anatomy or survey(model, inputs)
     time = find_time_embedding(model, inputs, anatomy)
     steps = len(pipeline.scheduler.timesteps)
     steps_kept = _steps_of_priors(priors, anatomy, steps)

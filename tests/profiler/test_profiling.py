@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from dicache.anatomy import Inputs, describe
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, sample
 from dicache.profiler import ProfileError, storage
 from dicache.profiler.profiling import hashed, profile_pipeline
 from dicache.schedules import Plan, Rule, Schedule, Target
-from tests.tiny import anatomy_of, dit, pipeline_of
+from tests.tiny import anatomy_of, arguments, dit, pipeline_of, pixart
 
 SAMPLING = Sampling(steps=4, guidance=4.0)
 CONDITIONS = ["1", "2", "3"]
@@ -41,6 +42,16 @@ def test_a_profile_holds_every_run_and_where_it_came_from(tmp_path: Path) -> Non
     assert profile.provenance.target.latents == (4, 8, 8)
     assert profile.provenance.settings["guidance"] == 4.0
     assert np.isfinite(profile.delta_cosine[:, :, 1:]).all()
+
+
+def test_a_model_that_was_described_by_hand_is_measured_by_that(tmp_path: Path) -> None:
+    inputs = Inputs((), arguments(dit()))
+    anatomy = describe(dit(), inputs, {"transformer_blocks": {"attn": "attn1"}})
+    profile = storage.load(profiled(tmp_path / "p.h5", CONDITIONS[:1], anatomy=anatomy))
+    assert profile.anatomy == anatomy
+    assert profile.anatomy.sites == ("0.attn", "1.attn", "2.attn", "3.attn")
+    with pytest.raises(ProfileError, match="the anatomy is that of a PixArtTransformer2DModel, found DiTTransformer"):
+        profiled(tmp_path / "other.h5", anatomy=anatomy_of(pixart))
 
 
 def test_the_names_in_the_file_are_the_contract(tmp_path: Path) -> None:
