@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.parts import AnatomyError
 
-LATENTS = ("hidden_states", "sample", "x")  # what the models of diffusers call them
+LATENTS = (
+    "hidden_states",
+    "sample",
+    "x",
+    "vision_tokens",
+    "decoder_input_tokens",
+)  # what the models of diffusers call them
 TIME = re.compile(r"timestep|noise_time|^(t|sigma)$")
 TEXT_TOKENS = 8  # of made-up text; enough to tell it from one token
 
@@ -132,7 +138,7 @@ def example_inputs(model: nn.Module) -> Inputs:
 
 
 def latents_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the latents of a call, batch first: its `hidden_states`, `sample` or `x`, else the first that has numbers.
+    """Return the latents of a call, batch first: `hidden_states`, `sample` and the like, else the first with numbers.
 
     Those of a model that takes a list, a tensor for each sample, are put together where they are of one size; of
     several sizes it is the first.

@@ -120,7 +120,7 @@ def a_norm_more(model: nn.Module) -> Anatomy:
             "with blocks 0-1 skipped and equal inputs the output differs",
         ),
         ("skip body", Forgetful(), of_itself, r"with blocks \* skipped and equal inputs the output differs"),
-        ("stale", Chain(Layered), described, "gives what the step before gave, with other latents"),
+        ("stale", Chain(Layered), described, "the stream leaves the blocks as it did before, with other latents"),
         ("keep", Chain(Writing), of_plain, r"what is kept of 0\.attn was written into by the model"),
     ],
 )
