@@ -36,12 +36,18 @@ def classes() -> None:
         model, inputs = tiny.build(), tiny.inputs()
         subject = Subject(model, inputs, survey(model, inputs), thorough=True)
         cases = [law(subject) for law in LAWS.values()]
-        rows.append((tiny.kind, name, str(len(subject.anatomy.blocks)), *(str(count or "-") for count in cases)))
+        branches = dict.fromkeys(" ".join(site.branch for site in block.sites) for block in subject.anatomy.blocks)
+        runs = " ".join(str(stop - start) for start, stop in subject.anatomy.segments)
+        rows.append((tiny.kind, name, *(str(count or "-") for count in cases), runs, ", ".join(branches)))
     kinds = len({row[0] for row in rows})
     click.echo(
         f"diffusers {diffusers.__version__}: {len(rows)} models of {kinds} classes; cases of each law; all hold\n"
     )
-    click.echo(table(("class", "model", "blocks", *LAWS), sorted(rows)))
+    rows.sort()
+    header, rule, *lines = table(("class", "model", *LAWS, "segments"), [row[:-1] for row in rows]).splitlines()
+    click.echo(f"{header}  branches of its blocks\n{rule}")
+    for line, row in zip(lines, rows, strict=True):
+        click.echo(f"{line}  {row[-1]}")
 
 
 @main.command()
