@@ -1,16 +1,14 @@
 """An anatomy written by hand, for a model of which the survey is not sure, or one that is not from diffusers."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from torch import nn
 
 from dicache.anatomy.inputs import Inputs, latents_of
-from dicache.anatomy.middles import middle_of
 from dicache.anatomy.parts import MADE, Anatomy, AnatomyError, Block, Site, check_branch
-from dicache.anatomy.probing import continued, norms_of
-from dicache.anatomy.streams import check_streams, segments, streams, unread
-from dicache.anatomy.surveying import measured
+from dicache.anatomy.streams import check_streams, segments, streams
+from dicache.anatomy.surveying import described, measured
+from dicache.anatomy.verifying import buffers_kept, unread, verified
 from dicache.anatomy.watching import BlockCall, Blocks, Returns, watch
 
 Branches = Mapping[str, str | Sequence[str]]
@@ -26,8 +24,8 @@ def describe(
 ) -> Anatomy:
     """Return the anatomy of a model by what you say of its blocks; everything else is measured in a call of it.
 
-    What is said is compared with that call, and what does not fit it is refused. Whether the laws of the runtime hold
-    with the result, `dicache.conformance` tells.
+    What is said is compared with that call, and what does not fit it is refused; whether deltas may stand for `runs`
+    that you say yourself, `dicache.conformance` tells, as it does all laws of the runtime.
 
         describe(model, Inputs((x, t, y), {}), {"blocks": {"attn": "attn", "mlp": "mlp"}}, returns={"blocks": "x"})
 
@@ -51,42 +49,58 @@ def describe(
     if model.training:
         raise AnatomyError(f"the {type(model).__name__} is in training mode, where it draws at random; call its eval()")
     lists = {path: _list(model, path) for path in blocks}
+    with buffers_kept(model, inputs):
+        return _describe(model, inputs, lists, blocks, returns or {}, runs)
+
+
+def _describe(
+    model: nn.Module,
+    inputs: Inputs,
+    lists: Mapping[str, Blocks],
+    blocks: Mapping[str, Branches],
+    returns: Mapping[str, Returns],
+    runs: Sequence[tuple[int, int]] | None,
+) -> Anatomy:
     calls = watch(model, lists, inputs, {path: list(_paths(branches)) for path, branches in blocks.items()})
     seen = [call.path for call in calls]
     for path, container in lists.items():
         for position in range(len(container)):
             if (count := seen.count(f"{path}.{position}")) != 1:
                 raise AnatomyError(f"{path}.{position} is called {count} times in a call of the model, needed once")
-    said, described = returns or {}, []
-    for index, (call, known) in enumerate(zip(calls, streams(calls), strict=True)):
-        names = said.get(call.container, known)
+    known = []
+    for index, (call, guessed) in enumerate(zip(calls, streams(calls), strict=True)):
+        names = returns.get(call.container, guessed)
         _check_returns(call, names)
-        block = Block(
-            index=index,
-            path=call.container,
-            position=call.position,
-            kind=type(call.module).__name__,
-            returns=names,
-            sites=_sites(call, blocks[call.container]),
-        )
-        if call.container not in said:
-            block = replace(block, returns=continued(block, call))
-        described.append(replace(block, norms=norms_of(block, call), middle=middle_of(block, call)))
-    found = (
-        unread(model, inputs, calls, segments(calls, [block.returns for block in described]))
-        if runs is None
-        else tuple((int(start), int(stop)) for start, stop in runs)
-    )
-    if [index for start, stop in found for index in range(start, stop)] != list(range(len(calls))):
-        raise AnatomyError(f"the runs must cover the blocks 0 to {len(calls) - 1} in order, found {list(found)}")
-    described, macs = measured(model, described, inputs)
+        sites = _sites(call, blocks[call.container])
+        known.append(described(index, call, names, sites, sure=call.container in returns))
+    known = verified(model, inputs, calls, known)
+    if runs is None:
+        found = unread(model, inputs, calls, segments(calls, [block.returns for block in known]))
+    else:
+        found = _checked_runs(runs, known)
+    known, macs = measured(model, known, inputs)
     return Anatomy(
         model=type(model).__name__,
-        blocks=tuple(described),
+        blocks=tuple(known),
         segments=found,
         macs=macs,
         latents=tuple(latents_of(inputs.args, inputs.kwargs).shape[1:]),
     )
+
+
+def _checked_runs(runs: Sequence[tuple[int, int]], blocks: Sequence[Block]) -> tuple[tuple[int, int], ...]:
+    found = tuple((int(start), int(stop)) for start, stop in runs)
+    if [index for start, stop in found for index in range(start, stop)] != list(range(len(blocks))):
+        raise AnatomyError(f"the runs must cover the blocks 0 to {len(blocks) - 1} in order, found {list(found)}")
+    for start, stop in found:
+        for block in blocks[start:stop] if stop - start > 1 else ():
+            names = (block.returns,) if isinstance(block.returns, str) else block.returns
+            if any(name and name.startswith(MADE) for name in names):
+                raise AnatomyError(
+                    f"block {block.index} makes something anew besides its streams, so it must be a run by itself; "
+                    f"found it in the run {(start, stop)}"
+                )
+    return found
 
 
 def _list(model: nn.Module, path: str) -> Blocks:
@@ -119,6 +133,10 @@ def _sites(call: BlockCall, branches: Branches) -> tuple[Site, ...]:
         if absent:
             raise AnatomyError(f"{call.path} does not call its {absent[0]} once; it calls {', '.join(ran)}")
         sites.append(Site(branch=branch, module=paths[-1], inner=paths[:-1]))
+    named = [path for site in sites for path in site.modules]
+    for path in named:
+        if outer := [other for other in named if path.startswith(f"{other}.") or (path is not other and path == other)]:
+            raise AnatomyError(f"{call.path}: {path} lies inside {outer[0]}, and only one of them can be a branch")
     if not sites:
         said = ", ".join(str(paths) for paths in branches.values())
         raise AnatomyError(f"{call.path} calls none of {said} directly; it calls {', '.join(ran) or 'nothing'}")

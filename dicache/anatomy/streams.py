@@ -6,13 +6,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dicache.anatomy.inputs import Inputs
-from dicache.anatomy.nested import tensors_of
-from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.parts import AnatomyError
-from dicache.anatomy.probing import nan_like, same
 from dicache.anatomy.watching import BlockCall, Returns
 
 
@@ -94,34 +90,6 @@ def segments(calls: list[BlockCall], returns: list[Returns]) -> tuple[tuple[int,
             start = index
     found.append((start, len(calls)))
     return tuple(found)
-
-
-def unread(
-    model: nn.Module, inputs: Inputs, calls: list[BlockCall], found: tuple[tuple[int, int], ...]
-) -> tuple[tuple[int, int], ...]:
-    """Return the segments, cut where something that is no block reads what a block inside of one made.
-
-    With the last block of a segment giving what it gave, and those before it NaN, the model's output is the same.
-    """
-    want = _output(model, inputs, {})
-    cut: list[tuple[int, int]] = []
-    for start, stop in found:
-        lost = {call.module: nan_like(call.returned) for call in calls[start : stop - 1]}
-        ends = [stop]
-        if lost and not same(want, _output(model, inputs, {**lost, calls[stop - 1].module: calls[stop - 1].returned})):
-            pairs = [(calls[i], calls[i + 1]) for i in range(start, stop - 1)]
-            given = [{a.module: nan_like(a.returned), b.module: b.returned} for a, b in pairs]
-            ends = [i for i, g in enumerate(given, start + 1) if not same(want, _output(model, inputs, g))] + ends
-        cut += pairwise([start, *ends])
-    return tuple(cut)
-
-
-def _output(model: nn.Module, inputs: Inputs, given: Mapping[nn.Module, Any]) -> list[Tensor]:
-    """Return what the model gives when some of its blocks do not run and give something else."""
-    with Overrides() as overrides, torch.no_grad():
-        for module, value in given.items():
-            overrides.set(module, lambda *_args, _value=value, **_kwargs: _value)
-        return list(tensors_of(model(*inputs.args, **inputs.kwargs)))
 
 
 def _used_later(calls: list[BlockCall]) -> set[int]:

@@ -1,7 +1,8 @@
 """Find the blocks, sites, streams and segments of a model by watching one call of it. No table of models."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,12 +11,15 @@ from dicache.anatomy.branches import sites_of, wrappers
 from dicache.anatomy.inputs import Inputs, example_inputs, latents_of
 from dicache.anatomy.macs import TOTAL, count_macs
 from dicache.anatomy.middles import middle_of
-from dicache.anatomy.parts import Anatomy, AnatomyError, Block
+from dicache.anatomy.parts import Anatomy, AnatomyError, Block, Site
 from dicache.anatomy.probing import continued, norms_of
 from dicache.anatomy.recognising import containers
-from dicache.anatomy.streams import check_streams, segments, streams, unread
+from dicache.anatomy.streams import check_streams, segments, streams
 from dicache.anatomy.unets import is_unet, unet_blocks, without_additions
+from dicache.anatomy.verifying import buffers_kept, unread, verified
 from dicache.anatomy.watching import BlockCall, Returns, refiners, watch
+
+HOOKS = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook")  # are put round a forward, and do not change it
 
 
 def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
@@ -47,6 +51,11 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
             latents=tuple(latents_of(inputs.args, inputs.kwargs).shape[1:]),
             links=links,
         )
+    with buffers_kept(model, inputs):
+        return _survey_transformer(model, inputs)
+
+
+def _survey_transformer(model: nn.Module, inputs: Inputs) -> Anatomy:
     lists = containers(model)
     if not lists:
         raise AnatomyError(
@@ -66,6 +75,7 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
     _check_called_once(model, calls, lists)
     known: dict[Hashable, Block] = {}
     blocks = [_block(index, *seen, known) for index, seen in enumerate(zip(calls, returns, strict=True))]
+    blocks = verified(model, inputs, calls, blocks)
     blocks, macs = measured(model, blocks, inputs)
     return Anatomy(
         model=type(model).__name__,
@@ -98,37 +108,73 @@ def _block(index: int, call: BlockCall, returns: Returns, known: dict[Hashable, 
     if kind in known:
         return replace(known[kind], index=index, path=call.container, position=call.position)
     check_streams(call, returns)
+    try:
+        known[kind] = described(index, call, returns, sites_of(call, returns))
+    except AnatomyError:
+        raise
+    except Exception as error:
+        raise AnatomyError(
+            f"{call.path} cannot be probed with NaN or zeros: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+    return known[kind]
+
+
+def described(index: int, call: BlockCall, returns: Returns, sites: tuple[Site, ...], *, sure: bool = False) -> Block:
+    """Return a block with these sites, and what is found out about it by probing.
+
+    Args:
+        index: Of the block.
+        call: A call of it.
+        returns: The argument that each of its outputs continues.
+        sites: Its own.
+        sure: Whether that is said and not guessed.
+
+    Raises:
+        AnatomyError: If the block writes into a stream or into what a branch gave.
+    """
+    if written := call.written & call.streams(returns).keys():
+        raise AnatomyError(
+            f"{call.path} writes into its {min(written)}, so that what it adds to it cannot be told; not supported"
+        )
+    for piece in call.pieces:
+        if piece.written and any(piece.path == site.module for site in sites):
+            raise AnatomyError(
+                f"{call.path} writes into what its {piece.path} gives, which then cannot be kept; not supported"
+            )
     block = Block(
         index=index,
         path=call.container,
         position=call.position,
         kind=type(call.module).__name__,
         returns=returns,
-        sites=sites_of(call, returns),
+        sites=sites,
     )
-    block = replace(block, returns=continued(block, call))
-    known[kind] = replace(block, norms=norms_of(block, call), middle=middle_of(block, call))
-    return known[kind]
+    if not sure:
+        block = replace(block, returns=continued(block, call))
+    return replace(block, norms=norms_of(block, call), middle=middle_of(block, call))
 
 
 def _kind(call: BlockCall, returns: Returns) -> Hashable:
     """Return what two blocks share that are made alike, setting by setting, and called alike."""
-    parts = [
-        (path, type(part), tuple((name, _form(value)) for name, value in sorted(vars(part).items())))
-        for path, part in call.module.named_modules()
-    ]
+    parts = [(path, type(part), _form(vars(part))) for path, part in call.module.named_modules()]
     arguments = [(name, _form(value)) for name, value in call.arguments.items()]
     pieces = [(piece.path, _form(piece.returned)) for piece in call.pieces]
     return returns, _form(call.returned), tuple(parts), tuple(arguments), tuple(pieces)
 
 
 def _form(value: Any) -> Any:
-    """Return the shape of a tensor, of each in a row of them, or what another argument is."""
+    """Return what of a setting, an argument or an output has to be equal in blocks that are alike."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, nn.Module):
+        return type(value)  # looked at by itself
+    if isinstance(value, (tuple, list, set, frozenset)):
         return type(value), tuple(map(_form, value))
-    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
+    if isinstance(value, Mapping):
+        return type(value), tuple((key, _form(part)) for key, part in value.items() if key not in HOOKS)
+    if isinstance(value, Hashable) and (type(value).__module__ == "builtins" or isinstance(value, Enum)):
+        return value  # numbers, words, functions, classes
+    return type(value), _form(vars(value)) if hasattr(value, "__dict__") else id(value)
 
 
 def measured(model: nn.Module, blocks: list[Block], inputs: Inputs) -> tuple[list[Block], int]:

@@ -3,7 +3,7 @@
 import inspect
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,12 +26,16 @@ class PieceCall:
     module: nn.Module
     arguments: dict[str, Any]
     returned: Any
+    versions: list[int] = field(default_factory=list)  # of the tensors that it returned, as they were then
+    written: bool = False  # whether the block has written into them
 
     def again(self, change: Callable[[Tensor], Tensor]) -> Any:
         """Call the piece again, with its first tensor changed wherever it is given, and return what it returns."""
         bound = inspect.BoundArguments(signature(self.module), OrderedDict(self.arguments))
         given: list[Any] = [*bound.args, *bound.kwargs.values()]
-        first = next(value for value in given if isinstance(value, Tensor))
+        first = next((value for value in given if isinstance(value, Tensor)), None)
+        if first is None:
+            raise AnatomyError(f"{self.path} is given no tensor by itself; its tokens cannot be told")
         other = change(first)
         given = [other if value is first else value for value in given]
         count = len(bound.args)
@@ -54,6 +58,7 @@ class BlockCall:
     arguments: dict[str, Any]
     returned: Any
     pieces: list[PieceCall]  # in the order in which they ended
+    written: frozenset[str] = frozenset()  # arguments that it has written into
 
     @property
     def path(self) -> str:
@@ -107,8 +112,12 @@ def watch(
         def run(*args: Any, **kwargs: Any) -> Any:
             call = BlockCall(path, position, module, _bind(module, args, kwargs), None, [])
             open_block.append(call)
+            before = {name: _version(value) for name, value in call.arguments.items()}
             call.returned = forward(*args, **kwargs)
             open_block.pop()
+            call.written = frozenset(name for name, value in call.arguments.items() if _version(value) != before[name])
+            for piece in call.pieces:
+                piece.written = piece.versions != [_version(out) for out in piece.outputs]
             _name_turns(call.pieces)
             calls.append(call)
             return call.returned
@@ -119,7 +128,9 @@ def watch(
         def run(*args: Any, **kwargs: Any) -> Any:
             returned = forward(*args, **kwargs)
             if open_block:
-                open_block[-1].pieces.append(PieceCall(path, module, _bind(module, args, kwargs), returned))
+                piece = PieceCall(path, module, _bind(module, args, kwargs), returned)
+                piece.versions = [_version(out) for out in piece.outputs]
+                open_block[-1].pieces.append(piece)
             return returned
 
         return run
@@ -138,6 +149,11 @@ def watch(
                     overrides.set(piece, watch_piece(name, piece, piece.forward))
         model(*inputs.args, **inputs.kwargs)
     return calls
+
+
+def _version(value: Any) -> int:
+    """Return how often a tensor has been written into; inference tensors do not tell."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def _name_turns(pieces: list[PieceCall]) -> None:

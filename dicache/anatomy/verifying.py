@@ -1,0 +1,130 @@
+"""Checks of a whole model, after its blocks were looked at one by one."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dicache.anatomy.inputs import Inputs, moved_inputs
+from dicache.anatomy.nested import tensors_of
+from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.parts import AnatomyError, Block
+from dicache.anatomy.probing import nan_like, same
+from dicache.anatomy.standins import pass_on, view_of_zero
+from dicache.anatomy.watching import BlockCall
+
+Given = dict[str, Callable[..., Any]]  # path of a module -> what stands in for its forward
+Runs = tuple[tuple[int, int], ...]
+
+
+@contextmanager
+def buffers_kept(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Put back, behind what is done inside, the buffers of a model: some of its modules are given NaN there.
+
+    Raises:
+        AnatomyError: If a call changes a buffer by itself: what it makes of it cannot be made when it does not run.
+    """
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def put_back() -> list[str]:
+        changed = [n for n, b in model.named_buffers() if n in before and not _equal(b, before[n])]
+        buffers = dict(model.named_buffers())
+        for name in changed:
+            buffers[name].copy_(before[name])
+        return changed
+
+    with torch.no_grad():
+        model(*inputs.args, **inputs.kwargs)
+        if changed := put_back():
+            raise AnatomyError(
+                f"a call of the {type(model).__name__} changes its buffer {changed[0]}, which would be another one "
+                "where modules do not run; not supported"
+            )
+        try:
+            yield
+        finally:
+            put_back()
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and torch.equal(one.nan_to_num(), two.nan_to_num())
+
+
+def verified(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], blocks: Sequence[Block]) -> list[Block]:
+    """Return the blocks, without the norms that something reads besides their branches.
+
+    With every branch giving what it gave, and the norms that feed only branches left out, the model's output is the
+    same; and so it is, behind a call with other latents, with every block giving what it gave.
+
+    Raises:
+        AnatomyError: If it is not: something else goes from branch to branch, or from block to block, than what they
+            return, and would be missing or old where they do not run.
+    """
+    want = _output(model, inputs, {})
+    branches: Given = {}
+    for call, block in zip(calls, blocks, strict=True):
+        made = {piece.path: piece.returned for piece in call.pieces}
+        for site in block.sites:
+            branches[f"{block.module}.{site.module}"] = _giving(made[site.module])
+            branches |= {f"{block.module}.{path}": _giving(view_of_zero(made[path])) for path in site.inner}
+    norms = {block.index: {f"{block.module}.{path}": pass_on for path in block.norms} for block in blocks}
+
+    def fits(*chosen: int) -> bool:
+        without = {path: stand_in for index in chosen for path, stand_in in norms[index].items()}
+        return same(want, _output(model, inputs, {**branches, **without}))
+
+    held = [block.index for block in blocks]
+    if not fits(*held):
+        held = [index for index in held if fits(index)]
+        if not fits(*held):
+            held = []
+    if not fits(*held):
+        raise AnatomyError(
+            f"with every branch of the {type(model).__name__} giving what it gave, its output is another: something "
+            "else than what they return passes from them to the rest of the model; not supported"
+        )
+    with torch.no_grad():
+        other = moved_inputs(model, inputs)
+        model(*other.args, **other.kwargs)
+    if not same(want, _output(model, inputs, {call.path: _giving(call.returned) for call in calls})):
+        raise AnatomyError(
+            f"with every block of the {type(model).__name__} giving what it gave, its output is another: a block "
+            "leaves something behind that it does not return, and that would be old where it is skipped; not supported"
+        )
+    return [block if block.index in held else replace(block, norms={}) for block in blocks]
+
+
+def unread(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], found: Runs) -> Runs:
+    """Return the segments, cut where something that is no block reads what a block inside of one made.
+
+    With the last block of a segment giving what it gave, and those before it NaN, the model's output is the same.
+    """
+    want = _output(model, inputs, {})
+    cut: list[tuple[int, int]] = []
+    for start, stop in found:
+        lost = {call.path: _giving(nan_like(call.returned)) for call in calls[start : stop - 1]}
+        last = calls[stop - 1]
+        ends = [stop]
+        if lost and not same(want, _output(model, inputs, {**lost, last.path: _giving(last.returned)})):
+            pairs = [(calls[i], calls[i + 1]) for i in range(start, stop - 1)]
+            given = [{a.path: _giving(nan_like(a.returned)), b.path: _giving(b.returned)} for a, b in pairs]
+            ends = [i for i, g in enumerate(given, start + 1) if not same(want, _output(model, inputs, g))] + ends
+        cut += pairwise([start, *ends])
+    return tuple(cut)
+
+
+def _giving(value: Any) -> Callable[..., Any]:
+    return partial(lambda value, *_args, **_kwargs: value, value)
+
+
+def _output(model: nn.Module, inputs: Inputs, given: Given) -> list[Tensor]:
+    """Return what the model gives when some of its modules do not run."""
+    with Overrides() as overrides, torch.no_grad():
+        for path, forward in given.items():
+            overrides.set(overrides.part(model, path), forward)
+        return list(tensors_of(model(*inputs.args, **inputs.kwargs)))
