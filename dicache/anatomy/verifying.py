@@ -1,6 +1,7 @@
 """Checks of a whole model, after its blocks were looked at one by one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dicache.anatomy.inputs import Inputs, moved_inputs
 from dicache.anatomy.nested import tensors_of
-from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.overrides import Overrides, without_turn
 from dicache.anatomy.parts import AnatomyError, Block
 from dicache.anatomy.probing import nan_like, same
 from dicache.anatomy.standins import pass_on, view_of_zero
@@ -66,6 +67,8 @@ def verified(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], block
             return, and would be missing or old where they do not run.
     """
     want = _output(model, inputs, {})
+    holders = _holders(model)
+    blocks = [_unshared(model, block, holders) for block in blocks]
     branches: Given = {}
     for call, block in zip(calls, blocks, strict=True):
         made = {piece.path: piece.returned for piece in call.pieces}
@@ -97,6 +100,25 @@ def verified(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], block
             "leaves something behind that it does not return, and that would be old where it is skipped; not supported"
         )
     return [block if block.index in held else replace(block, norms={}) for block in blocks]
+
+
+def _holders(model: nn.Module) -> Counter[nn.Module]:
+    """Return how many modules each module is a part of."""
+    return Counter(child for part in model.modules() for child in set(part.children()))
+
+
+def _unshared(model: nn.Module, block: Block, holders: Mapping[nn.Module, int]) -> Block:
+    """Return a block without the norms that it shares with others; a branch that it shares is refused."""
+
+    def shared(path: str) -> bool:
+        return holders[model.get_submodule(f"{block.module}.{without_turn(path)}")] > 1
+
+    for path in (path for site in block.sites for path in site.modules):
+        if shared(path):
+            raise AnatomyError(
+                f"{block.module}.{path} is a part of other modules as well; a shared branch is not supported"
+            )
+    return replace(block, norms={path: feeds for path, feeds in block.norms.items() if not shared(path)})
 
 
 def unread(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], found: Runs) -> Runs:

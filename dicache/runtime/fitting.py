@@ -145,7 +145,7 @@ class Fitting:
         said = []
         if type(model).__name__ != anatomy.model and "model" not in self._allow:
             said.append(f"a {anatomy.model}, found {type(model).__name__}")
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         other = set()
         for path in sorted({block.path for block in anatomy.blocks}):
             count = sum(block.path == path for block in anatomy.blocks)

@@ -60,15 +60,23 @@ class ReadingTheLast(Chain):
         return out + first.last  # type: ignore[no-any-return] # a tensor
 
 
+def sharing(name: str) -> Chain:
+    """Return a chain whose first two blocks have a module in common."""
+    model = Chain()
+    setattr(model.blocks[1], name, getattr(model.blocks[0], name))
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (Chain(Adding), r"blocks\.0 writes into its hidden_states"),
         (Chain(Scaling), r"blocks\.0 writes into what its attn gives"),
         (Chain(Averaging), r"a call of the Chain changes its buffer blocks\.0\.mean"),
+        (sharing("attn"), r"blocks\.0\.attn\S* is a part of other modules as well"),
         (ReadingTheLast(Remembering), "a block leaves something behind that it does not return"),
     ],
-    ids=["stream", "branch", "buffer", "attribute"],
+    ids=["stream", "branch", "buffer", "shared", "attribute"],
 )
 def test_a_model_whose_blocks_do_more_than_return_is_refused(model: nn.Module, message: str) -> None:
     keys = {path: set(vars(part)) for path, part in model.named_modules()}
@@ -125,8 +133,9 @@ class Shared(Chain):
         (wired(), [{"norm1", "norm2"}, {"norm2"}, {"norm1", "norm2"}]),
         (Chain(Routed), [{"norm2"}] * 3),
         (Shared(), [set(), {"norm1", "norm2"}, {"norm1", "norm2"}]),
+        (sharing("norm1"), [{"norm2"}, {"norm2"}, {"norm1", "norm2"}]),
     ],
-    ids=["a setting", "a limit", "the head"],
+    ids=["a setting", "a limit", "the head", "another block"],
 )
 def test_a_norm_that_something_else_reads_is_not_left_out(model: nn.Module, norms: list[set[str]]) -> None:
     anatomy = survey(model, toy_inputs())
