@@ -9,6 +9,7 @@ from torch import nn
 from dicache.anatomy.fingerprint import fingerprint
 from dicache.anatomy.overrides import without_turn
 from dicache.runtime.cache import Cache, CacheError, Fit
+from dicache.runtime.features import compiled, obstacle
 from dicache.runtime.ranks import Ranks, group_of
 from dicache.schedules import Schedule, ScheduleError
 
@@ -96,12 +97,8 @@ def denoiser(target: Any, component: str | None = None) -> nn.Module:
 
 
 def _check(model: nn.Module, pipeline: Any | None, schedule: Schedule, fit: Fit, allow: frozenset[str]) -> None:
-    if model.training:
-        raise CacheError(f"the {type(model).__name__} is in training mode; call its eval() first")
-    if any(getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
-        raise CacheError(
-            "the model is compiled already, and compiled code does not see a schedule; apply it uncompiled"
-        )
+    if said := obstacle(model, schedule) or compiled(model):
+        raise CacheError(said)
     differences = []
     if type(model).__name__ != schedule.anatomy.model and "model" not in allow:
         differences.append(f"a {schedule.anatomy.model}, found {type(model).__name__}")

@@ -1,7 +1,7 @@
 """State of one running generation, and in it a lane for each guidance pass."""
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,7 @@ class Call:
         given: Its arguments, by name or place.
         tensors: The tensors among them.
         latents: Those that are denoised.
-        signature: Shape, dtype and device of each tensor.
+        signature: Shape, dtype and device of each tensor, and what else decides the dtype and kind of what is made.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -36,7 +36,8 @@ class Call:
             k: value for k, value in self.given.items() if isinstance(value, Tensor)
         }
         self.latents = latents_of(args, kwargs)
-        self.signature: Signature = tuple((x.shape, x.dtype, x.device) for x in self.tensors.values())
+        tensors = tuple((x.shape, x.dtype, x.device) for x in self.tensors.values())
+        self.signature: Signature = (*tensors, *_modes({device.type for *_, device in tensors}))
 
     @property
     def batch(self) -> int:
@@ -177,6 +178,15 @@ class Generation:
             for key in call.tensors.keys() & peer.latest.keys():
                 if not same(call.tensors[key], peer.latest[key]):
                     lane.marks[key], peer.marks[key] = call.tensors[key], peer.latest[key]
+
+
+def _modes(devices: Iterable[str]) -> Iterator[Hashable]:
+    """Return what the dtype of an operator's result depends on besides its arguments; and whether it is an inference
+    tensor, which cannot be kept for a call that is not in inference mode."""
+    yield torch.is_inference_mode_enabled()
+    for device in sorted(devices):
+        enabled = torch.is_autocast_enabled(device)
+        yield device, torch.get_autocast_dtype(device) if enabled else None
 
 
 def _any_same(marks: Mapping[Hashable, Tensor], tensors: Mapping[Hashable, Tensor]) -> bool:
