@@ -242,13 +242,14 @@ class Cache:
 
     def _follow_the_model(self) -> None:
         """Go on with a model that others have put hooks on, or whose modules they have exchanged, since it was seen."""
-        changed = not self._installer.same_modules
-        if changed and "weights" not in self._allow and self.schedule.target.weights is not None:
-            if differences := self.schedule.target.differences(weights=fingerprint(self._model)):
-                raise ScheduleError(
-                    f"this {self.schedule.method} schedule was made for {differences[0]}: modules of the model were "
-                    "exchanged since it was applied. Apply it again, with allow=('weights',) if that is meant"
-                )
+        target = self.schedule.target
+        exchanged = target.weights is not None and "weights" not in self._allow and not self._installer.same_modules
+        if exchanged and (differences := target.differences(weights=fingerprint(self._model))):
+            raise ScheduleError(
+                f"this {self.schedule.method} schedule was made for {differences[0]}: modules of the model were "
+                "exchanged since it was applied, by an adapter such as LoRA or by quantisation. Apply it again, with "
+                "allow=('weights',) if that is meant"
+            )
         self._installer.leave()
         self._executors.clear()
         self._installer = Installer(self._model)

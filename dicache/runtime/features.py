@@ -36,8 +36,8 @@ def obstacle(model: nn.Module, schedule: Schedule) -> str | None:
     for path, name, hook in hooks:
         if name != HARMLESS and hasattr(hook, "new_forward"):
             return (
-                f"{path or kind} has the hook {name} of diffusers, which decides by itself whether its layers run; take "
-                "it off (disable_cache() where it is a cache) before dicache.apply"
+                f"{path or kind} has the hook {name} of diffusers, which decides by itself whether its layers run; "
+                "take it off (disable_cache() where it is a cache) before dicache.apply"
             )
         if name == PREFETCH:
             return (
