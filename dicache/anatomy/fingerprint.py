@@ -18,7 +18,8 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     sampled = []
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        own = name.replace(".base_layer.", ".")  # peft leaves its wrapper in place when the last adapter is deleted
+        digest.update(f"{own}{tuple(tensor.shape)}".encode())
         value = _value(model, name, tensor)
         if not value.is_meta and value.numel():
             flat = value.detach().reshape(-1)

@@ -397,11 +397,11 @@ class Cache:
         """Refuse a model that was changed since the schedule was applied."""
         if said := obstacle(self._model, self.schedule):
             raise CacheError(said)
-        if self._component is not None and getattr(self._pipeline, self._component, None) is not self._model:
+        part = self._model if self._component is None else getattr(self._pipeline, self._component, None)
+        if getattr(part, "_orig_mod", part) is not self._model:  # torch.compile(model) holds it as that
             raise CacheError(
                 f"the pipeline's {self._component} was replaced after the schedule was applied, by a "
-                f"{type(getattr(self._pipeline, self._component, None)).__name__}; call this cache's detach(), then "
-                "dicache.apply again"
+                f"{type(part).__name__}; call this cache's detach(), then dicache.apply again"
             )
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         if differences := self.schedule.target.differences(**({} if "dtype" in self._allow else {"dtype": dtype})):
