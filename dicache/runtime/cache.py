@@ -271,6 +271,11 @@ class Cache:
 
         @wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():  # only with fullgraph=True does this reach anybody
+                raise CacheError(
+                    "a schedule acts between the calls of a model, which are no part of one graph; compile it without "
+                    "fullgraph=True, or block by block with compile_repeated_blocks()"
+                )
             if not self._attached or self._calling == get_ident():
                 return own(*args, **kwargs)
             return self._call(*args, **kwargs)

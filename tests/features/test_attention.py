@@ -11,8 +11,22 @@ from dicache import apply
 from dicache.runtime.apply import denoiser
 from dicache.schedules import Rule
 from tests.features.laws import Feature, either_order, every_method, holds, schedule_of
-from tests.tiny import CAPTION, STEPS, Build, arguments, dit, flux, generate, pipeline_of, pixart, predict, sample
-from tests.tiny import scheduled, sd3, unet
+from tests.tiny import (
+    CAPTION,
+    STEPS,
+    Build,
+    arguments,
+    dit,
+    flux,
+    generate,
+    pipeline_of,
+    pixart,
+    predict,
+    sample,
+    scheduled,
+    sd3,
+    unet,
+)
 
 
 def other_processors(model: Any) -> None:
@@ -72,7 +86,7 @@ def test_processors_may_change_in_the_middle_of_a_generation() -> None:
 @pytest.mark.parametrize("method", ["reuse", "skip"])
 @pytest.mark.parametrize("build", [dit, unet])
 def test_a_sliced_and_tiled_autoencoder_is_none_of_its_business(build: Build, method: str) -> None:
-    options = {"output_type": "pt"} if build is unet else {}
+    options: Any = {"output_type": "pt"} if build is unet else {}
     reference = pipeline_of(build)
     reference.vae.enable_slicing()
     reference.vae.enable_tiling()
@@ -103,7 +117,7 @@ def load_ip_adapter(model: Any) -> None:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * 0.1
 
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     cross = [name for name in model.attn_processors if "attn2" in name]
     for index, name in enumerate(cross):
         width = model.get_submodule(name.removesuffix(".processor")).to_k.out_features

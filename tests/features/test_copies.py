@@ -24,7 +24,7 @@ def test_a_copy_is_refused_while_a_schedule_is_attached_and_works_afterwards(met
         want = sample(model, cache)
         for act in (copy.deepcopy, pickle.dumps, lambda x: torch.save(x, io.BytesIO())):
             with pytest.raises(CacheError, match=REFUSED):
-                act(model)  # type: ignore[operator]
+                act(model)
         with pytest.raises(CacheError, match=REFUSED):
             copy.copy(cache)
         assert torch.equal(sample(model, cache), want)

@@ -46,6 +46,7 @@ def steps_in(build: Build, modes: list[Mode], cache_of: Any = None) -> list[Tens
 @pytest.mark.parametrize("build", [dit, flux, unet])
 def test_a_schedule_works_in_every_mode(build: Build, mode: Mode, method: str) -> None:
     model = build()
+    outside = sample(model)
     with mode():
         plain = sample(model)
         with apply(model, scheduled(build)) as cache:
@@ -58,7 +59,7 @@ def test_a_schedule_works_in_every_mode(build: Build, mode: Mode, method: str) -
     with apply(model, schedule_of(build, method)) as cache:
         want = sample(model, cache)
     assert torch.equal(got, want) == (mode is torch.inference_mode)
-    assert (got - want).norm() < 0.1 * want.norm()
+    assert (got - want).norm() <= 1.5 * (plain - outside).norm()  # no more than what the mode does without a schedule
 
 
 @pytest.mark.parametrize("action", ["reuse", "skip"])

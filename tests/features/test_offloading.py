@@ -42,7 +42,14 @@ def by_blocks(model: Any) -> None:
 @every_method
 @pytest.mark.parametrize(
     ("build", "feature"),
-    [(pixart, offloaded), (unet, offloaded), (flux, dispatched), (flux, by_leaves), (unet, by_leaves), (pixart, by_blocks)],
+    [
+        (pixart, offloaded),
+        (unet, offloaded),
+        (flux, dispatched),
+        (flux, by_leaves),
+        (unet, by_leaves),
+        (pixart, by_blocks),
+    ],
 )
 def test_a_schedule_gives_the_same_on_an_offloaded_model(
     build: Build, feature: Feature, method: str, first: str
@@ -50,7 +57,7 @@ def test_a_schedule_gives_the_same_on_an_offloaded_model(
     holds(build, feature, method, first)
 
 
-class Loads(ModelHook):
+class Loads(ModelHook):  # type: ignore[misc]
     """Counts the calls in which a module's weights are needed."""
 
     def __init__(self) -> None:
@@ -200,7 +207,7 @@ def test_the_fingerprint_of_offloaded_weights_is_that_of_the_weights() -> None:
 def test_groups_of_several_blocks_are_refused_where_the_block_that_loads_them_may_be_skipped(method: str) -> None:
     model: Any = pixart()
     model.enable_group_offload(onload_device=CPU, offload_type="block_level", num_blocks_per_group=2)
-    with pytest.raises(CacheError, match="groups of several blocks.* use num_blocks_per_group=1 or"):
+    with pytest.raises(CacheError, match=r"groups of several blocks.* use num_blocks_per_group=1 or"):
         apply(model, schedule_of(pixart, method))
 
 
