@@ -65,8 +65,8 @@ def compiled(model: nn.Module) -> str | None:
     wrapped = isinstance(vars(model).get("_modules", {}).get("_orig_mod"), nn.Module)  # by torch.compile(model)
     if wrapped or any(vars(part).get("_compiled_call_impl") is not None for part in model.modules()):
         return (
-            "the model is compiled already, and compiled code does not see a schedule; apply it uncompiled, and "
-            "compile afterwards"
+            "the model is compiled already, and what it was compiled to may not see a schedule; apply it uncompiled, "
+            "and compile afterwards"
         )
     return None
 

@@ -35,7 +35,7 @@ from tests.tiny import (
 MATRICES = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "proj_out", "proj_mlp", "ff.net.0.proj", "ff.net.2"]
 RANK = 2
 
-with_lora = pytest.mark.parametrize("build", [flux, sd3, unet])
+with_lora = pytest.mark.parametrize("build", [flux, unet])
 QUANTISED = [Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()]
 every_quantisation = pytest.mark.parametrize("config", QUANTISED, ids=["weights", "weights and activations"])
 

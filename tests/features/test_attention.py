@@ -20,7 +20,6 @@ from tests.tiny import (
     flux,
     generate,
     pipeline_of,
-    pixart,
     predict,
     sample,
     scheduled,
@@ -41,10 +40,6 @@ def another_backend(model: Any) -> None:
     model.set_attention_backend("_native_math")
 
 
-def sliced(model: Any) -> None:
-    model.set_attention_slice("max")
-
-
 def channels_last(model: nn.Module) -> None:
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -55,12 +50,9 @@ def channels_last(model: nn.Module) -> None:
     ("build", "feature"),
     [
         (unet, other_processors),
-        (pixart, fused),
         (sd3, fused),
         (flux, fused),
-        (unet, fused),
         (flux, another_backend),
-        (unet, sliced),
         (unet, channels_last),
         (dit, channels_last),
     ],

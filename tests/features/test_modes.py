@@ -65,7 +65,7 @@ def test_a_schedule_works_in_every_mode(build: Build, mode: Mode, method: str) -
 @pytest.mark.parametrize("action", ["reuse", "skip"])
 @pytest.mark.parametrize("inside", [autocast, torch.inference_mode])
 @pytest.mark.parametrize("turned", ["on", "off"])
-@pytest.mark.parametrize("build", [dit, flux, unet])
+@pytest.mark.parametrize("build", [dit, unet])
 def test_what_was_kept_in_another_mode_is_not_used(build: Build, turned: str, inside: Mode, action: Any) -> None:
     blocks = some_blocks(build) if action == "skip" else "*"
     schedule = scheduled(build, Rule(action, "C...", blocks=blocks))

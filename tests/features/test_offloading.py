@@ -44,7 +44,6 @@ def by_blocks(model: Any) -> None:
     ("build", "feature"),
     [
         (pixart, offloaded),
-        (unet, offloaded),
         (flux, dispatched),
         (flux, by_leaves),
         (unet, by_leaves),
