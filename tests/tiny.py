@@ -221,7 +221,7 @@ def first_block(build: Build, threshold: float, steps: int = STEPS, **settings: 
 def arguments(model: nn.Module, *, batch: int = BATCH, seed: int = 0, timestep: int = 500) -> dict[str, Any]:
     """Return what a call of a model takes."""
     generator = torch.Generator().manual_seed(seed)
-    dtype = next(model.parameters()).dtype
+    dtype: Any = model.dtype  # what it computes in, also where its weights are held in another
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dicache.anatomy.overrides import TURN
 from dicache.anatomy.parts import AnatomyError, Site
 from dicache.anatomy.probing import Probe, carries, depending, feeding_only, nan_like, same
-from dicache.anatomy.recognising import MATRICES, count_matrices, is_attention, is_branch, is_called_attention
+from dicache.anatomy.recognising import count_matrices, is_attention, is_branch, is_called_attention, is_matrix
 from dicache.anatomy.watching import BlockCall, PieceCall, Returns
 
 KIND_WORDS = re.compile(r"self_?attn|cross_?attn|attention|attn|feed_?forward|ffn|mlp|ff|\d+$", re.IGNORECASE)
@@ -79,7 +79,7 @@ def wrappers(call: BlockCall, returns: Returns) -> set[str]:
 def _inner(call: BlockCall, probe: Probe, streams: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
     """Return the bare matrices that are the output of a branch, each with the pieces that feed nothing else."""
     order = [piece.path for piece in call.pieces]
-    bare = [piece for piece in call.pieces if isinstance(piece.module, MATRICES) and _makes_tokens(piece, streams)]
+    bare = [piece for piece in call.pieces if is_matrix(piece.module) and _makes_tokens(piece, streams)]
     if not bare:
         return {}
     made = {piece.path: piece.module for piece in call.pieces}

@@ -1,9 +1,10 @@
 """A short name for a model's weights, equal where they are equal."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SAMPLES = 8  # values of each tensor: enough that a fine-tuned model differs, few enough for thousands of tensors
 
@@ -11,16 +12,33 @@ SAMPLES = 8  # values of each tensor: enough that a fine-tuned model differs, fe
 def fingerprint(model: nn.Module) -> str:
     """Return 16 hexadecimal digits made of the names, shapes and sampled values of all parameters and buffers.
 
-    Values are rounded to bfloat16 first, so that the precision a checkpoint was loaded in rarely matters.
+    Values are rounded to bfloat16 first, so that the precision a checkpoint was loaded in rarely matters. Weights that
+    accelerate has offloaded count as if they were in their places. Adapters (LoRA) and quantisation change it.
     """
     digest = hashlib.sha256()
     sampled = []
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        if not tensor.is_meta and tensor.numel():
-            flat = tensor.detach().reshape(-1)
+        own = name.replace(".base_layer.", ".")  # peft leaves its wrapper in place when the last adapter is deleted
+        digest.update(f"{own}{tuple(tensor.shape)}".encode())
+        value = _value(model, name, tensor)
+        if not value.is_meta and value.numel():
+            flat = value.detach().reshape(-1)
             sampled.append(flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].to(torch.bfloat16))
     if sampled:
         values = torch.cat([part.to(sampled[0].device) for part in sampled])
         digest.update(values.view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _value(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Return the values of a parameter or buffer: of one that is offloaded those it is loaded from."""
+    if tensor.is_meta:
+        path, _, own = name.rpartition(".")
+        hook = vars(model.get_submodule(path)).get("_hf_hook")
+        for part in (hook, *getattr(hook, "hooks", ())):
+            weights: Mapping[str, Tensor] = getattr(part, "weights_map", None) or {}
+            if own in weights:
+                return weights[own]
+    if type(tensor).dequantize is not Tensor.dequantize:  # of a library for quantisation: knows few operators
+        return tensor.dequantize()
+    return tensor

@@ -62,7 +62,9 @@ class MacCounter(TorchDispatchMode):
                 self._add(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape) // 2)
             return func(*args, **kwargs)
         packet = func._overloadpacket
-        if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # not in torch's registry
+        if packet is torch.ops.aten._int_mm:  # of 8-bit weights and activations; not in torch's registry
+            self._add(args[0].shape[0] * args[0].shape[1] * args[1].shape[1])
+        elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # not in torch's registry
             self._add(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape) // 2)
         elif packet in flop_registry:
             out = func(*args, **kwargs)

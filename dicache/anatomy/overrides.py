@@ -29,6 +29,7 @@ class Overrides:
 
     def __init__(self) -> None:
         self._before: dict[nn.Module, Callable[..., Any] | None] = {}
+        self._set: dict[nn.Module, Callable[..., Any]] = {}
         self._turns: dict[nn.Module, list[Turn]] = {}
         self._next: dict[nn.Module, int] = {}
 
@@ -36,6 +37,7 @@ class Overrides:
         """Replace the forward of `module`."""
         if module not in self._before:
             self._before[module] = module.__dict__.get("forward")
+        self._set[module] = forward
         # Past nn.Module.__setattr__, which would look through its parameters and buffers first.
         module.__dict__["forward"] = forward
 
@@ -57,6 +59,11 @@ class Overrides:
             self.set(module, in_turn)
         return self._turns[module][place - 1]
 
+    @property
+    def between_turns(self) -> bool:
+        """Whether a module was called less often than it was when it was looked at, in the call that has ended."""
+        return any(self._next.values())
+
     def rewind(self) -> None:
         """Begin with the first call of every module again, in case the model's call before was broken off."""
         self._next.clear()
@@ -66,10 +73,20 @@ class Overrides:
         before = self._before.get(module, module.__dict__.get("forward"))
         return before if before is not None else type(module).forward.__get__(module)
 
+    def untouched(self) -> dict[nn.Module, Callable[..., Any] | None]:
+        """Return the modules on which nobody has put another forward since, with what they had before."""
+        return {
+            module: before
+            for module, before in self._before.items()
+            if module.__dict__.get("forward") is self._set[module]
+        }
+
     def clear(self, module: nn.Module) -> None:
-        """Give `module` its own forward back."""
+        """Give `module` its own forward back, unless somebody has put another one on it since."""
         if module in self._before:
-            before = self._before.pop(module)
+            before, own = self._before.pop(module), self._set.pop(module)
+            if module.__dict__.get("forward") is not own:
+                return
             if before is None:
                 module.__dict__.pop("forward", None)
             else:

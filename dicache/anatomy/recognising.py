@@ -83,6 +83,11 @@ def is_branch(module: nn.Module) -> bool:
     return bool(named) or is_attention(module) or count_matrices(module) >= 2
 
 
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module is a linear layer or a convolution, or one with an adapter (LoRA) on it, as peft wraps it."""
+    return isinstance(module, MATRICES) or isinstance(getattr(module, "base_layer", None), MATRICES)
+
+
 def count_matrices(module: nn.Module) -> int:
-    """Return the number of linear layers and convolutions in a module."""
-    return sum(isinstance(part, MATRICES) for part in module.modules())
+    """Return the number of linear layers and convolutions in a module; those of adapters are not counted."""
+    return 1 if is_matrix(module) else sum(map(count_matrices, module.children()))

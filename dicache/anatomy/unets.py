@@ -13,7 +13,7 @@ from dicache.anatomy.inputs import Inputs
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.parts import AnatomyError, Block, Site
 from dicache.anatomy.probing import Probe, carries, feeding_only, nan_like, norms_of
-from dicache.anatomy.recognising import MATRICES, count_matrices
+from dicache.anatomy.recognising import count_matrices, is_matrix
 from dicache.anatomy.streams import check_streams, streams
 from dicache.anatomy.watching import BlockCall, Returns, signature, watch
 
@@ -222,7 +222,7 @@ def _block(index: int, call: BlockCall, transformers: list[tuple[BlockCall, Retu
 
 def _convolutions(call: BlockCall, block: Block) -> tuple[Site, ...]:
     """Return the site of a residual block, what is added to its stream, or of a sampler, its convolution."""
-    order = [piece.path for piece in call.pieces if isinstance(piece.module, MATRICES)]
+    order = [piece.path for piece in call.pieces if is_matrix(piece.module)]
     if len(order) == 1:
         return (Site("conv", order[0]),)
     probe = Probe(call)

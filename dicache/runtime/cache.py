@@ -1,19 +1,21 @@
 """A schedule attached to a model."""
 
 import warnings
-from contextlib import suppress
-from threading import RLock
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
+from threading import RLock, get_ident
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dicache.anatomy.clock import StepClock
-from dicache.anatomy.overrides import Overrides
 from dicache.runtime.adaptive import Adaptive
 from dicache.runtime.callers import guidance_scale, loop_scheduler
 from dicache.runtime.errors import CacheError, CacheWarning
-from dicache.runtime.executor import Executor, Installer
+from dicache.runtime.executor import Executor, Forward, Installer
 from dicache.runtime.fitting import Fitting
 from dicache.runtime.generation import Call, Generation
 from dicache.runtime.guidance import WHOLE, Collapse, twice
@@ -60,22 +62,25 @@ class Cache:
         self._warned = False
         self._lock = RLock()
         self._requests = Requests()
-        self._overrides = Overrides()
-        self._installer = Installer(self._overrides)
-        self._forward = self._overrides.original(model)
+        parts = {} if pipeline is None else vars(pipeline)
+        self._component = next((name for name, part in parts.items() if part is model), None)
+        self._installer = Installer(model)
+        self._found: Forward | None = None  # what stood on the model in place of its class's forward
+        self._entrance: Forward | None = None  # what stands there now
+        self._calling: int | None = None  # the thread that is inside the model's call
         self._clock: StepClock | None = None
         self._attached = True
         self._executors: dict[tuple[float, ...] | None, Executor] = {}
         self._names = PassNames(model, lambda name: self._requests.current().named(name))
+        vars(model)[_MARK] = self
         try:
             self._executors[schedule.target.noise_levels] = self._executor_of(schedule)
-            self._overrides.set(model, self._call)
+            self._stand_in_front()
             if pipeline is not None:
                 self._clock = StepClock(pipeline.scheduler, self._on_set_timesteps, self._on_step)
         except BaseException:
             self.detach()
             raise
-        model.__dict__[_MARK] = self
 
     def _executor_of(self, schedule: Schedule) -> Executor:
         if schedule.plan is not None:
@@ -131,7 +136,12 @@ class Cache:
         if not self._attached:
             return
         self._attached = False
-        self._overrides.restore()
+        self._installer.leave()
+        if self._entrance is not None and vars(self._model).get("forward") is self._entrance:
+            if self._found is None:
+                del vars(self._model)["forward"]
+            else:
+                vars(self._model)["forward"] = self._found
         if self._clock is not None:
             self._clock.detach()
         self._names.detach()
@@ -140,6 +150,12 @@ class Cache:
         self._requests.free()
         self._executors.clear()
         self.stats.bytes_held = self.stats.bytes_of_corrections = 0
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CacheError(
+            f"a {type(self._model).__name__} with a schedule attached cannot be copied or pickled; call the cache's "
+            "detach() first, and dicache.apply on the copy"
+        )
 
     def __enter__(self) -> "Cache":
         return self
@@ -185,11 +201,15 @@ class Cache:
             )
 
     def _begin(self, schedule: Schedule) -> None:
-        if self._fitting.rebuilt:
-            self._build_anew()
         levels = schedule.target.noise_levels
-        if levels not in self._executors:
-            self._executors[levels] = self._executor_of(schedule)
+        with self._lock:
+            self._installer.uninstall()
+            self._check_component()
+            if self._installer.outdated:
+                self._follow_the_model()
+            self._stand_in_front()
+            if levels not in self._executors:
+                self._executors[levels] = self._executor_of(schedule)
         generation = Generation(schedule.steps, self._executors[levels])
         if schedule.collapse_guidance_from is not None:
             generation.collapse = Collapse(schedule.collapse_guidance_from, self._model)
@@ -204,15 +224,49 @@ class Cache:
         self.stats.planned_steps = schedule.expected_steps
         self.stats.steps, self.stats.distances = generation.letters, generation.distances
 
-    def _build_anew(self) -> None:
-        """Make the forwards again, of modules that others have taken the place of: an adapter's, for one."""
-        with self._lock:
-            self._requests.free()
-            self._installer.uninstall()
-            self._installer = Installer(self._overrides)
-            self._executors.clear()
+    def _check_component(self) -> None:
+        """Refuse a pipeline whose model was exchanged since the schedule was applied."""
+        part = self._model if self._component is None else getattr(self._pipeline, self._component, None)
+        if getattr(part, "_orig_mod", part) is not self._model:  # torch.compile(model) holds it as that
+            raise CacheError(
+                f"the pipeline's {self._component} was replaced after the schedule was applied, by a "
+                f"{type(part).__name__}; call this cache's detach(), then dicache.apply again"
+            )
+
+    def _follow_the_model(self) -> None:
+        """Go on with a model that others have put hooks on, or whose modules they have exchanged, since it was seen."""
+        self._installer.leave()
+        self._executors.clear()
+        self._installer = Installer(self._model)
 
     # What the model does
+
+    def _stand_in_front(self) -> None:
+        """Put the cache in front of whatever stands in place of the model's forward.
+
+        Hooks that others put on the model afterwards wrap the cache, and may take it off with them: pipelines that
+        offload a model take their hook off and on again after each generation. At the next generation the cache is in
+        front again, and a place that it had before, inside of a hook, only passes calls on.
+        """
+        namespace = vars(self._model)
+        if self._entrance is not None and namespace.get("forward") is self._entrance:
+            return
+        found: Forward | None = namespace.get("forward")
+        own = found if found is not None else type(self._model).forward.__get__(self._model)
+
+        @wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():  # only with fullgraph=True does this reach anybody
+                raise CacheError(
+                    "a schedule acts between the calls of a model, which are no part of one graph; compile it without "
+                    "fullgraph=True, or block by block with compile_repeated_blocks()"
+                )
+            if not self._attached or self._calling == get_ident():
+                return own(*args, **kwargs)
+            return self._call(*args, **kwargs)
+
+        self._found, self._forward, self._entrance = found, own, forward
+        namespace["forward"] = forward
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         request = self._requests.current()
@@ -231,15 +285,33 @@ class Cache:
         elif generation is None or generation.finished or request.scheduler != id(loop_scheduler()):
             return self._plainly(args, kwargs)  # outside a sampling loop, or in that of another pipeline
         assert generation is not None
-        with self._lock:
-            self._overrides.rewind()
+        if torch.is_grad_enabled() and self._learns(args, kwargs):
+            raise CacheError(
+                f"the {type(self._model).__name__} is called with gradients enabled, and what is reused has none of "
+                "the call that reuses it; call it inside torch.no_grad() or torch.inference_mode()"
+            )
+        with self._turn():
             return self._replay(generation, request.context, args, kwargs)
 
     def _plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self._lock:
-            self._overrides.rewind()
+        with self._turn():
             self._installer.uninstall()
             return self._forward(*args, **kwargs)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Let one call of the model run, after all others."""
+        with self._lock:
+            self._installer.rewind()
+            self._calling = get_ident()
+            try:
+                yield
+            finally:
+                self._calling = None
+
+    def _learns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return any(tensor.requires_grad for tensor in (*given, *self._model.parameters()))
 
     def _replay(
         self, generation: Generation, context: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -267,11 +339,12 @@ class Cache:
                     out = twice(self._forward(*args, **kwargs), call.batch)
                 else:
                     out = self._forward(*args, **kwargs)
+                self._installer.check_turns()
                 executor.finish(lane)
             if collapse is not None and action == "lead":
                 collapse.ran(call, out)
         except BaseException as error:
-            self._installer.uninstall()
+            self._installer.restore()
             if isinstance(error, Exception) and not isinstance(error, RanksError):
                 with suppress(RanksError):  # what failed here is what has to be told
                     executor.fail(generation)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from dicache.anatomy.overrides import Overrides
+from dicache.runtime.errors import CacheError
 from dicache.runtime.generation import Generation, Lane
 
 Forward = Callable[..., Any]
@@ -37,44 +38,142 @@ class Executor(Protocol):
 
 
 class Installer:
-    """Puts programs on the modules of one model, one at a time: a program is a forward for each of some modules."""
+    """Puts programs on the modules of one model, one at a time: a program is a forward for each of some modules.
 
-    def __init__(self, overrides: Overrides) -> None:
-        self._overrides = overrides
+    While nothing is installed, the modules stand as they were found, and whatever others put on them then (the hooks of
+    an offloaded model, an adapter) is part of them for the next installer. While a program is installed, nobody else
+    may change what it has replaced.
+
+    Args:
+        model: The model. Its own forward is no part of any program.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._turns = Overrides()
+        self._found = _forwards(model)
         self._nothing: Program = {}
         self._installed = self._nothing
-        self._moves: dict[tuple[int, int], tuple[Program, list[tuple[dict[str, Any], Forward]]]] = {}
+        self._moves: dict[
+            tuple[int, int], tuple[Program, list[tuple[dict[str, Any], Forward | None, Forward | None]]]
+        ] = {}
         self._known: list[Program] = []  # kept alive, since they are told apart by identity
+        self._gone = False
+        self._changing = False
+
+    @property
+    def outdated(self) -> bool:
+        """Whether modules of the model were added, taken away or given another forward since this was made.
+
+        Only known while nothing is installed.
+        """
+        return {**_forwards(self._model), **self._turns.untouched()} != self._found
+
+    @property
+    def same_modules(self) -> bool:
+        """Whether the model still has the modules that it had when this was made."""
+        return _forwards(self._model).keys() == self._found.keys()
 
     def original(self, module: nn.Module) -> Forward:
         """Return the forward that a module has without any program."""
-        return self._overrides.original(module)
+        found = self._found.get(module)
+        return found if found is not None else type(module).forward.__get__(module)
 
     def part(self, model: nn.Module, path: str) -> nn.Module:
         """Return what stands under a path of the model; see `Overrides.part`."""
-        return self._overrides.part(model, path)
+        return self._turns.part(model, path)
+
+    def rewind(self) -> None:
+        """Begin with the first call of every module again, in case the model's call before was broken off."""
+        self._turns.rewind()
+
+    def check_turns(self) -> None:
+        """Refuse what a call gave in which a module was not called as often as when the model was surveyed.
+
+        Raises:
+            CacheError: If so: which of its calls was which is then not known.
+        """
+        if self._turns.between_turns:
+            raise CacheError(
+                "a module that its block calls several times, for several streams, was called another number of times in "
+                "this guidance pass; which of them was reused is not known. Limit the schedule to the other passes, by "
+                "context, or to other branches"
+            )
 
     def install(self, program: Program) -> None:
-        """Put a program's forwards in place of those of the one before."""
+        """Put a program's forwards in place of those of the one before.
+
+        Raises:
+            CacheError: If something else has put a forward on one of the modules since.
+        """
         if program is self._installed:
             return
+        if self._gone:
+            raise CacheError(
+                "the model was changed while a generation was running: modules were added or given hooks since it "
+                "began. Begin the generation again"
+            )
+        if self._changing:  # an interrupt came before all forwards were in place
+            self.restore()
         change = (id(self._installed), id(program))
         if change not in self._moves:
             self._moves[change] = self._move(program)
         both, moves = self._moves[change]
-        self._installed = both  # an interrupt may come before all forwards are in place
-        for namespace, forward in moves:
-            namespace["forward"] = forward
-        self._installed = program
+        for namespace, before, _ in moves:
+            if namespace.get("forward") is not before:
+                self._refuse(both)
+        self._changing, self._installed = True, both
+        for namespace, _, after in moves:
+            if after is None:
+                namespace.pop("forward", None)
+            else:
+                namespace["forward"] = after
+        self._installed, self._changing = program, False
 
-    def _move(self, program: Program) -> tuple[Program, list[tuple[dict[str, Any], Forward]]]:
-        """Return the modules of the installed program and of another, and what puts the other in its place."""
+    def _move(self, program: Program) -> tuple[Program, list[tuple[dict[str, Any], Forward | None, Forward | None]]]:
+        """Return the modules of the installed program and of another, and what stands on each before and after."""
         both = {**self._installed, **program}
         self._known += [program, both]
-        for module in both:
-            self._overrides.set(module, module.forward)  # changes nothing yet
-        return both, [(vars(module), program.get(module) or self.original(module)) for module in both]
+        return both, [(vars(m), self._with(self._installed, m), self._with(program, m)) for m in both]
 
     def uninstall(self) -> None:
-        """Let the model run as it is."""
+        """Let the model run as it is.
+
+        Raises:
+            CacheError: If something else has put a forward on one of the modules since.
+        """
         self.install(self._nothing)
+
+    def restore(self) -> None:
+        """Put back what was found on the modules of the program, whatever has been put on them since."""
+        for module in self._installed:
+            found = self._with(self._nothing, module)
+            if found is None:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = found
+        self._installed, self._changing = self._nothing, False
+
+    def leave(self) -> None:
+        """Leave the model for good."""
+        self.restore()
+        self._turns.restore()
+        self._gone = True
+
+    def _with(self, program: Program, module: nn.Module) -> Forward | None:
+        """Return what stands on a module while a program is installed; None for the forward of its class."""
+        return program.get(module) or self._found.get(module)
+
+    def _refuse(self, program: Program) -> None:
+        paths = {module: path for path, module in self._model.named_modules()}
+        module = next(m for m in program if vars(m).get("forward") is not self._with(self._installed, m))
+        raise CacheError(
+            f"the forward of {paths.get(module, type(module).__name__)} was replaced while a generation was running; "
+            "put hooks (offloading, casting, guidance that skips layers) on the model, and take them off, before the "
+            "generation begins"
+        )
+
+
+def _forwards(model: nn.Module) -> dict[nn.Module, Forward | None]:
+    """Return what stands on each module in place of its class's forward, the model itself left out."""
+    return {module: vars(module).get("forward") for module in model.modules() if module is not model}

@@ -10,6 +10,7 @@ from dicache.anatomy.fingerprint import fingerprint
 from dicache.anatomy.overrides import without_turn
 from dicache.runtime.callers import is_distilled
 from dicache.runtime.errors import CacheError, CacheWarning
+from dicache.runtime.features import compiled, obstacle
 from dicache.schedules import Schedule, ScheduleError
 
 Fit = Literal["exact", "resample"]
@@ -32,9 +33,6 @@ class Fitting:
         schedule: The schedule.
         fit: `resample` maps it to another sampler or number of steps; `exact` does not.
         allow: Names of what may differ, without a word.
-
-    Attributes:
-        rebuilt: Whether modules have come, gone or been replaced since the generation before, as adapters do.
     """
 
     def __init__(self, model: nn.Module, schedule: Schedule, fit: Fit, allow: frozenset[str]) -> None:
@@ -42,7 +40,6 @@ class Fitting:
         self._schedule = schedule
         self._fit = fit
         self._allow = allow
-        self.rebuilt = False
         self._modules = _identities(model)
         self._warned: set[str] = set()
 
@@ -54,11 +51,9 @@ class Fitting:
             CacheError: If the model cannot take any schedule.
         """
         model = self._model
-        self._check_evaluating()
-        if any(getattr(part, "_compiled_call_impl", None) is not None for part in model.modules()):
-            raise CacheError(
-                "the model is compiled already, and compiled code does not see a schedule; apply it uncompiled"
-            )
+        self._check_able()
+        if said := compiled(model):
+            raise CacheError(said)
         differences = [*self._of_structure(), *self._of_weights()]
         if scheduler is not None and self._fit == "exact":
             differences += self._of(scheduler=type(scheduler).__name__)
@@ -81,10 +76,9 @@ class Fitting:
             ScheduleError: If the model or the steps differ.
             CacheError: If the model is in training mode.
         """
-        self._check_evaluating()
+        self._check_able()
         schedule, fit, modules = self._schedule, self._fit, _identities(self._model)
-        self.rebuilt = modules != self._modules
-        changed = [*(self._of_structure() if self.rebuilt else ()), *self._of_weights()]
+        changed = [*(self._of_structure() if modules != self._modules else ()), *self._of_weights()]
         others = [] if scheduler is None else self._of_steps(scheduler)
         if steps is not None and steps != schedule.steps:
             others = [f"{schedule.steps} steps, found {steps}"]
@@ -123,9 +117,9 @@ class Fitting:
             )
         self._warn("latents", found)
 
-    def _check_evaluating(self) -> None:
-        if self._model.training:
-            raise CacheError(f"the {type(self._model).__name__} is in training mode; call its eval() first")
+    def _check_able(self) -> None:
+        if said := obstacle(self._model, self._schedule):
+            raise CacheError(said)
 
     def _check_guidance(self, found: float | None) -> None:
         want = self._schedule.target.guidance

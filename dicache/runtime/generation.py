@@ -1,7 +1,7 @@
 """State of one running generation, and in it a lane for each guidance pass."""
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +30,8 @@ class Call:
         given: Its arguments, by name or place.
         tensors: The tensors among them.
         latents: Those that are denoised.
-        signature: Their names, and shape, dtype and device of each tensor: what differs there is not the same pass.
+        signature: Their names, shape, dtype and device of each tensor, also in lists, and what else decides the dtype
+            and kind of what is made: what differs there is not the same pass.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -39,10 +40,8 @@ class Call:
             k: value for k, value in self.given.items() if isinstance(value, Tensor)
         }
         self.latents = latents_of(args, kwargs)
-        self.signature: Signature = (
-            *self.given,
-            *((x.shape, x.dtype, x.device) for x in tensors_of(self.given)),
-        )
+        tensors = tuple((x.shape, x.dtype, x.device) for x in tensors_of(self.given))
+        self.signature: Signature = (*self.given, *tensors, *_modes({device.type for *_, device in tensors}))
 
     @property
     def batch(self) -> int:
@@ -217,6 +216,15 @@ class Generation:
             for key in call.tensors.keys() & known.keys():
                 if not same(call.tensors[key], known[key]):
                     lane.marks[key], peer.marks[key] = call.tensors[key], known[key]
+
+
+def _modes(devices: Iterable[str]) -> Iterator[Hashable]:
+    """Return what the dtype of an operator's result depends on besides its arguments; and whether it is an inference
+    tensor, which cannot be kept for a call that is not in inference mode."""
+    yield torch.is_inference_mode_enabled()
+    for device in sorted(devices):
+        enabled = torch.is_autocast_enabled(device)
+        yield device, torch.get_autocast_dtype(device) if enabled else None
 
 
 def _any_same(marks: Mapping[Hashable, Tensor], tensors: Mapping[Hashable, Tensor]) -> bool:

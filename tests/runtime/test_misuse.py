@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from dicache import CacheError, apply
-from dicache.schedules import Rule
+from dicache import CacheError, Schedule, apply
+from dicache.anatomy import survey
+from dicache.schedules import Plan, Rule, Target
 from tests.counting import attributes
 from tests.tiny import (
     STEPS,
@@ -21,6 +23,7 @@ from tests.tiny import (
     sample,
     scheduled,
 )
+from tests.toys import Chain, SharedBlock, toy_inputs
 
 
 @every_transformer
@@ -109,3 +112,23 @@ def test_settings_of_apply_that_do_not_exist_are_refused_with_those_that_do() ->
         apply(dit(), scheduled(dit), fit="stretch")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="allow names 'colour'; what may be allowed to differ is model, weights"):
         apply(dit(), scheduled(dit), allow={"colour"})
+
+
+def test_a_module_that_is_called_less_often_than_it_was_is_refused() -> None:
+    class Textless(SharedBlock):
+        def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+            if not encoder_hidden_states.any():
+                return hidden_states + self.ff(hidden_states), encoder_hidden_states
+            return super().forward(hidden_states, encoder_hidden_states)
+
+    model, inputs = Chain(Textless), toy_inputs()
+    plan = Plan(2, (Rule("reuse", "C.", branch="mlp.context"),))
+    schedule = Schedule("test", {}, survey(model, inputs), Target(), 2, plan)
+    with apply(model, schedule) as cache, torch.no_grad():
+        cache.begin_generation()
+        cache.begin_step()
+        model(*inputs.args, **inputs.kwargs)
+        given = dict(inputs.kwargs, encoder_hidden_states=torch.zeros_like(inputs.kwargs["encoder_hidden_states"]))
+        cache.begin_step()
+        with pytest.raises(CacheError, match="was called another number of times in this guidance pass"):
+            model(*inputs.args, **given)

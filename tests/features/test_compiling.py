@@ -1,0 +1,117 @@
+"""`torch.compile` on a model with a schedule. The compiler's front end alone is what may miss a forward."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from dicache import CacheError, apply
+from dicache.runtime.apply import denoiser
+from tests.features.laws import METHODS, schedule_of
+from tests.tiny import STEPS, arguments, flux, generate, pipeline_of, sd3, time_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler warns of what it does not know
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def small() -> nn.Module:
+    """Two blocks of image and text and one of both in a row."""
+    return flux(single_layers=1, num_layers=2)
+
+
+def whole(model: Any, counter: Any) -> Any:
+    model.compile(backend=counter)
+    return model
+
+
+def wrapped(model: Any, counter: Any) -> Any:
+    return torch.compile(model, backend=counter)
+
+
+def block_by_block(model: Any, counter: Any) -> Any:
+    model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    return model
+
+
+def outputs(model: nn.Module, call: Callable[..., Any], cache: Any = None) -> Tensor:
+    """Call a model, or what it was compiled to, for one generation."""
+    if cache is not None:
+        cache.begin_generation()
+    made = []
+    for step in range(STEPS):
+        if cache is not None:
+            cache.begin_step()
+        given = arguments(model) | {"timestep": time_of(model, 900 - 200 * step)}
+        with torch.no_grad():
+            made.append(call(**given).sample)
+    return torch.stack(made)
+
+
+@pytest.mark.parametrize(
+    ("compiles", "method", "graphs"),
+    [
+        (whole, "reuse", 3),  # a graph for each distinct row: computed, computed and kept, reused
+        (whole, "first-block", None),
+        (block_by_block, "reuse", None),
+        (block_by_block, "skip", None),
+    ],
+)
+def test_a_model_that_is_compiled_afterwards_follows_its_schedule(compiles: Any, method: str, graphs: Any) -> None:
+    schedule = schedule_of(small, method)
+    model = small()
+    plain = outputs(model, model)
+    with apply(model, schedule) as cache:
+        want, steps = outputs(model, model, cache), cache.stats.steps
+    assert not torch.equal(want, plain)
+
+    counter = CompileCounter()
+    with apply(model, schedule) as cache:
+        call = compiles(model, counter)
+        assert torch.equal(outputs(model, call, cache), want)
+        assert cache.stats.steps == steps
+        compiled = counter.frame_count
+        assert compiled == graphs if graphs else compiled > 0
+        assert torch.equal(outputs(model, call, cache), want)
+        if method in METHODS[:2]:
+            assert counter.frame_count == compiled  # nothing is compiled again for the next generation
+    assert torch.equal(outputs(model, call), plain)
+
+
+@pytest.mark.parametrize("compiles", [whole, wrapped, block_by_block])
+def test_a_model_that_was_compiled_before_is_refused(compiles: Any) -> None:
+    model = compiles(small(), CompileCounter())
+    with pytest.raises(CacheError, match=r"the model is compiled already, .* apply it uncompiled, and compile afterw"):
+        apply(model, schedule_of(small, "reuse"))
+
+
+def test_a_pipelines_model_may_be_exchanged_for_its_compiled_self() -> None:
+    pipe, schedule = pipeline_of(sd3), schedule_of(sd3, "skip")
+    with apply(pipe, schedule):
+        want = generate(pipe)
+    counter = CompileCounter()
+    with apply(pipe, schedule) as cache:
+        pipe.transformer = torch.compile(denoiser(pipe), backend=counter)
+        for _ in range(2):
+            assert torch.equal(generate(pipe), want)
+        assert cache.stats.macs_fraction < 1
+        assert counter.frame_count > 0
+        pipe.transformer = torch.compile(sd3(), backend=counter)
+        with pytest.raises(CacheError, match="transformer was replaced after the schedule was applied, by a Optimized"):
+            generate(pipe)
+
+
+def test_one_graph_of_a_whole_model_is_refused_since_the_schedule_stands_between_its_calls() -> None:
+    model = small()
+    with apply(model, schedule_of(small, "reuse")) as cache:
+        call = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(Exception, match="compile it without fullgraph=True, or block by block"):
+            outputs(model, call, cache)
