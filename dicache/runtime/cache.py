@@ -71,8 +71,8 @@ class Cache:
         self._clock: StepClock | None = None
         self._attached = True
         self._executors: dict[tuple[float, ...] | None, Executor] = {}
+        vars(model)[_MARK] = self  # before whatever else hangs on the model, so that a copy meets its refusal first
         self._names = PassNames(model, lambda name: self._requests.current().named(name))
-        vars(model)[_MARK] = self
         try:
             self._executors[schedule.target.noise_levels] = self._executor_of(schedule)
             self._stand_in_front()
@@ -203,6 +203,7 @@ class Cache:
     def _begin(self, schedule: Schedule) -> None:
         levels = schedule.target.noise_levels
         with self._lock:
+            self._calling = None  # an interrupt may have come before it was said that a call had ended
             self._installer.uninstall()
             self._check_component()
             if self._installer.outdated:

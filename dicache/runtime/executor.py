@@ -95,9 +95,9 @@ class Installer:
         """
         if self._turns.between_turns:
             raise CacheError(
-                "a module that its block calls several times, for several streams, was called another number of times in "
-                "this guidance pass; which of them was reused is not known. Limit the schedule to the other passes, by "
-                "context, or to other branches"
+                "a module that its block calls several times, for several streams, was called another number of times "
+                "in this guidance pass; which of them was reused is not known. Limit the schedule to the other passes, "
+                "by context, or to other branches"
             )
 
     def install(self, program: Program) -> None:

@@ -155,7 +155,7 @@ def test_an_adapter_changes_the_fingerprint_and_is_refused_where_the_schedule_is
     with apply(model, schedule) as cache:
         sample(model, cache)
         load_lora(model)
-        with pytest.raises(ScheduleError, match=r"modules of the model were exchanged since it was applied, by an ad"):
+        with pytest.raises(ScheduleError, match="The model was changed since the schedule was applied"):
             sample(model, cache)
         model.delete_adapters("default")
         sample(model, cache)

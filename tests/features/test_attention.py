@@ -1,9 +1,11 @@
 """What changes how attentions and convolutions compute, or the autoencoder: their processors, backends and formats."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 
@@ -34,6 +36,14 @@ def other_processors(model: Any) -> None:
 
 def fused(model: Any) -> None:
     model.fuse_qkv_projections()
+
+
+@pytest.fixture(autouse=True)
+def the_backend_of_before() -> Iterator[None]:
+    """`set_attention_backend` sets that of all models."""
+    before, _ = _AttentionBackendRegistry.get_active_backend()
+    yield
+    _AttentionBackendRegistry.set_active_backend(before)
 
 
 def another_backend(model: Any) -> None:
