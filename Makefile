@@ -21,7 +21,7 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
-pytest: .venv/installed
+pytest: .venv/installed .venv/extra/installed
 	$(BIN)/pytest -n 2
 
 bench: .venv/installed
@@ -34,6 +34,11 @@ format: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Beside the environment's packages, where diffusers would import it, and warn, in every command.
+.venv/extra/installed: .venv/installed constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target .venv/extra torchao
 	touch $@
 
 clean:
