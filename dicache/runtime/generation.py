@@ -54,6 +54,25 @@ class Call:
         return {key: x for key, x in self.tensors.items() if x is not self.latents and not _is_time(key, x)}
 
 
+class Seen:
+    """A tensor as it was when a pass was called with it: one that is written to afterwards is not the same any more.
+
+    Args:
+        tensor: It is held, so that its memory is given to no other, and copied.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._contents = tensor, tensor.detach().clone()
+        self._version = _version(tensor)
+
+    def same(self, other: Tensor) -> bool:
+        """Whether a tensor has what this one had; where it was not written to, nothing is read from a device."""
+        unwritten = self._version is not None and self._version == _version(other)
+        if unwritten and _in_place(self._tensor, other):
+            return True
+        return _alike(self._contents, other) and torch.equal(self._contents, other)
+
+
 @dataclass
 class Lane:
     """What one guidance pass of one generation keeps.
@@ -69,8 +88,7 @@ class Lane:
             and how many have been computed since.
         memory: What a policy remembers of the pass; None before its first step.
         bytes_held: Memory of the entries.
-        marks: Arguments that told this pass from the others of its first step.
-        latest: Arguments of its call in the step that runs.
+        marks: Conditions that tell this pass from others, all of them together.
         first: Conditions of its first call.
         steady: Those of them that its second call was given too; None before that one.
         single: Whether guidance has collapsed in it: `halves`, its batch holds both passes and the first half of it is
@@ -87,10 +105,9 @@ class Lane:
     entries: dict[Hashable, Any] = field(default_factory=dict)
     memory: Memory | None = None
     bytes_held: int = 0
-    marks: dict[Hashable, Tensor] = field(default_factory=dict)
-    latest: dict[Hashable, Tensor] = field(default_factory=dict)
-    first: dict[Hashable, Tensor] = field(default_factory=dict)
-    steady: dict[Hashable, Tensor] | None = None
+    marks: dict[Hashable, Seen] = field(default_factory=dict)
+    first: dict[Hashable, Seen] = field(default_factory=dict)
+    steady: dict[Hashable, Seen] | None = None
     single: Single = "undecided"
     twins: list[Key] = field(default_factory=list)
 
@@ -130,8 +147,6 @@ class Generation:
     def begin_step(self) -> None:
         self.step += 1
         self._calls.clear()
-        for lane in self.lanes.values():
-            lane.latest = {}
         if self.collapse is not None:
             self.collapse.begin_step()
         if self.finished:
@@ -168,16 +183,15 @@ class Generation:
             lane = self.lanes[name, call.batch] = Lane(call.signature, context is not None, call.batch)
             if context is None:
                 self._check_places(call)
+                lane.first = {key: Seen(x) for key, x in call.conditions.items()}
                 self._mark(lane, call)
-                lane.first = call.conditions
         elif lane.steady is None and context is None:
-            lane.steady = {k: x for k, x in lane.first.items() if k in call.tensors and same(x, call.tensors[k])}
+            lane.steady = {k: x for k, x in lane.first.items() if k in call.tensors and x.same(call.tensors[k])}
+            lane.marks = {k: x for k, x in lane.marks.items() if k in lane.steady}
         if lane.signature != call.signature or lane.step != self.step - 1:
             lane.clear()
             lane.signature = call.signature
         lane.step, lane.latents = self.step, tuple(call.latents.shape)
-        if context is None:
-            lane.latest = call.tensors
         return name, lane
 
     def _pass(self, name: str, call: Call) -> str:
@@ -190,8 +204,8 @@ class Generation:
             return name
         free = {n: lane for n, lane in peers.items() if lane.step < self.step}
         places = sorted(free, key=lambda n: n != name)
-        found = next((n for n in places if _any_same(free[n].marks, call.tensors)), None)
-        found = found or next((n for n in places if (n == name or free[n].steady) and _fits(free[n], call)), None)
+        found = next((n for n in places if free[n].marks and _all_same(free[n].marks, call)), None)
+        found = found or next((n for n in places if (n == name or free[n].steady) and _fits(n, peers, call)), None)
         if found is not None:
             return found
         return next(n for n in map(str, count()) if n not in peers)
@@ -202,7 +216,7 @@ class Generation:
             if batch != call.batch or lane.named or lane.step < self.step or lane.steady is None:
                 continue
             moved = {key: x for key, x in lane.first.items() if key not in lane.steady}
-            if _any_same(moved, call.tensors) and self.letters.get(name, "C").endswith("."):
+            if _any_same(moved, call) and self.letters.get(name, "C").endswith("."):
                 raise ScheduleError(
                     f"a guidance pass that began at step {self.step} was called in the place of another, and was taken "
                     f"for it. Name the passes: call the model inside `with model.cache_context(name)`"
@@ -211,21 +225,30 @@ class Generation:
     def _mark(self, lane: Lane, call: Call) -> None:
         """Remember which arguments tell a new unnamed pass from the others, of this step or of those before."""
         for (_, batch), peer in self.lanes.items():
-            known = peer.latest or peer.steady
-            if peer is lane or peer.named or batch != call.batch or not known:
+            if peer is lane or peer.named or batch != call.batch:
                 continue
-            for key in call.tensors.keys() & known.keys():
-                if not same(call.tensors[key], known[key]):
-                    lane.marks[key], peer.marks[key] = call.tensors[key], known[key]
+            known = peer.first if peer.steady is None else peer.steady
+            for key in lane.first.keys() & known.keys():
+                if not known[key].same(call.tensors[key]):
+                    lane.marks[key], peer.marks[key] = lane.first[key], known[key]
 
 
-def _any_same(marks: Mapping[Hashable, Tensor], tensors: Mapping[Hashable, Tensor]) -> bool:
-    return any(key in tensors and same(mark, tensors[key]) for key, mark in marks.items())
+def _any_same(seen: Mapping[Hashable, Seen], call: Call) -> bool:
+    return any(key in call.tensors and x.same(call.tensors[key]) for key, x in seen.items())
 
 
-def _fits(lane: Lane, call: Call) -> bool:
-    """Whether a call is given what the lane's calls have always been given."""
-    return all(key in call.tensors and same(x, call.tensors[key]) for key, x in (lane.steady or {}).items())
+def _all_same(seen: Mapping[Hashable, Seen], call: Call) -> bool:
+    return all(key in call.tensors and x.same(call.tensors[key]) for key, x in seen.items())
+
+
+def _fits(name: str, peers: Mapping[str, Lane], call: Call) -> bool:
+    """Whether a call is given what the lane's calls have always been given; after one, nothing that marks another."""
+    lane = peers[name]
+    if lane.steady is not None:
+        return _all_same(lane.steady, call)
+    foreign = {key for key, x in lane.marks.items() if not _all_same({key: x}, call)}
+    others = (peer.marks for peer in peers.values() if peer is not lane)
+    return not any(_any_same({key: x for key, x in marks.items() if key in foreign}, call) for marks in others)
 
 
 def _is_time(key: Hashable, tensor: Tensor) -> bool:
@@ -234,9 +257,17 @@ def _is_time(key: Hashable, tensor: Tensor) -> bool:
 
 def same(one: Tensor, two: Tensor) -> bool:
     """Whether two tensors are alike; where they lie in the same place, nothing is read from a device."""
-    if one is two:
-        return True
-    if one.shape != two.shape or one.dtype != two.dtype or one.device != two.device:
-        return False
-    in_place = one.data_ptr() == two.data_ptr() and one.stride() == two.stride()
-    return in_place or torch.equal(one, two)
+    return one is two or (_alike(one, two) and (_in_place(one, two) or torch.equal(one, two)))
+
+
+def _alike(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and one.dtype == two.dtype and one.device == two.device
+
+
+def _in_place(one: Tensor, two: Tensor) -> bool:
+    return _alike(one, two) and one.data_ptr() == two.data_ptr() and one.stride() == two.stride()
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written to; None if that is not counted."""
+    return None if tensor.is_inference() else tensor._version
