@@ -142,7 +142,8 @@ class Generation:
     distances: dict[str, list[float | None]] = field(default_factory=dict)
     collapse: "Collapse | None" = None
     checked: bool = False
-    _calls: Counter[str] = field(default_factory=Counter)
+    _calls: Counter[str | None] = field(default_factory=Counter)
+    _owners: dict[str, tuple[str, int] | None] = field(default_factory=dict)
 
     def begin_step(self) -> None:
         self.step += 1
@@ -173,11 +174,12 @@ class Generation:
         The pass is known by the pipeline's name for it, else by its place among the calls of this step, and by its
         batch size: a second pass that comes and goes must not find what another has kept.
         """
-        self._calls[context or ""] += 1
-        ordinal = self._calls[context or ""] - 1
-        name = f"{context or ''}{ordinal if ordinal or context is None else ''}"
+        ordinal = self._calls[context]
+        self._calls[context] += 1
         if context is None:
-            name = self._pass(name, call)
+            name = self._pass(self._name(str(ordinal), None), call)
+        else:
+            name = self._name(f"{context}{ordinal or ''}", (context, ordinal))
         lane = self.lanes.get((name, call.batch))
         if lane is None:
             lane = self.lanes[name, call.batch] = Lane(call.signature, context is not None, call.batch)
@@ -194,6 +196,17 @@ class Generation:
         lane.step, lane.latents = self.step, tuple(call.latents.shape)
         return name, lane
 
+    def _name(self, wanted: str, owner: tuple[str, int] | None) -> str:
+        """Return the name of a pass: the one wanted, with a stroke behind it if it is another's.
+
+        Args:
+            wanted: Place of an unnamed pass, or the pipeline's name with the place of a further pass of that name.
+            owner: The pipeline's name and the place; None for the unnamed passes, which share their numbers.
+        """
+        while self._owners.setdefault(wanted, owner) != owner:
+            wanted += "'"
+        return wanted
+
     def _pass(self, name: str, call: Call) -> str:
         """Return the name of an unnamed pass: that of its place, unless its arguments are those of another.
 
@@ -208,7 +221,7 @@ class Generation:
         found = found or next((n for n in places if (n == name or free[n].steady) and _fits(n, peers, call)), None)
         if found is not None:
             return found
-        return next(n for n in map(str, count()) if n not in peers)
+        return next(n for n in (self._name(str(place), None) for place in count()) if n not in peers)
 
     def _check_places(self, call: Call) -> None:
         """Refuse a pass that is new in a place where another one has been taken for it, and has reused what is its."""

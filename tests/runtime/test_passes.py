@@ -195,6 +195,46 @@ def test_a_rule_for_a_named_pass_acts_in_it_alone_and_the_name_still_reaches_the
     assert "cache_context" not in model.__dict__
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("a", "a", "a1"), ("a1", "a", "a"), ("0", None, "1"), (None, "0", None)],
+    ids=lambda names: "-".join(map(str, names)),
+)
+def test_passes_whose_names_would_be_alike_are_told_apart(names: tuple[str | None, ...]) -> None:
+    model: Any = named()
+    got: list[list[Tensor]] = [[] for _ in names]
+    with apply(model, schedule_of(named, "reuse")) as cache:
+        cache.begin_generation()
+        for step in range(STEPS):
+            cache.begin_step()
+            for place, name in enumerate(names):
+                with nullcontext() if name is None else model.cache_context(name):
+                    got[place].append(predict(model, given(model, place, step)))
+        assert list(cache.stats.steps.values()) == ["C..."] * 3
+        assert {name for name in names if name} <= set(cache.stats.steps)
+    for place, outputs in enumerate(got):
+        assert torch.equal(torch.stack(outputs), torch.stack(alone(named, "reuse", place)))
+
+
+def test_a_model_whose_instance_has_a_method_for_names_keeps_it_and_is_told() -> None:
+    model: Any = pixart()
+    told: list[str] = []
+
+    def own(name: str) -> Any:
+        told.append(name)
+        return nullcontext()
+
+    model.cache_context = own
+    with apply(model, scheduled(pixart, Rule("reuse", "C..."))) as cache:
+        cache.begin_generation()
+        cache.begin_step()
+        with model.cache_context("cond"):
+            predict(model, given(model, 0, 0))
+        assert cache.stats.steps == {"cond": "C"}
+    assert told == ["cond"]
+    assert model.cache_context is own
+
+
 # Texts of passes, and of three that share one of two conditions with one another: a text, and a mask over its tokens.
 TEXTS = {letter: (ord(letter), 0) for letter in "ABC"}
 PAIRS = {"A": (0, 1), "B": (0, 2), "C": (1, 1)}
