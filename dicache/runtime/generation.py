@@ -86,6 +86,7 @@ class Lane:
         since: The step at which it last started with nothing kept, -1 if it is to do so now.
         entries: Kept outputs by site, and kept deltas by range of blocks; those before the last one by site or range
             and how many have been computed since.
+        made: Sites whose output has been kept since then.
         memory: What a policy remembers of the pass; None before its first step.
         bytes_held: Memory of the entries.
         marks: Conditions that tell this pass from others, all of them together.
@@ -103,6 +104,7 @@ class Lane:
     step: int = -1
     since: int = -1
     entries: dict[Hashable, Any] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
     memory: Memory | None = None
     bytes_held: int = 0
     marks: dict[Hashable, Seen] = field(default_factory=dict)
@@ -113,6 +115,7 @@ class Lane:
 
     def clear(self) -> None:
         self.entries.clear()
+        self.made.clear()
         self.single = "undecided"
         self.since = -1
         self.memory = None
