@@ -62,8 +62,9 @@ class Seen:
     """
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._contents = tensor, tensor.detach().clone()
-        self._version = _version(tensor)
+        self._tensor, self._version = tensor, _version(tensor)
+        with torch.no_grad():
+            self._contents = tensor.clone()
 
     def same(self, other: Tensor) -> bool:
         """Whether a tensor has what this one had; where it was not written to, nothing is read from a device."""
