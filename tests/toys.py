@@ -171,7 +171,12 @@ class Chain(nn.Module):
         long_skip: Whether the last block is given what the first one made.
         refines: How often a block of its own refines the text, which is then added to the stream.
         repeats: How often each block is called.
+
+    Attributes:
+        left_out: Blocks that are not called.
     """
+
+    left_out: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -198,6 +203,8 @@ class Chain(nn.Module):
         first: Tensor | None = None
         context = encoder_hidden_states
         for index, block in enumerate(self.blocks):
+            if index in self.left_out:
+                continue
             if self.between and index == self.between:
                 x = self.adapter(x)
             for _ in range(self.repeats):

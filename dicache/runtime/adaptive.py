@@ -12,6 +12,7 @@ from dicache.runtime.generation import Generation, Lane
 from dicache.runtime.ranks import Ranks
 from dicache.runtime.stats import Stats, bytes_of
 from dicache.runtime.streams import Streams, Tensors, add, delta
+from dicache.schedules import Range, ScheduleError
 from dicache.schedules.policies import Policy
 
 
@@ -49,6 +50,7 @@ class Adaptive:
         self._lane: Lane | None = None
         self._skipping = False
         self._inputs: dict[int, Tensors] = {}  # of the part that is running, by its first block
+        self._ran: set[Range] = set()  # parts whose delta was kept or put in, in the call that runs
         first, stop = self._decider.blocks
         self._starts = {index: part[0] for part in self._decider.parts for index in range(*part)}
         self._ends = {part[1] - 1 for part in self._decider.parts}
@@ -72,12 +74,26 @@ class Adaptive:
         self._skipping = self._decider.moment == "call" and not self._decider.decide(None)
 
     def finish(self, lane: Lane) -> None:
-        """Count the call."""
+        """Count the call.
+
+        Raises:
+            ScheduleError: If a delta was not put in, because the model did not call the block where it goes in.
+        """
+        left_out = [part for part in self._decider.parts if part not in self._ran]
+        if self._skipping and left_out:
+            (start, stop), *_ = left_out
+            raise ScheduleError(
+                f"{self._decider.policy.name}: blocks {start} to {stop - 1} are skipped by what they add, which goes "
+                f"in at block {start}, and this guidance pass does not call it any more; take a method that makes a "
+                "plan, whose rules may be limited to other passes"
+            )
         stats, sites = self._stats, len(self._anatomy.sites)
         skipped = self._skipped_sites if self._skipping else 0
         stats.skipped_sites += skipped
         stats.computed_sites += sites - skipped
         stats.macs += 1 - self._saved if self._skipping else 1
+        if left_out:  # the kept deltas are not of one step any more: the pass starts afresh
+            lane.clear()
         lane.bytes_held = bytes_of(lane.entries)
 
     def fail(self, generation: Generation) -> None:
@@ -88,6 +104,7 @@ class Adaptive:
         """Forget the call that ran, also when it failed."""
         self._lane = None
         self._inputs.clear()
+        self._ran.clear()
         self._decider.leave()
 
     @property
@@ -132,18 +149,22 @@ class Adaptive:
                 self._skipping = not self._decider.decide(None)
             if self._skipping:  # decided before
                 into = streams.read(args, kwargs)
+                if index == start:
+                    self._ran.add(key)
                 return streams.pack(add(into, lane.entries[key]) if index == start else into)
             if index == start:
                 self._inputs[start] = streams.read(args, kwargs)
             returned = forward(*args, **kwargs)
             if self._skipping:  # decided just now, inside
+                self._ran.add(key)
                 return streams.pack(add(self._inputs.pop(start), lane.entries[key]))
-            if ends:
+            if ends and start in self._inputs:
+                self._ran.add(key)
                 lane.entries[key] = delta(streams.unpack(returned), self._inputs.pop(start))
             return returned
 
         # Only the ends of a part do anything when it is computed; the others must still be able to pass.
         return run
 
-    def _part(self, start: int) -> tuple[int, int]:
+    def _part(self, start: int) -> Range:
         return next(part for part in self._decider.parts if part[0] == start)

@@ -134,6 +134,7 @@ class ByResiduals(Decider[AdaCachePolicy]):
         self.measured = len(policy.decision_blocks) + (policy.motion is not None)
         self._watched = [anatomy.blocks[index] for index in policy.decision_blocks]
         self._watching = self._measuring = False
+        self._before: dict[int, Tensor] = {}  # what the decision blocks still to run added when they were watched last
         self._middle: Tensor | None = None  # the stream in the decision block that runs
         self._sums: list[Tensor] = []  # pairs, of those that have run
 
@@ -144,12 +145,14 @@ class ByResiduals(Decider[AdaCachePolicy]):
     def decide(self, seen: Tensor | None) -> bool:
         compute = self.policy.decide(self.step, self.steps, None, self.memory)
         self._watching = compute and self.policy.watches(self.step, self.steps)
-        self._measuring = self._watching and all(_residual(block.index) in self.entries for block in self._watched)
+        known = [block.index for block in self._watched if _residual(block.index) in self.entries]
+        self._before = {index: self.entries.pop(_residual(index)) for index in known if self._watching}
+        self._measuring = len(self._before) == len(self._watched)
         return compute
 
     def leave(self) -> None:
         super().leave()
-        self._middle, self._sums = None, []
+        self._middle, self._sums, self._before = None, [], {}
 
     def _measures(self, entries: Mapping[Hashable, Any]) -> bool:
         return self._measuring
@@ -200,12 +203,12 @@ class ByResiduals(Decider[AdaCachePolicy]):
 
     def _take(self, index: int, residual: Tensor) -> None:
         """Keep what a decision block adds; with that of the last of them, choose the rate."""
-        before: Any = self.entries.get(_residual(index))
+        before = self._before.pop(index, None)
         self.entries[_residual(index)] = residual
-        if not self._measuring:
+        if not self._measuring or before is None:
             return
         self._sums.append(torch.stack(l1_change(residual, before)))
-        if index != self._watched[-1].index:
+        if index != self._watched[-1].index or len(self._sums) < len(self._watched):  # the model left one out
             return
         if self.policy.motion is not None:
             shape = self._latents
@@ -248,8 +251,7 @@ class ByFirstBlocks(Decider[FirstBlockPolicy]):
                 if block is head:
                     self._entered = streams.read(args, kwargs)[block.main_stream]
                 returned = streams.forward(*args, **kwargs)
-                if block is tail:
-                    assert self._entered is not None  # the head runs first
+                if block is tail and self._entered is not None:  # else the model left out the head
                     self._added, self._entered = streams.unpack(returned)[block.main_stream] - self._entered, None
                 return returned
 
@@ -260,13 +262,15 @@ class ByFirstBlocks(Decider[FirstBlockPolicy]):
 
     def decide(self, seen: Tensor | None) -> bool:
         added, self._added = self._added, None
-        assert added is not None  # the first blocks have run
+        before = self.entries.get(ADDED)
         x = None
-        if self.comparable and ADDED in self.entries and self.policy.allows(self.memory):
-            x = self.agree(torch.stack(l1_change(added, self.entries[ADDED]))[None])[0]
+        if added is None:  # the model left out the first or the last of the first blocks
+            self.entries.pop(ADDED, None)
+        elif self.comparable and before is not None and self.policy.allows(self.memory):
+            x = self.agree(torch.stack(l1_change(added, before))[None])[0]
         computes = self.policy.decide(self.step, self.steps, x, self.memory)
         self._agreed = True  # or it is computed in any case
-        if computes:
+        if computes and added is not None:
             self.entries[ADDED] = added
         return computes
 

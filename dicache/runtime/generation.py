@@ -53,6 +53,26 @@ class Call:
         return {key: x for key, x in self.tensors.items() if x is not self.latents and not _is_time(key, x)}
 
 
+class Seen:
+    """A tensor as it was when a pass was called with it: one that is written to afterwards is not the same any more.
+
+    Args:
+        tensor: It is held, so that its memory is given to no other, and copied.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, _version(tensor)
+        with torch.no_grad():
+            self._contents = tensor.clone()
+
+    def same(self, other: Tensor) -> bool:
+        """Whether a tensor has what this one had; where it was not written to, nothing is read from a device."""
+        unwritten = self._version is not None and self._version == _version(other)
+        if unwritten and _in_place(self._tensor, other):
+            return True
+        return _alike(self._contents, other) and torch.equal(self._contents, other)
+
+
 @dataclass
 class Lane:
     """What one guidance pass of one generation keeps.
@@ -66,10 +86,10 @@ class Lane:
         since: The step at which it last started with nothing kept, -1 if it is to do so now.
         entries: Kept outputs by site, and kept deltas by range of blocks; those before the last one by site or range
             and how many have been computed since.
+        made: Sites whose output has been kept since then.
         memory: What a policy remembers of the pass; None before its first step.
         bytes_held: Memory of the entries.
-        marks: Arguments that told this pass from the others of its first step.
-        latest: Arguments of its call in the step that runs.
+        marks: Conditions that tell this pass from others, all of them together.
         first: Conditions of its first call.
         steady: Those of them that its second call was given too; None before that one.
         single: Whether guidance has collapsed in it: `halves`, its batch holds both passes and the first half of it is
@@ -84,17 +104,18 @@ class Lane:
     step: int = -1
     since: int = -1
     entries: dict[Hashable, Any] = field(default_factory=dict)
+    made: set[str] = field(default_factory=set)
     memory: Memory | None = None
     bytes_held: int = 0
-    marks: dict[Hashable, Tensor] = field(default_factory=dict)
-    latest: dict[Hashable, Tensor] = field(default_factory=dict)
-    first: dict[Hashable, Tensor] = field(default_factory=dict)
-    steady: dict[Hashable, Tensor] | None = None
+    marks: dict[Hashable, Seen] = field(default_factory=dict)
+    first: dict[Hashable, Seen] = field(default_factory=dict)
+    steady: dict[Hashable, Seen] | None = None
     single: Single = "undecided"
     twins: list[Key] = field(default_factory=list)
 
     def clear(self) -> None:
         self.entries.clear()
+        self.made.clear()
         self.single = "undecided"
         self.since = -1
         self.memory = None
@@ -124,13 +145,12 @@ class Generation:
     distances: dict[str, list[float | None]] = field(default_factory=dict)
     collapse: "Collapse | None" = None
     checked: bool = False
-    _calls: Counter[str] = field(default_factory=Counter)
+    _calls: Counter[str | None] = field(default_factory=Counter)
+    _owners: dict[str, tuple[str, int] | None] = field(default_factory=dict)
 
     def begin_step(self) -> None:
         self.step += 1
         self._calls.clear()
-        for lane in self.lanes.values():
-            lane.latest = {}
         if self.collapse is not None:
             self.collapse.begin_step()
         if self.finished:
@@ -157,27 +177,38 @@ class Generation:
         The pass is known by the pipeline's name for it, else by its place among the calls of this step, and by its
         batch size: a second pass that comes and goes must not find what another has kept.
         """
-        self._calls[context or ""] += 1
-        ordinal = self._calls[context or ""] - 1
-        name = f"{context or ''}{ordinal if ordinal or context is None else ''}"
+        ordinal = self._calls[context]
+        self._calls[context] += 1
         if context is None:
-            name = self._pass(name, call)
+            name = self._pass(self._name(str(ordinal), None), call)
+        else:
+            name = self._name(f"{context}{ordinal or ''}", (context, ordinal))
         lane = self.lanes.get((name, call.batch))
         if lane is None:
             lane = self.lanes[name, call.batch] = Lane(call.signature, context is not None, call.batch)
             if context is None:
                 self._check_places(call)
+                lane.first = {key: Seen(x) for key, x in call.conditions.items()}
                 self._mark(lane, call)
-                lane.first = call.conditions
         elif lane.steady is None and context is None:
-            lane.steady = {k: x for k, x in lane.first.items() if k in call.tensors and same(x, call.tensors[k])}
+            lane.steady = {k: x for k, x in lane.first.items() if k in call.tensors and x.same(call.tensors[k])}
+            lane.marks = {k: x for k, x in lane.marks.items() if k in lane.steady}
         if lane.signature != call.signature or lane.step != self.step - 1:
             lane.clear()
             lane.signature = call.signature
         lane.step, lane.latents = self.step, tuple(call.latents.shape)
-        if context is None:
-            lane.latest = call.tensors
         return name, lane
+
+    def _name(self, wanted: str, owner: tuple[str, int] | None) -> str:
+        """Return the name of a pass: the one wanted, with a stroke behind it if it is another's.
+
+        Args:
+            wanted: Place of an unnamed pass, or the pipeline's name with the place of a further pass of that name.
+            owner: The pipeline's name and the place; None for the unnamed passes, which share their numbers.
+        """
+        while self._owners.setdefault(wanted, owner) != owner:
+            wanted += "'"
+        return wanted
 
     def _pass(self, name: str, call: Call) -> str:
         """Return the name of an unnamed pass: that of its place, unless its arguments are those of another.
@@ -189,11 +220,11 @@ class Generation:
             return name
         free = {n: lane for n, lane in peers.items() if lane.step < self.step}
         places = sorted(free, key=lambda n: n != name)
-        found = next((n for n in places if _any_same(free[n].marks, call.tensors)), None)
-        found = found or next((n for n in places if (n == name or free[n].steady) and _fits(free[n], call)), None)
+        found = next((n for n in places if free[n].marks and _all_same(free[n].marks, call)), None)
+        found = found or next((n for n in places if (n == name or free[n].steady) and _fits(n, peers, call)), None)
         if found is not None:
             return found
-        return next(n for n in map(str, count()) if n not in peers)
+        return next(n for n in (self._name(str(place), None) for place in count()) if n not in peers)
 
     def _check_places(self, call: Call) -> None:
         """Refuse a pass that is new in a place where another one has been taken for it, and has reused what is its."""
@@ -201,7 +232,7 @@ class Generation:
             if batch != call.batch or lane.named or lane.step < self.step or lane.steady is None:
                 continue
             moved = {key: x for key, x in lane.first.items() if key not in lane.steady}
-            if _any_same(moved, call.tensors) and self.letters.get(name, "C").endswith("."):
+            if _any_same(moved, call) and self.letters.get(name, "C").endswith("."):
                 raise ScheduleError(
                     f"a guidance pass that began at step {self.step} was called in the place of another, and was taken "
                     f"for it. Name the passes: call the model inside `with model.cache_context(name)`"
@@ -210,12 +241,12 @@ class Generation:
     def _mark(self, lane: Lane, call: Call) -> None:
         """Remember which arguments tell a new unnamed pass from the others, of this step or of those before."""
         for (_, batch), peer in self.lanes.items():
-            known = peer.latest or peer.steady
-            if peer is lane or peer.named or batch != call.batch or not known:
+            if peer is lane or peer.named or batch != call.batch:
                 continue
-            for key in call.tensors.keys() & known.keys():
-                if not same(call.tensors[key], known[key]):
-                    lane.marks[key], peer.marks[key] = call.tensors[key], known[key]
+            known = peer.first if peer.steady is None else peer.steady
+            for key in lane.first.keys() & known.keys():
+                if not known[key].same(call.tensors[key]):
+                    lane.marks[key], peer.marks[key] = lane.first[key], known[key]
 
 
 def _modes(devices: Iterable[str]) -> Iterator[Hashable]:
@@ -227,13 +258,22 @@ def _modes(devices: Iterable[str]) -> Iterator[Hashable]:
         yield device, torch.get_autocast_dtype(device) if enabled else None
 
 
-def _any_same(marks: Mapping[Hashable, Tensor], tensors: Mapping[Hashable, Tensor]) -> bool:
-    return any(key in tensors and same(mark, tensors[key]) for key, mark in marks.items())
+def _any_same(seen: Mapping[Hashable, Seen], call: Call) -> bool:
+    return any(key in call.tensors and x.same(call.tensors[key]) for key, x in seen.items())
 
 
-def _fits(lane: Lane, call: Call) -> bool:
-    """Whether a call is given what the lane's calls have always been given."""
-    return all(key in call.tensors and same(x, call.tensors[key]) for key, x in (lane.steady or {}).items())
+def _all_same(seen: Mapping[Hashable, Seen], call: Call) -> bool:
+    return all(key in call.tensors and x.same(call.tensors[key]) for key, x in seen.items())
+
+
+def _fits(name: str, peers: Mapping[str, Lane], call: Call) -> bool:
+    """Whether a call is given what the lane's calls have always been given; after one, nothing that marks another."""
+    lane = peers[name]
+    if lane.steady is not None:
+        return _all_same(lane.steady, call)
+    foreign = {key for key, x in lane.marks.items() if not _all_same({key: x}, call)}
+    others = (peer.marks for peer in peers.values() if peer is not lane)
+    return not any(_any_same({key: x for key, x in marks.items() if key in foreign}, call) for marks in others)
 
 
 def _is_time(key: Hashable, tensor: Tensor) -> bool:
@@ -242,9 +282,17 @@ def _is_time(key: Hashable, tensor: Tensor) -> bool:
 
 def same(one: Tensor, two: Tensor) -> bool:
     """Whether two tensors are alike; where they lie in the same place, nothing is read from a device."""
-    if one is two:
-        return True
-    if one.shape != two.shape or one.dtype != two.dtype or one.device != two.device:
-        return False
-    in_place = one.data_ptr() == two.data_ptr() and one.stride() == two.stride()
-    return in_place or torch.equal(one, two)
+    return one is two or (_alike(one, two) and (_in_place(one, two) or torch.equal(one, two)))
+
+
+def _alike(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and one.dtype == two.dtype and one.device == two.device
+
+
+def _in_place(one: Tensor, two: Tensor) -> bool:
+    return _alike(one, two) and one.data_ptr() == two.data_ptr() and one.stride() == two.stride()
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written to; None if that is not counted."""
+    return None if tensor.is_inference() else tensor._version

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class PassNames:
-    """Wraps `cache_context` on one instance of a model; where its class has none, the instance has it for a while.
+    """Wraps `cache_context` on one instance of a model; where it has none, it has one for a while.
 
     Args:
         model: Whose passes may be named.
@@ -17,11 +17,12 @@ class PassNames:
 
     def __init__(self, model: nn.Module, named: Callable[[str], AbstractContextManager[None]]) -> None:
         self._model = model
-        inner: Any = getattr(type(model), "cache_context", None)
+        self._own: dict[str, Any] = {k: x for k, x in vars(model).items() if k == "cache_context"}
+        inner: Any = getattr(model, "cache_context", None)
 
         @contextmanager
         def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-            with named(name), inner(model, name, *args, **kwargs) if inner is not None else nullcontext():
+            with named(name), inner(name, *args, **kwargs) if inner is not None else nullcontext():
                 yield
 
         vars(model)["cache_context"] = cache_context
@@ -29,3 +30,4 @@ class PassNames:
     def detach(self) -> None:
         """Give the model its own method back."""
         vars(self._model).pop("cache_context", None)
+        vars(self._model).update(self._own)

@@ -43,6 +43,7 @@ class Replay:
         self._running = _Step(Row(), {}, anatomy)
         self._entries: dict[Any, Any] = {}  # of the lane whose call is running
         self._batch = 1  # of that call
+        self._before: dict[Key, Any] = {}  # last outputs of sites of which older ones stay, when it began
         self._inputs: dict[Range, Tensors] = {}
         self._ran: set[Range] = set()  # ranges whose delta was kept or put in, in the call that runs
         self._streams: dict[int, Streams] = {}
@@ -56,10 +57,16 @@ class Replay:
         if lane.since < 0:
             lane.since = generation.step
         step = self._step(context, generation.step, lane.since)
-        if any(part not in lane.entries for part in step.row.skip):
-            # The pass left out a block at which the range begins or ends, so that it has no delta: it computes.
+        if any(entry not in lane.entries for entry, of in step.reads if not isinstance(of, str) or of in lane.made):
+            # The pass left out the block of a site that it had called before, or one at which a range begins or ends,
+            # so that nothing was kept: it computes. A site that it has never called is not waited for.
             lane.since = generation.step
+            lane.made.clear()
             step = self._step(context, generation.step, lane.since)
+        older: dict[Key, int] = dict(step.row.keep_older)
+        self._before = {key: lane.entries.get(key) for key in step.row.keep & older.keys()}
+        for key in step.row.keep.difference(older):
+            lane.entries.pop(key, None)
         self._installer.install(step.program)
         self._running = step
         self._entries = lane.entries
@@ -68,8 +75,7 @@ class Replay:
     def finish(self, lane: Lane) -> None:
         """Release what no later step reads, and count the call."""
         step, stats = self._running, self._stats
-        if not self._anatomy.links:
-            self._check_ran(step.row, lane)
+        self._check_ran(step.row, lane)
         for key in step.released:
             lane.entries.pop(key, None)
         stats.reused_sites += step.reused
@@ -84,10 +90,16 @@ class Replay:
 
     def _check_ran(self, row: Row, lane: Lane) -> None:
         """Forget what was not made anew, and refuse what was not put in, because the model did not call the blocks."""
+        for key in row.keep:
+            if lane.entries.get(key) is self._before.get(key):
+                _forget(lane, key)
+            else:
+                lane.made.add(key)
+        if self._anatomy.links:
+            return
         for part in row.keep_delta:
             if part not in self._ran:
-                for key in [key for key in lane.entries if key == part or (isinstance(key, tuple) and key[0] == part)]:
-                    del lane.entries[key]
+                _forget(lane, part)
         for start, stop in row.skip:
             if (start, stop) not in self._ran:
                 raise ScheduleError(
@@ -101,6 +113,7 @@ class Replay:
     def leave(self) -> None:
         """Forget the call that ran, also when it failed."""
         self._entries = {}
+        self._before = {}
         self._inputs.clear()
         self._ran.clear()
         self._nested.clear()
@@ -194,16 +207,26 @@ class Replay:
         """Return what gives the stand-in for a site or a range."""
         if coefficients:
             keys = (key, *((key, age) for age in range(1, len(coefficients) + 1)))
-            return lambda *_args, **_kwargs: foretell([self._entries[kept] for kept in keys], coefficients)
+            return lambda *_args, **_kwargs: foretell([self._kept(kept) for kept in keys], coefficients)
         if corrector is not None:
-            return lambda *_args, **_kwargs: corrector(self._entries[key], self._batch)
+            return lambda *_args, **_kwargs: corrector(self._kept(key), self._batch)
         return self._give(key)
 
     def _give(self, key: Hashable) -> Forward:
         def give(*_args: Any, **_kwargs: Any) -> Any:
-            return self._entries[key]
+            return self._kept(key)
 
         return give
+
+    def _kept(self, key: Any) -> Any:
+        if key not in self._entries:
+            site = key if isinstance(key, str) else key[0]
+            raise ScheduleError(
+                f"the output of site {site} is to be reused, and none was kept, because this guidance pass did not "
+                "call its block when it was computed and does now; limit the schedule's rule to the other passes, or "
+                "to blocks that are always called"
+            )
+        return self._entries[key]
 
     def _keep(self, key: str, forward: Forward, older: int) -> Forward:
         def keep(*args: Any, **kwargs: Any) -> Any:
@@ -221,8 +244,9 @@ class Replay:
         """Keep an output, and so many of those before it."""
         entries = self._entries
         for age in range(older, 1, -1):
-            entries[key, age] = entries[key, age - 1]
-        if older:
+            if (key, age - 1) in entries:  # not after a call that left the block out
+                entries[key, age] = entries[key, age - 1]
+        if older and key in entries:
             entries[key, 1] = entries[key]
         entries[key] = out
 
@@ -272,6 +296,10 @@ class _Step:
         ended = (entry for entry in inner if entry[0] in row.release)
         shapes = (key for part in row.release_delta for key in shape_keys(anatomy, part))
         self.released = (*row.release, *row.release_delta, *row.release_older, *ended, *shapes)
+        ages: dict[Key, int] = {key: len(weights) for key, weights in row.predict}
+        used: tuple[Key, ...] = (*row.reuse, *row.skip)
+        newest = tuple((key, key) for key in used)
+        self.reads = (*newest, *(((key, age + 1), key) for key in used for age in range(ages.get(key, 0))))
         self.changes = bool(self.released or row.keep or row.keep_delta)
         self.bytes_held: dict[tuple[Signature, bool], int] = {}
         self.computed = self.reused = self.skipped = saved = 0
@@ -287,6 +315,12 @@ class _Step:
                 else:
                     self.computed += 1
         self.macs = 1 - saved / anatomy.macs if anatomy.macs else 1.0
+
+
+def _forget(lane: Lane, key: Key) -> None:
+    """Let go of all that is kept of a site or a range."""
+    for entry in [e for e in lane.entries if e == key or (isinstance(e, tuple) and e[0] == key)]:
+        del lane.entries[entry]
 
 
 def _through(streams: Streams) -> Forward:

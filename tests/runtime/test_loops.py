@@ -1,6 +1,7 @@
 """Loops that leave passes out, begin in the middle, or run on a model that was changed."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,13 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from torch import Tensor
 
 import dicache
+from dicache import Schedule, ScheduleError
+from dicache.anatomy import survey
 from dicache.runtime import CacheError
-from dicache.schedules import Rule
+from dicache.schedules import AdaCachePolicy, FirstBlockPolicy, Plan, Rule, Target, TeaCachePolicy
+from dicache.schedules.policies import Policy
 from tests.tiny import Build, arguments, dit, every_transformer, pipeline_of, predict, scheduled, time_of
+from tests.toys import Chain, toy_inputs
 
 STEPS = 6
 EVERY_OTHER = Rule("reuse", "C.C.C.")
@@ -144,3 +149,95 @@ def test_after_a_generation_the_blocks_are_plain() -> None:
                 cache.begin_step()
                 predict(model, arguments(model, timestep=900 - step))
             assert torch.equal(block(**given), want)
+
+
+def leaving_out(
+    schedule: Schedule, chain: Chain, turns: list[tuple[int, ...]]
+) -> tuple[list[Tensor], list[Tensor], str]:
+    """Return the outputs of steps that leave out some blocks, with a schedule and without it, and a letter a step."""
+
+    def run(step: int) -> Tensor:
+        chain.left_out = turns[step]
+        inputs = toy_inputs(seed=step, timestep=900 - 100 * step)
+        with torch.no_grad():
+            out: Tensor = chain(*inputs.args, **inputs.kwargs)
+        return out
+
+    plain, cached = [run(step) for step in range(len(turns))], []
+    with dicache.apply(chain, schedule) as cache:
+        cache.begin_generation()
+        for step in range(len(turns)):
+            cache.begin_step()
+            cached.append(run(step))
+        return cached, plain, cache.stats.steps["0"]
+
+
+def of_a_plan(*rules: Rule) -> Schedule:
+    steps = len(rules[0].steps)
+    return Schedule("test", {}, survey(Chain(), toy_inputs()), Target(), steps, Plan(steps, rules))
+
+
+@pytest.mark.parametrize(
+    ("rule", "turns", "computed"),
+    [
+        (Rule("reuse", "C.C."), [(), (), (1,), ()], {0, 2, 3}),
+        (Rule("reuse", "C.CC."), [(), (), (1,), (), ()], {0, 2, 3}),
+        (Rule("reuse", "CCC.", predictor="taylor", order=1), [(), (1,), (), ()], {0, 1, 2, 3}),
+        (Rule("skip", "CCC.", predictor="taylor", order=1), [(), (0,), (), ()], {0, 1, 2, 3}),
+        (Rule("reuse", "C.C."), [(1,), (1,), (1,), (1,)], {0, 2}),
+    ],
+)
+def test_what_was_not_kept_anew_because_its_block_was_left_out_is_computed(
+    rule: Rule, turns: list[tuple[int, ...]], computed: set[int]
+) -> None:
+    cached, plain, _ = leaving_out(of_a_plan(rule), Chain(), turns)
+    assert {step for step, (a, b) in enumerate(zip(cached, plain, strict=True)) if torch.equal(a, b)} == computed
+
+
+@pytest.mark.parametrize("turns", [[(1,), ()], [(1,), (1,), ()]])
+def test_a_block_that_is_called_for_the_first_time_where_its_output_is_to_be_reused_is_refused(
+    turns: list[tuple[int, ...]],
+) -> None:
+    letters = "C" + "." * (len(turns) - 1)
+    with pytest.raises(ScheduleError, match=r"output of site 1\.attn is to be reused, and none was kept.*rule"):
+        leaving_out(of_a_plan(Rule("reuse", letters)), Chain(), turns)
+
+
+TEA = TeaCachePolicy(9, coefficients=(1.0, 0.0), input_range=(0.0, 100.0), last_steps=0)
+FIRST = FirstBlockPolicy(9)
+ADA = AdaCachePolicy(((1e9, 4),), (0,), "block", last_steps=0)
+
+
+def of_a_policy(policy: Policy, chain: Chain, steps: int) -> Schedule:
+    return Schedule("test", {}, survey(chain, toy_inputs()), Target(), steps, policy=policy)
+
+
+@pytest.mark.parametrize(
+    ("policy", "turns", "letters"),
+    [
+        (replace(TEA, first_steps=2), [(), (2,), (), ()], "CCC."),
+        (replace(FIRST, first_steps=2), [(), (2,), (), ()], "CCC."),
+        (replace(TEA, first_steps=2), [(), (1,), (), ()], "CCC."),
+        (TEA, [(), (0,), (), ()], "CCC."),
+        (TEA, [(0,), (), (), ()], "CC.."),
+        (FIRST, [(), (0,), (), ()], "CCC."),
+        (FIRST, [(0,), (), (), ()], "CC.."),
+        (ADA, [(), (), (), ()], "CC.."),
+        (ADA, [(), (0,), (), (), ()], "CCCC."),
+        (ADA, [(), (2,), (), (), ()], "CCCC."),
+    ],
+)
+def test_a_policy_computes_where_a_block_that_it_needs_was_left_out_in_the_step_before(
+    policy: Policy, turns: list[tuple[int, ...]], letters: str
+) -> None:
+    chain = Chain(between=1)
+    cached, plain, done = leaving_out(of_a_policy(policy, chain, len(turns)), chain, turns)
+    assert done == letters
+    assert all(torch.equal(*outputs) == (letter == "C") for letter, *outputs in zip(done, cached, plain, strict=True))
+
+
+@pytest.mark.parametrize(("policy", "start"), [(TEA, 1), (FIRST, 2), (ADA, 1)])
+def test_a_policy_that_skips_blocks_of_which_the_first_is_left_out_is_refused(policy: Policy, start: int) -> None:
+    chain = Chain(between=start)
+    with pytest.raises(ScheduleError, match=f"blocks {start} to 2 are skipped by what they add.* at block {start}"):
+        leaving_out(of_a_policy(policy, chain, 3), chain, [(), (), (start,)])

@@ -15,6 +15,7 @@ from tests.tiny import (
     CHANNELS,
     SIZE,
     STEPS,
+    TEXT_TOKENS,
     TOKENS,
     Build,
     adaptive,
@@ -194,20 +195,87 @@ def test_a_rule_for_a_named_pass_acts_in_it_alone_and_the_name_still_reaches_the
     assert "cache_context" not in model.__dict__
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("a", "a", "a1"), ("a1", "a", "a"), ("0", None, "1"), (None, "0", None)],
+    ids=lambda names: "-".join(map(str, names)),
+)
+def test_passes_whose_names_would_be_alike_are_told_apart(names: tuple[str | None, ...]) -> None:
+    model: Any = named()
+    got: list[list[Tensor]] = [[] for _ in names]
+    with apply(model, schedule_of(named, "reuse")) as cache:
+        cache.begin_generation()
+        for step in range(STEPS):
+            cache.begin_step()
+            for place, name in enumerate(names):
+                with nullcontext() if name is None else model.cache_context(name):
+                    got[place].append(predict(model, given(model, place, step)))
+        assert list(cache.stats.steps.values()) == ["C..."] * 3
+        assert {name for name in names if name} <= set(cache.stats.steps)
+    for place, outputs in enumerate(got):
+        assert torch.equal(torch.stack(outputs), torch.stack(alone(named, "reuse", place)))
+
+
+def test_a_model_whose_instance_has_a_method_for_names_keeps_it_and_is_told() -> None:
+    model: Any = pixart()
+    told: list[str] = []
+
+    def own(name: str) -> Any:
+        told.append(name)
+        return nullcontext()
+
+    model.cache_context = own
+    with apply(model, scheduled(pixart, Rule("reuse", "C..."))) as cache:
+        cache.begin_generation()
+        cache.begin_step()
+        with model.cache_context("cond"):
+            predict(model, given(model, 0, 0))
+        assert cache.stats.steps == {"cond": "C"}
+    assert told == ["cond"]
+    assert model.cache_context is own
+
+
+# Texts of passes, and of three that share one of two conditions with one another: a text, and a mask over its tokens.
+TEXTS = {letter: (ord(letter), 0) for letter in "ABC"}
+PAIRS = {"A": (0, 1), "B": (0, 2), "C": (1, 1)}
+
+
+def conditions(model: nn.Module, passes: dict[str, tuple[int, int]]) -> dict[str, dict[str, Tensor]]:
+    made = {}
+    for letter, (text, hidden) in passes.items():
+        mask = torch.ones(2, TEXT_TOKENS)
+        mask[:, :hidden] = 0
+        given = arguments(model, seed=text)
+        made[letter] = {"encoder_hidden_states": given["encoder_hidden_states"], "encoder_attention_mask": mask}
+    return made
+
+
 def loop(
-    turns: list[str], method: str | None, *, names: bool = False, build: Build = pixart
+    turns: list[str],
+    method: str | None,
+    *,
+    names: bool = False,
+    build: Build = pixart,
+    passes: dict[str, tuple[int, int]] = TEXTS,
+    letters: str = "C.C.C.C.",
+    buffers: bool = False,
 ) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
-    """Call a model as loops do that leave guidance out for some steps: the passes of a step differ in their text only.
+    """Call a model as loops do that leave guidance out for some steps: the passes of a step differ in conditions only.
 
     Args:
         turns: The passes of each step, a letter each.
         method: None for a plain model.
         names: Whether the loop names its passes.
+        build: Makes the model.
+        passes: What conditions each pass has.
+        letters: Of the schedule.
+        buffers: Whether the conditions of all passes are written into the same tensors, one after the other.
     """
     model: Any = build()
-    text = {letter: arguments(model, seed=ord(letter))["encoder_hidden_states"] for letter in "ABC"}
+    given_to = conditions(model, passes)
+    buffer = {key: x.clone() for key, x in given_to["A"].items()}
     outputs: list[dict[str, Tensor]] = []
-    schedule = method and scheduled(build, Rule(method, ("C.C." * 2)[: len(turns)]))  # type: ignore[arg-type]
+    schedule = method and scheduled(build, Rule(method, letters[: len(turns)]))  # type: ignore[arg-type]
     with apply(model, schedule) if schedule else nullcontext() as cache:
         if cache:
             cache.begin_generation()
@@ -217,15 +285,17 @@ def loop(
             given = arguments(model, seed=step, timestep=900 - 100 * step)
             outputs.append({})
             for letter in turn:
+                written = {key: buffer[key].copy_(x) if buffers else x.clone() for key, x in given_to[letter].items()}
                 with model.cache_context(letter) if names else nullcontext():
-                    out = predict(model, {**given, "encoder_hidden_states": text[letter].clone()})
-                outputs[-1][letter] = out
+                    outputs[-1][letter] = predict(model, {**given, **written})
     return outputs, cache.stats.steps if cache else {}
 
 
-def expected(turns: list[str], method: str) -> list[dict[str, Tensor]]:
+def expected(turns: list[str], method: str, **options: Any) -> list[dict[str, Tensor]]:
     """Return what the passes give where each has a loop of its own, in which it is left out at the same steps."""
-    alone = {letter: loop([letter if letter in turn else "" for turn in turns], method)[0] for letter in "ABC"}
+    alone = {
+        letter: loop([letter if letter in turn else "" for turn in turns], method, **options)[0] for letter in "ABC"
+    }
     return [{letter: alone[letter][step][letter] for letter in turn} for step, turn in enumerate(turns)]
 
 
@@ -258,6 +328,39 @@ def test_guidance_in_a_part_of_the_steps_mixes_no_passes(turns: list[str], metho
     assert not equal(got, loop(turns, None)[0])
     if names:
         assert set(steps) == set("".join(turns))
+
+
+@pytest.mark.parametrize(
+    ("turns", "letters"),
+    [
+        (["ABC", "ABC", "BC", "BC"], "CC.."),
+        (["ABC", "ABC", "AC", "AC"], "CC.."),
+        (["ABC", "BC"], "C."),
+        (["ABC", "ABC", "C"], "CC."),
+        (["BAC", "BAC", "AC"], "CC."),
+        (["CAB", "CAB", "AB"], "CC."),
+        (["BC", "BC", "ABC", "ABC"], "CC.."),
+        (["BC", "ABC", "ABC"], "C.."),
+    ],
+    ids=lambda given: "-".join(given) if isinstance(given, list) else given,
+)
+def test_three_passes_that_share_conditions_two_by_two_are_not_mixed(turns: list[str], letters: str) -> None:
+    options: dict[str, Any] = {"passes": PAIRS, "letters": letters}
+    got, steps = loop(turns, "reuse", **options)
+    assert equal(got, expected(turns, "reuse", **options))
+    assert len(steps) == 3
+    assert any("." in done for done in steps.values())
+
+
+@pytest.mark.parametrize("turns", [["AB", "AB", "B", "B"], ["AB", "B", "AB"], ["A", "A", "BA", "BA"]], ids="-".join)
+@pytest.mark.parametrize("counted", [True, False], ids=["counted writes", "inference tensors"])
+def test_passes_whose_conditions_are_written_into_the_same_tensors_are_not_mixed(
+    turns: list[str], counted: bool
+) -> None:
+    with torch.inference_mode(not counted):
+        got, steps = loop(turns, "reuse", buffers=True, letters="C...")
+    assert equal(got, expected(turns, "reuse", letters="C..."))
+    assert len(steps) == 2
 
 
 @pytest.mark.parametrize("method", ["reuse", "skip"])
