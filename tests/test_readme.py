@@ -46,6 +46,7 @@ def test_the_bare_loop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     scheduled(dit).save("fora.json")
     names: dict[str, Any] = {
         "dicache": dicache,
+        "torch": torch,
         "transformer": dit(),
         "timesteps": torch.linspace(999, 0, STEPS)[:, None].expand(-1, 2),
         "latents": torch.zeros(2, 4, 8, 8),

@@ -15,7 +15,7 @@ from dicache.anatomy.inputs import Inputs, moved_inputs
 from dicache.anatomy.nested import tensors_of
 from dicache.anatomy.overrides import Overrides, without_turn
 from dicache.anatomy.parts import AnatomyError, Block
-from dicache.anatomy.probing import nan_like, same
+from dicache.anatomy.probing import nan_like
 from dicache.anatomy.standins import pass_on, view_of_zero
 from dicache.anatomy.watching import BlockCall
 
@@ -53,7 +53,12 @@ def buffers_kept(model: nn.Module, inputs: Inputs) -> Iterator[None]:
 
 
 def _equal(one: Tensor, two: Tensor) -> bool:
-    return one.shape == two.shape and torch.equal(one.nan_to_num(), two.nan_to_num())
+    """Whether tensors are equal bit for bit; NaN equals itself, as where the weights hold one."""
+    return one.shape == two.shape and bool(((one == two) | (one.isnan() & two.isnan())).all())
+
+
+def _alike(want: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
+    return len(want) == len(got) and all(map(_equal, want, got))
 
 
 def verified(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], blocks: Sequence[Block]) -> list[Block]:
@@ -79,7 +84,7 @@ def verified(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], block
 
     def fits(*chosen: int) -> bool:
         without = {path: stand_in for index in chosen for path, stand_in in norms[index].items()}
-        return same(want, _output(model, inputs, {**branches, **without}))
+        return _alike(want, _output(model, inputs, {**branches, **without}))
 
     held = [block.index for block in blocks]
     if not fits(*held):
@@ -94,7 +99,7 @@ def verified(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], block
     with torch.no_grad():
         other = moved_inputs(model, inputs)
         model(*other.args, **other.kwargs)
-    if not same(want, _output(model, inputs, {call.path: _giving(call.returned) for call in calls})):
+    if not _alike(want, _output(model, inputs, {call.path: _giving(call.returned) for call in calls})):
         raise AnatomyError(
             f"with every block of the {type(model).__name__} giving what it gave, its output is another: a block "
             "leaves something behind that it does not return, and that would be old where it is skipped; not supported"
@@ -132,10 +137,10 @@ def unread(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], found: 
         lost = {call.path: _giving(nan_like(call.returned)) for call in calls[start : stop - 1]}
         last = calls[stop - 1]
         ends = [stop]
-        if lost and not same(want, _output(model, inputs, {**lost, last.path: _giving(last.returned)})):
+        if lost and not _alike(want, _output(model, inputs, {**lost, last.path: _giving(last.returned)})):
             pairs = [(calls[i], calls[i + 1]) for i in range(start, stop - 1)]
             given = [{a.path: _giving(nan_like(a.returned)), b.path: _giving(b.returned)} for a, b in pairs]
-            ends = [i for i, g in enumerate(given, start + 1) if not same(want, _output(model, inputs, g))] + ends
+            ends = [i for i, g in enumerate(given, start + 1) if not _alike(want, _output(model, inputs, g))] + ends
         cut += pairwise([start, *ends])
     return tuple(cut)
 
