@@ -69,9 +69,14 @@ def verified(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], block
 
     Raises:
         AnatomyError: If it is not: something else goes from branch to branch, or from block to block, than what they
-            return, and would be missing or old where they do not run.
+            return, and would be missing or old where they do not run; or if the model gives another output each time.
     """
     want = _output(model, inputs, {})
+    if not _alike(want, _output(model, inputs, {})):
+        raise AnatomyError(
+            f"the {type(model).__name__} gives another output each time that it is called with the same arguments, so "
+            "that nothing can be told by comparing; survey it with torch.use_deterministic_algorithms(True)"
+        )
     holders = _holders(model)
     blocks = [_unshared(model, block, holders) for block in blocks]
     branches: Given = {}

@@ -53,6 +53,12 @@ class Remembering(PlainBlock):
         return self.last + 0
 
 
+class Drawing(Chain):
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        out = super().forward(hidden_states, timestep, encoder_hidden_states)
+        return out + torch.rand_like(out)
+
+
 class ReadingTheLast(Chain):
     def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         out = super().forward(hidden_states, timestep, encoder_hidden_states)
@@ -74,9 +80,10 @@ def sharing(name: str) -> Chain:
         (Chain(Scaling), r"blocks\.0 writes into what its attn gives"),
         (Chain(Averaging), r"a call of the Chain changes its buffer blocks\.0\.mean"),
         (sharing("attn"), r"blocks\.0\.attn\S* is a part of other modules as well"),
+        (Drawing(), "the Drawing gives another output each time"),
         (ReadingTheLast(Remembering), "a block leaves something behind that it does not return"),
     ],
-    ids=["stream", "branch", "buffer", "shared", "attribute"],
+    ids=["stream", "branch", "buffer", "shared", "random", "attribute"],
 )
 def test_a_model_whose_blocks_do_more_than_return_is_refused(model: nn.Module, message: str) -> None:
     keys = {path: set(vars(part)) for path, part in model.named_modules()}
