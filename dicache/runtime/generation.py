@@ -30,8 +30,8 @@ class Call:
         given: Its arguments, by name or place.
         tensors: The tensors among them.
         latents: Those that are denoised.
-        signature: Their names, shape, dtype and device of each tensor, also in lists, and what else decides the dtype
-            and kind of what is made: what differs there is not the same pass.
+        signature: Their names, shape, dtype and device of each tensor, also in lists, words (`kv_cache_mode`), and
+            what else decides the dtype and kind of what is made: what differs there is not the same pass.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -41,7 +41,8 @@ class Call:
         }
         self.latents = latents_of(args, kwargs)
         tensors = tuple((x.shape, x.dtype, x.device) for x in tensors_of(self.given))
-        self.signature: Signature = (*self.given, *tensors, *_modes({device.type for *_, device in tensors}))
+        words = (value for value in self.given.values() if isinstance(value, (str, bool)))
+        self.signature: Signature = (*self.given, *tensors, *words, *_modes({device.type for *_, device in tensors}))
 
     @property
     def batch(self) -> int:

@@ -1,6 +1,7 @@
 """Law 6: guidance passes never share state, and an entry that is missing means compute."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
 from dicache import Schedule, ScheduleError, apply
-from dicache.schedules import Rule
+from dicache.anatomy import survey
+from dicache.schedules import Plan, Rule, Target
 from tests.tiny import (
     CHANNELS,
     SIZE,
@@ -28,6 +30,7 @@ from tests.tiny import (
     replay,
     scheduled,
 )
+from tests.toys import Chain, toy_inputs
 
 METHODS = ["reuse", "skip", "adaptive", "first-block"]
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -373,3 +376,19 @@ def test_a_pass_that_begins_in_the_place_of_one_that_was_seen_once_is_refused_wh
     got, steps = loop(turns, method, names=True)
     assert equal(got, expected(turns, method))
     assert steps == {"A": "C.C.", "B": "-CC."}
+
+
+def test_a_pass_that_is_told_another_word_on_the_way_computes() -> None:
+    class Told(Chain):
+        def forward(self, *args: Any, kv_cache_mode: str = "extract", **kwargs: Any) -> Tensor:
+            return super().forward(*args, **kwargs)
+
+    model, inputs = Told(), toy_inputs()
+    anatomy = replace(survey(Chain(), inputs), model="Told")
+    schedule = Schedule("test", {}, anatomy, Target(), 4, Plan(4, (Rule("reuse", "C..."),)))
+    with apply(model, schedule) as cache, torch.no_grad():
+        cache.begin_generation()
+        for word in ("extract", "cached", "cached", "extract"):
+            cache.begin_step()
+            model(*inputs.args, kv_cache_mode=word, **inputs.kwargs)
+    assert cache.stats.steps == {"0": "CC.C"}
