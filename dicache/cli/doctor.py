@@ -95,13 +95,15 @@ def doctor(
         click.echo()
         for verdict in verdicts:
             click.echo(_told(verdict))
+        broken = sum(bool(verdict.broken) for verdict in verdicts)
+        click.echo(f"\n{broken} of {len(verdicts)} laws are broken" if broken else f"\nAll {len(verdicts)} laws hold")
     if any(verdict.broken for verdict in verdicts):
         raise click.exceptions.Exit(1)
 
 
 def _told(verdict: "Verdict") -> str:
     holds = "BROKEN" if verdict.broken else "holds" if verdict.cases else "-"
-    cases = f"{verdict.cases} cases" if verdict.cases else ""
+    cases = f"{verdict.cases} case{'s' * (verdict.cases > 1)}" if verdict.cases else ""
     found = f"\n{'':28}found: {verdict.broken}" if verdict.broken else ""
     return f"{holds:<6}  {cases:>9}  {verdict.seconds:5.1f} s  {verdict.says}{found}"
 
@@ -117,7 +119,7 @@ def _described(anatomy: "Anatomy", passes: dict[str, str]) -> str:
     said = [
         f"{anatomy.model}: {len(anatomy.blocks)} blocks with {blocks:.1%} of its {anatomy.macs / 1e9:.4g} GMACs a call",
         "one delta may replace " + ", ".join(span(start, stop - 1) for start, stop in anatomy.segments),
-        f"a step calls it {len(passes)} time{'s' * (len(passes) != 1)}" + _named(passes),
+        f"a step calls it {'once' if len(passes) == 1 else f'{len(passes)} times'}{_named(passes)}",
         "",
         table(("blocks", "modules", "class", "branches", "of its work"), rows),
     ]

@@ -33,6 +33,7 @@ def test_it_tells_what_the_model_is_made_of_and_what_each_law_says() -> None:
     for law in LAWS.values():
         assert f"  {law.__doc__}" in told.stdout
     assert "BROKEN" not in told.stdout
+    assert told.stdout.endswith("\nAll 11 laws hold\n")
 
 
 def test_a_broken_law_is_told_and_ends_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +52,4 @@ def test_a_broken_law_is_told_and_ends_with_one(monkeypatch: pytest.MonkeyPatch)
     assert "found: everything was as it seemed" in told.stdout
     assert "found: RuntimeError: sizes differ" in told.stdout
     assert told.stdout.count("BROKEN") == 2
+    assert told.stdout.endswith("\n2 of 11 laws are broken\n")
