@@ -115,3 +115,14 @@ class Overrides:
 def without_turn(path: str) -> str:
     """Return the path of a module, whichever of its calls is meant."""
     return path.partition(TURN)[0]
+
+
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model, itself first: as its `modules()`, which takes several times as long."""
+    found, seen = [model], {model}
+    for part in found:  # grows on the way
+        for child in part._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found

@@ -71,6 +71,7 @@ class Cache:
         self._clock: StepClock | None = None
         self._attached = True
         self._executors: dict[tuple[float, ...] | None, Executor] = {}
+        self._planned: dict[tuple[float, ...] | None, tuple[float, str]] = {}
         vars(model)[_MARK] = self  # before whatever else hangs on the model, so that a copy meets its refusal first
         self._names = PassNames(model, lambda name: self._requests.current().named(name))
         try:
@@ -221,8 +222,9 @@ class Cache:
         request.generation = generation
         request.scheduler = None if self._pipeline is None else id(loop_scheduler())
         self.stats.generations += 1
-        self.stats.planned_macs_fraction = schedule.macs_fraction()
-        self.stats.planned_steps = schedule.expected_steps
+        if levels not in self._planned:
+            self._planned[levels] = schedule.macs_fraction(), schedule.expected_steps
+        self.stats.planned_macs_fraction, self.stats.planned_steps = self._planned[levels]
         self.stats.steps, self.stats.distances = generation.letters, generation.distances
 
     def _check_component(self) -> None:

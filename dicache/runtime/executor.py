@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.overrides import Overrides, modules_of
 from dicache.runtime.errors import CacheError
 from dicache.runtime.generation import Generation, Lane
 
@@ -176,4 +176,4 @@ class Installer:
 
 def _forwards(model: nn.Module) -> dict[nn.Module, Forward | None]:
     """Return what stands on each module in place of its class's forward, the model itself left out."""
-    return {module: vars(module).get("forward") for module in model.modules() if module is not model}
+    return {module: vars(module).get("forward") for module in modules_of(model)[1:]}

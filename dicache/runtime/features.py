@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from dicache.anatomy.overrides import modules_of
 from dicache.schedules import Schedule
 
 PREFETCH = "lazy_prefetch_group_offloading"  # diffusers' names of its hooks
@@ -19,7 +20,7 @@ def obstacle(model: nn.Module, schedule: Schedule) -> str | None:
     applied and when each generation begins, since much of it can be turned on in between.
     """
     kind = type(model).__name__
-    parts = list(model.modules())
+    parts = modules_of(model)
     if model.training:
         return f"the {kind} is in training mode; call its eval() first"
     if any(vars(part).get("gradient_checkpointing") for part in parts):
@@ -32,7 +33,8 @@ def obstacle(model: nn.Module, schedule: Schedule) -> str | None:
             f"the {kind} has another cache enabled, diffusers' {type(config).__name__}, and two caches would each skip "
             "what the other counts on; call its disable_cache() first"
         )
-    hooks = list(_hooks(model))
+    # Asked for at each generation: the names of modules take longer than the modules.
+    hooks = list(_hooks(model)) if any("_diffusers_hook" in vars(part) for part in parts) else []
     for path, name, hook in hooks:
         if name != HARMLESS and hasattr(hook, "new_forward"):
             return (

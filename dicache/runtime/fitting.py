@@ -7,7 +7,7 @@ from torch import nn
 
 from dicache.anatomy.clock import noise_levels, timesteps
 from dicache.anatomy.fingerprint import fingerprint
-from dicache.anatomy.overrides import without_turn
+from dicache.anatomy.overrides import modules_of, without_turn
 from dicache.runtime.callers import is_distilled
 from dicache.runtime.errors import CacheError, CacheWarning
 from dicache.runtime.features import compiled, obstacle
@@ -202,7 +202,7 @@ def _dtype(model: nn.Module) -> str:
 
 
 def _identities(model: nn.Module) -> tuple[int, ...]:
-    return tuple(map(id, model.modules()))
+    return tuple(map(id, modules_of(model)))
 
 
 def _levels(scheduler: Any) -> tuple[float, ...] | None:
