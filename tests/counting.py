@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dicache.anatomy.macs import TOTAL, count_macs
+from dicache.conformance import subject
 
 
 class Operators(TorchDispatchMode):
@@ -99,9 +100,9 @@ def interrupted(run: Callable[[], Any], folder: str, line: int) -> int:
     return lines
 
 
-def attributes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Return which objects hang on each module of a model."""
-    return {path: {key: id(value) for key, value in part.__dict__.items()} for path, part in model.named_modules()}
+def attributes(model: nn.Module) -> dict[tuple[str, str], int]:
+    """Return which objects hang on each module of a model, by its path and the attribute's name."""
+    return {place: id(value) for place, value in subject.attributes(model).items()}
 
 
 def alike(got: torch.Tensor, want: torch.Tensor) -> bool:

@@ -13,7 +13,9 @@ from click.testing import CliRunner
 import dicache
 from dicache.cli import main
 from dicache.models.loading import load
+from tests.pipelines.samplers import KINDS
 from tests.tiny import dit
+from tests.transformers import TRANSFORMERS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -54,6 +56,13 @@ def test_the_bare_loop_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     }
     exec(blocks("python")[1], names)
     assert names["cache"].stats.calls == STEPS
+
+
+def test_as_many_classes_and_samplers_are_tested_as_it_says() -> None:
+    kinds = {tiny.kind for tiny in TRANSFORMERS.values()}
+    said = " ".join(README.split())
+    assert f"{len(kinds)} transformer classes of diffusers" in said
+    assert f"{len(KINDS)} samplers" in said
 
 
 def test_every_link_leads_somewhere() -> None:

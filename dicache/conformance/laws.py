@@ -11,7 +11,8 @@ from dicache.anatomy.inputs import moved_inputs
 from dicache.anatomy.macs import TOTAL, count_macs
 from dicache.anatomy.nested import tensors_of
 from dicache.anatomy.overrides import Overrides
-from dicache.conformance.subject import Place, Subject, attributes, equal, error, rounding
+from dicache.anatomy.probing import same
+from dicache.conformance.subject import Place, Subject, attributes, error, rounding
 from dicache.runtime.errors import CacheWarning
 from dicache.schedules import PlanError, Rule
 from dicache.schedules.policies import FirstBlockPolicy, Policy, TeaCachePolicy
@@ -36,7 +37,7 @@ def computing(subject: Subject) -> int:
         macs = count_macs(lambda: got.append(step(subject.calls[2])))[TOTAL]
         held = cache.stats.peak_bytes_held
     for place, (one, other) in enumerate(zip(got, want, strict=True)):
-        if not equal(one, other):
+        if not same(one, other):
             raise LawError(f"with everything computed the output of step {place} differs by {error(one, other):.2g}")
     _same("with everything computed the model runs", macs, count_macs(lambda: subject.call(subject.calls[2]))[TOTAL])
     _same("bytes kept for nobody:", held, 0)
@@ -55,7 +56,7 @@ def reusing_all(subject: Subject) -> int:
     _same("with every site reused the model runs", macs, anatomy.macs - sites)
     if norms:
         raise LawError(f"with every site reused the norm {next(iter(norms))} still runs")
-    if not (equal(first, want) and equal(second, want)):
+    if not (same(first, want) and same(second, want)):
         raise LawError(f"with every site reused and equal inputs the output differs by {error(second, want):.2g}")
     return len(anatomy.sites)
 
@@ -71,7 +72,7 @@ def reusing_one(subject: Subject) -> int:
         if not site.macs:
             raise LawError(f"{block.key(site)} does no work")
         _same(f"with {block.key(site)} reused the model runs", macs, subject.anatomy.macs - work)
-        if not equal(second, want):
+        if not same(second, want):
             raise LawError(f"with {block.key(site)} reused and equal inputs the output differs")
     return len(cases)
 
@@ -83,9 +84,9 @@ def stale(subject: Subject) -> int:
     for rule in (Rule("reuse", "C."), Rule("skip", "C.", blocks=_skippable(subject))):
         with _left(subject) as left:
             _, out = subject.replay(subject.plan(rule, steps=2), (subject.inputs, now))
-        if equal(out, fresh):
+        if same(out, fresh):
             raise LawError(f"a step that is to {rule.action} gives what a computed one does: nothing was reused")
-        if len(left) == 2 and equal(*left):
+        if len(left) == 2 and same(*left):
             raise LawError("with every branch reused the stream leaves the blocks as it did before, with other latents")
         if not all(bool(tensor.isfinite().all()) for tensor in out):
             raise LawError(f"a step that is to {rule.action} gives NaN or infinity")
@@ -155,7 +156,7 @@ def _deciding(subject: Subject) -> int:
         except PlanError:  # the method does not fit the model, and says so
             continue
         cases += 1
-        if not all(map(equal, subject.replay(subject.policy(careful, steps=3), subject.calls), want)):
+        if not all(map(same, subject.replay(subject.policy(careful, steps=3), subject.calls), want)):
             raise LawError(f"{careful.name} with the threshold 0 changes the output")
         _, out, macs = subject.twice_by(subject.policy(bold, steps=3))
         _same(
@@ -191,9 +192,9 @@ def restoring(subject: Subject) -> int:
             else:
                 raise LawError(f"block {index} was not called")
         _restored(subject, before, known, f"after a failure in block {index}")
-        if not all(map(equal, subject.replay(schedule, subject.calls[:2]), clean)):
+        if not all(map(same, subject.replay(schedule, subject.calls[:2]), clean)):
             raise LawError(f"after a failure in block {index} the next generation is another")
-    if not all(map(equal, [subject.call(inputs) for inputs in subject.calls[:2]], want)):
+    if not all(map(same, [subject.call(inputs) for inputs in subject.calls[:2]], want)):
         raise LawError("after detaching the model gives another output")
     return 4
 
@@ -225,9 +226,9 @@ def keeping(subject: Subject) -> int:
     for key in subject.anatomy.sites:
         if [id(tensor) for tensor in tensors_of(kept[key])] != [id(tensor) for tensor in made[key]]:
             raise LawError(f"what is kept of {key} is not the tensor that it gave")
-        if not equal(made[key], content[key]):
+        if not same(made[key], content[key]):
             raise LawError(f"what is kept of {key} was written into by the model; its blocks cannot be reused")
-    if not equal(_tensors(subject.inputs), given):
+    if not same(_tensors(subject.inputs), given):
         raise LawError("the model's arguments were written into")
     return len(kept)
 

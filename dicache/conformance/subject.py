@@ -141,11 +141,6 @@ def attributes(model: nn.Module) -> dict[Place, Any]:
     return {(path, name): value for path, part in model.named_modules() for name, value in vars(part).items()}
 
 
-def equal(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
-    """Whether outputs are equal bit for bit."""
-    return len(one) == len(two) and all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
 def error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     """Return the norm of the difference of outputs, relative to that of what is wanted."""
     apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(got, want, strict=True))

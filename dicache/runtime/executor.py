@@ -69,11 +69,6 @@ class Installer:
         """
         return {**_forwards(self._model), **self._turns.untouched()} != self._found
 
-    @property
-    def same_modules(self) -> bool:
-        """Whether the model still has the modules that it had when this was made."""
-        return _forwards(self._model).keys() == self._found.keys()
-
     def original(self, module: nn.Module) -> Forward:
         """Return the forward that a module has without any program."""
         found = self._found.get(module)

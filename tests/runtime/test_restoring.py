@@ -89,7 +89,7 @@ def test_an_exception_in_a_late_step_of_a_pipeline_restores_model_and_scheduler(
     with broken(block_of(denoiser(pipe), build, 0), call=STEPS - 1), apply(pipe, schedule_of(build, method)):
         generate(pipe)
     after = attributes(denoiser(pipe))
-    assert {path: set(values) for path, values in after.items()} == {path: set(v) for path, v in before.items()}
+    assert after.keys() == before.keys()
     assert after == before
     assert set(pipe.scheduler.__dict__) == keys
     assert torch.equal(generate(pipe), want)
