@@ -12,21 +12,24 @@ from dicache.schedules import Corrections, ScheduleError
 from dicache.schedules.corrections import name_of
 
 
-def foretell(outputs: Sequence[Any], coefficients: Sequence[float]) -> Any:
+def foretell(outputs: Sequence[Any], coefficients: Sequence[float], scale: float = 1.0) -> Any:
     """Return the last output and, added to it, the weighted differences of successive ones.
 
     Args:
         outputs: The last one first: tensors, or equally nested tuples, lists and dictionaries of them.
         coefficients: With which their differences are weighed, one fewer than outputs.
+        scale: What the last output is multiplied with.
     """
     if not isinstance(outputs[0], Tensor):
-        return each(outputs, lambda parts: foretell(parts, coefficients))
+        return each(outputs, lambda parts: foretell(parts, coefficients, scale))
     last, *older = outputs
+    if not older:
+        return last * scale
     # The differences are taken first: of two half-precision numbers that are close, the difference is exact.
     total = torch.add(last, last - older[0], alpha=coefficients[0])
     for newer, before, coefficient in zip(older, older[1:], coefficients[1:], strict=False):
         total.add_(newer - before, alpha=coefficient)
-    return total
+    return total if scale == 1 else total.add_(last, alpha=scale - 1)
 
 
 class Corrector:

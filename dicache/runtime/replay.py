@@ -137,7 +137,7 @@ class Replay:
                 site: self._corrector(context, site, step) for site in self._corrected(rows, row, step, since)
             }
             kept = (row.keep, row.keep_delta, row.keep_older, row.features)
-            same = (row.reuse, row.skip, *kept, row.predict, *correctors.items())
+            same = (row.reuse, row.skip, *kept, row.predict, row.scale, *correctors.items())
             if same not in self._programs:
                 self._programs[same] = self._build(row, correctors)
             self._steps[key] = _Step(row, self._programs[same], self._anatomy)
@@ -158,7 +158,7 @@ class Replay:
         return self._correctors[key]
 
     def _build(self, row: Row, correctors: Mapping[str, Corrector]) -> Program:
-        predict, older = dict(row.predict), dict(row.keep_older)
+        older = dict(row.keep_older)
         program: Program = {}
         skipped = {index for start, stop in row.skip for index in range(start, stop)}
         for block in self._anatomy.blocks:
@@ -170,7 +170,7 @@ class Replay:
                 module = self._installer.part(self._model, f"{block.module}.{site.module}")
                 inner = {path: self._installer.part(self._model, f"{block.module}.{path}") for path in site.inner}
                 if site.branch in reused:
-                    program[module] = self._stand_in(key, predict.get(key, ()), correctors.get(key))
+                    program[module] = self._stand_in(row, key, correctors.get(key))
                     program |= {piece: self._give((key, path)) for path, piece in inner.items()}
                 elif key in row.keep:
                     program[module] = self._keep(key, self._installer.original(module), older.get(key, 0))
@@ -180,8 +180,7 @@ class Replay:
                 if reused.issuperset(feeds):
                     program[self._model.get_submodule(f"{block.module}.{path}")] = pass_on
         for part in row.skip if self._anatomy.links else ():
-            stand_in = self._stand_in(part, predict.get(part, ()), None)
-            program |= self._nested.skip(part, stand_in, feature=part in row.features)
+            program |= self._nested.skip(part, self._stand_in(row, part), feature=part in row.features)
         for part in row.keep_delta if self._anatomy.links else ():
             program |= self._nested.keep(part, program, older.get(part, 0), feature=part in row.features)
         if self._anatomy.links:
@@ -191,7 +190,7 @@ class Replay:
                 streams = self._streams[index]
                 program[streams.module] = _through(streams)
             first = self._streams[part[0]]
-            change = self._stand_in(part, predict.get(part, ()), None)
+            change = self._stand_in(row, part)
             program[first.module] = self._changed(part, first, change, replace if part in row.features else add)
         for part in row.keep_delta:
             first, last = self._streams[part[0]], self._streams[part[1] - 1]
@@ -203,11 +202,12 @@ class Replay:
             program[first.module] = self._enter(part, first, program.get(first.module, first.forward))
         return program
 
-    def _stand_in(self, key: Key, coefficients: tuple[float, ...], corrector: Corrector | None) -> Forward:
+    def _stand_in(self, row: Row, key: Key, corrector: Corrector | None = None) -> Forward:
         """Return what gives the stand-in for a site or a range."""
-        if coefficients:
+        coefficients, scale = dict(row.predict).get(key, ()), dict(row.scale).get(key, 1.0)
+        if coefficients or scale != 1:
             keys = (key, *((key, age) for age in range(1, len(coefficients) + 1)))
-            return lambda *_args, **_kwargs: foretell([self._kept(kept) for kept in keys], coefficients)
+            return lambda *_args, **_kwargs: foretell([self._kept(kept) for kept in keys], coefficients, scale)
         if corrector is not None:
             return lambda *_args, **_kwargs: corrector(self._kept(key), self._batch)
         return self._give(key)

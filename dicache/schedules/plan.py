@@ -1,17 +1,27 @@
 """A plan: which site is computed at which step, written as a few rules that a person can read."""
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_args
 
 from dicache.anatomy.parts import BRANCHES, Anatomy, AnatomyError, parse_span, span
 
 Action = Literal["reuse", "skip"]
-Predictor = Literal["hold", "taylor", "feature"]
-StandIn = tuple[Predictor, int]  # a rule's predictor and its order
+Predictor = Literal["hold", "taylor", "feature", "forecast"]
+Weights = tuple[tuple[int, float], ...]  # the steps whose outputs a forecast adds up, the last one first, and how much
+
+
+class StandIn(NamedTuple):
+    """What stands in for an output: of a forecast, the order is how many outputs before the last it is made of."""
+
+    predictor: Predictor
+    order: int = 0
+    weights: Weights = ()
+
 
 MAX_ORDER = 4  # of TaylorSeer's published settings; beyond it rounding errors grow faster than what is gained
-HOLD: StandIn = ("hold", 0)
+HOLD = StandIn("hold")
 
 COMPUTE = "C"
 ACT = "."  # the rule's action
@@ -38,8 +48,11 @@ class Rule:
         predictor: What stands in for the output: `hold`, the last one computed, or the last delta; `taylor`, what the
             last `order + 1` of them foretell, by finite differences (TaylorSeer, arXiv 2503.06923); `feature`, of a
             range that is skipped, its last output itself in the place of its delta (Faster Diffusion, arXiv
-            2312.09608).
+            2312.09608); `forecast`, a weighted sum of the last ones computed, whose weights the rule has.
         order: Of a Taylor expansion; 0 holds.
+        weights: Of a forecast: for each step at which the rule acts, the steps whose outputs are added up, the last
+            one first, with their weights. Where a guidance pass has others kept, because it began later, a Taylor
+            expansion of as many outputs stands in.
     """
 
     action: Action
@@ -49,6 +62,7 @@ class Rule:
     context: str = ALL
     predictor: Predictor = "hold"
     order: int = 0
+    weights: Mapping[int, Weights] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.action not in get_args(Action):
@@ -66,6 +80,7 @@ class Rule:
             )
         if self.steps.startswith(ACT):
             raise PlanError(f"the first step must be computed, nothing is kept before it; found steps {self.steps!r}")
+        self._check_weights()
         if self.branch != ALL and self.branch.split(".")[0] not in BRANCHES:
             raise PlanError(f"unknown branch {self.branch!r}; write * or one of {', '.join(BRANCHES)}")
         if self.action == "skip" and self.branch != ALL:
@@ -75,6 +90,24 @@ class Rule:
                 parse_span(self.blocks)
             except AnatomyError as error:
                 raise PlanError(str(error)) from None
+
+    def _check_weights(self) -> None:
+        acting = {step for step, letter in enumerate(self.steps) if letter == ACT}
+        needed = acting if self.predictor == "forecast" else set()
+        if wrong := sorted(self.weights.keys() ^ needed):
+            kind = "has no" if wrong[0] in needed else "has unwanted"
+            raise PlanError(f"a rule with predictor {self.predictor} {kind} weights for step {wrong[0]}")
+        for step, weights in self.weights.items():
+            sources = [source for source, _ in weights]
+            if sources != sorted({*sources} - acting, reverse=True) or not 1 <= len(sources) <= MAX_ORDER + 1:
+                raise PlanError(
+                    f"the forecast of step {step} must be of 1 to {MAX_ORDER + 1} steps at which the rule does not "
+                    f"act, the last one first; found {sources}"
+                )
+            if sources[0] >= step or sources[-1] < 0:
+                raise PlanError(f"the forecast of step {step} must be of steps before it, found {sources}")
+            if not all(math.isfinite(weight) for _, weight in weights):
+                raise PlanError(f"the weights of the forecast of step {step} must be finite numbers, found {weights}")
 
     def covers(self, branch: str) -> bool:
         return self.branch in (ALL, branch, branch.split(".")[0]) or self.branch == f"{branch}."
@@ -93,13 +126,40 @@ class Rule:
             raise PlanError(f"a rule is for blocks {self.blocks}, but {anatomy.model} has the blocks 0-{count - 1}")
         return first, last + 1
 
-    @property
-    def stand_in(self) -> StandIn:
-        """What stands in for what is not computed; a Taylor expansion of order 0 is the last output itself."""
-        return (self.predictor, self.order) if self.predictor == "feature" or self.order else HOLD
+    def stand_in(self, step: int) -> StandIn:
+        """Return what stands in at a step; a Taylor expansion of order 0 is the last output itself."""
+        if self.predictor == "forecast":
+            return StandIn("forecast", len(self.weights[step]) - 1, self.weights[step])
+        return StandIn(self.predictor, self.order) if self.predictor == "feature" or self.order else HOLD
 
     def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "order" or self.predictor == "taylor"}
+        content = {name: value for name, value in vars(self).items() if name not in ("order", "weights")}
+        if self.predictor == "taylor":
+            content["order"] = self.order
+        if self.predictor == "forecast":
+            content["weights"] = {
+                str(step): {str(source): weight for source, weight in weights} for step, weights in self.weights.items()
+            }
+        return content
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Rule":
+        """Read a rule.
+
+        Raises:
+            PlanError: If a key is unknown or missing, or a value is not of its kind.
+        """
+        kinds: dict[str, type] = dict.fromkeys(("action", "steps", "blocks", "branch", "context", "predictor"), str)
+        _check(content, {**kinds, "order": int, "weights": Mapping}, needed={"action", "steps"})
+        weights = {}
+        for step, given in content.get("weights", {}).items():
+            what = f"the weights of step {step}"
+            if not isinstance(given, Mapping) or not all(type(w) in (int, float) for w in given.values()):
+                raise PlanError(f"{what} must be an object of a number for each step they are for, found {given!r}")
+            if not all(key.isdecimal() for key in (step, *given)):
+                raise PlanError(f"{what} must be named by steps, found {', '.join(given)}")
+            weights[int(step)] = tuple((int(source), float(weight)) for source, weight in given.items())
+        return cls(**{**content, "weights": weights})
 
 
 @dataclass(frozen=True)
@@ -187,7 +247,7 @@ class Plan:
                 if part[0] < part[1]:
                     _enter(found.setdefault(part, {}), rule, f"blocks {rule.blocks}")
         for (first, stop), by_step in found.items():
-            feature = {predictor == "feature" for predictor, _ in by_step.values()}
+            feature = {stand_in.predictor == "feature" for stand_in in by_step.values()}
             if len(feature) > 1:
                 raise PlanError(f"blocks {first}-{stop - 1} are replaced by their delta and by their feature map")
             if obstacle := anatomy.obstacle(first, stop, delta=feature == {False}):
@@ -236,24 +296,21 @@ class Plan:
         """
         known = {"steps": int, "rules": list, "collapse_guidance_from": int}
         _check(content, known, needed={"steps", "rules"})
-        kinds: dict[str, type] = dict.fromkeys(("action", "steps", "blocks", "branch", "context", "predictor"), str)
-        kinds["order"] = int
-        for rule in content["rules"]:
-            _check(rule, kinds, needed={"action", "steps"})
-        return cls(**{**content, "rules": tuple(Rule(**rule) for rule in content["rules"])})
+        return cls(**{**content, "rules": tuple(Rule.from_json(rule) for rule in content["rules"])})
 
 
 def _enter(by_step: dict[int, StandIn], rule: Rule, what: str) -> None:
     for step, letter in enumerate(rule.steps):
-        if letter == ACT and by_step.setdefault(step, rule.stand_in) != rule.stand_in:
+        if letter == ACT and by_step.setdefault(step, here := rule.stand_in(step)) != here:
             raise PlanError(
-                f"two rules predict {what} at step {step}: {_in_words(by_step[step])} and {_in_words(rule.stand_in)}"
+                f"two rules predict {what} at step {step}: {_in_words(by_step[step])} and {_in_words(here)}"
             )
 
 
 def _in_words(stand_in: StandIn) -> str:
-    predictor, order = stand_in
-    return f"{predictor} of order {order}" if order else predictor
+    if stand_in.weights:
+        return "forecast with weights " + ", ".join(f"{weight:.3g}" for _, weight in stand_in.weights)
+    return f"{stand_in.predictor} of order {stand_in.order}" if stand_in.order else stand_in.predictor
 
 
 def _check(content: Any, kinds: Mapping[str, type], needed: set[str]) -> None:

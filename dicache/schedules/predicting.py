@@ -35,3 +35,12 @@ def taylor_coefficients(computed: Sequence[int], step: int) -> tuple[float, ...]
         total += derivative[0] * (step - computed[0]) ** j / factorial(j)
         derivative = (derivative[:-1] - derivative[1:]) / np.array(distances[: order - j])[:, None]
     return tuple(total.tolist())
+
+
+def as_differences(weights: Sequence[float]) -> tuple[tuple[float, ...], float]:
+    """Return c_1 to c_n and s, with which `s F_0 + sum over m of c_m (F_(m-1) - F_m)` is the sum of w_m F_m.
+
+    Args:
+        weights: w_0 to w_n, of the last output first.
+    """
+    return tuple(-sum(weights[m:]) for m in range(1, len(weights))), sum(weights)

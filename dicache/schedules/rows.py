@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dicache.anatomy.parts import Anatomy
-from dicache.schedules.plan import ACT, COMPUTE, REUSED, Plan, StandIn
-from dicache.schedules.predicting import taylor_coefficients
+from dicache.schedules.plan import ACT, COMPUTE, REUSED, Plan, PlanError, StandIn
+from dicache.schedules.predicting import as_differences, taylor_coefficients
 
 Range = tuple[int, int]  # blocks [start, stop) inside one segment that one delta replaces
 Key = str | Range  # of a site, or of a range
@@ -26,6 +26,7 @@ class Row:
         features: Ranges whose output itself stands in the place of their delta.
         predict: The sites and ranges that are predicted from more than their last output, with the weights of the
             differences of successive outputs, the last ones first.
+        scale: What the last output of a site or a range is multiplied with in its prediction, where that is not 1.
         keep_older: The sites and ranges of which, besides what is kept now, so many outputs from before stay.
         release_older: Outputs from before that nothing reads any more once this step is done.
     """
@@ -38,6 +39,7 @@ class Row:
     release_delta: tuple[Range, ...] = ()
     features: tuple[Range, ...] = ()
     predict: tuple[tuple[Key, tuple[float, ...]], ...] = ()
+    scale: tuple[tuple[Key, float], ...] = ()
     keep_older: tuple[tuple[Key, int], ...] = ()
     release_older: tuple[Older, ...] = ()
 
@@ -51,7 +53,7 @@ class Rows:
         context: The guidance pass; None applies only the rules for every context.
 
     Raises:
-        PlanError: If the plan does not fit the model.
+        PlanError: If the plan does not fit the model, or a forecast is not of the outputs computed last.
     """
 
     def __init__(self, plan: Plan, anatomy: Anatomy, context: str | None = None) -> None:
@@ -82,6 +84,7 @@ class Rows:
             release_delta=tuple(part for part, here in ranges.items() if here.acts and not here.after),
             features=tuple(part for part, course in self._ranges.items() if course.feature),
             predict=tuple((key, here.coefficients) for key, here in everything if here.coefficients),
+            scale=tuple((key, here.scale) for key, here in everything if here.scale != 1),
             keep_older=tuple((key, here.after - 1) for key, here in everything if here.computes and here.after > 1),
             release_older=tuple(
                 (key, age) for key, here in everything for age in range(max(here.after, 1), here.before) if here.acts
@@ -103,13 +106,15 @@ class _Step:
         before: How many of its outputs are held when the step begins.
         after: How many are held when it is done.
         coefficients: With which the differences of the outputs held are weighed in the stand-in.
+        scale: Of the last output in it.
     """
 
     computes: bool
     acts: bool
     before: int
     after: int
-    coefficients: tuple[float, ...]
+    coefficients: tuple[float, ...] = ()
+    scale: float = 1.0
 
 
 class _Course:
@@ -122,18 +127,28 @@ class _Course:
 
     def __init__(self, letters: str, stand_ins: Mapping[int, StandIn]) -> None:
         self._letters = letters
-        self._orders = {step: order for step, (_, order) in stand_ins.items()}
-        self._most = max(self._orders.values(), default=0)
-        self.feature = any(predictor == "feature" for predictor, _ in stand_ins.values())
+        self._stand_ins = stand_ins
+        self._most = max((stand_in.order for stand_in in stand_ins.values()), default=0)
+        self.feature = any(stand_in.predictor == "feature" for stand_in in stand_ins.values())
+        for step, (_, order, weights) in stand_ins.items():
+            sources = [source for source, _ in weights]
+            if weights and letters[step] == ACT and sources != (last := self.computed(step - 1, 0)[: order + 1]):
+                raise PlanError(
+                    f"the forecast of step {step} is of steps {sources}, but those computed last are {last}"
+                )
 
     def at(self, step: int, since: int) -> _Step:
         computes = step == since or self._letters[step] == COMPUTE
         acts = not computes and self._letters[step] == ACT
-        coefficients: tuple[float, ...] = ()
-        if acts and (order := self._orders[step]):
-            coefficients = taylor_coefficients(self.computed(step - 1, since)[: order + 1], step)
         before = self._held(step - 1, since) if step > since else 0
-        return _Step(computes, acts, before, self._held(step, since), coefficients)
+        after = self._held(step, since)
+        if not acts:
+            return _Step(computes, acts, before, after)
+        _, order, weights = self._stand_ins[step]
+        held = self.computed(step - 1, since)[: order + 1]
+        if weights and held == [source for source, _ in weights]:
+            return _Step(computes, acts, before, after, *as_differences([weight for _, weight in weights]))
+        return _Step(computes, acts, before, after, taylor_coefficients(held, step) if order else ())
 
     def computed(self, last: int, since: int) -> list[int]:
         """Return the steps up to `last` that it was computed at, the last one first."""
@@ -148,7 +163,7 @@ class _Course:
                 if newer > self._most:
                     break
             elif self._letters[later] == ACT:
-                most = max(most, self._orders[later] + 1 - newer)
+                most = max(most, self._stand_ins[later].order + 1 - newer)
         return min(most, len(self.computed(step, since))) if most > 1 else most
 
 

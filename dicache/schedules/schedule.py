@@ -14,9 +14,11 @@ from dicache.anatomy.parts import Anatomy, AnatomyError
 from dicache.schedules.corrections import Corrections
 from dicache.schedules.plan import ACT, COMPUTE, Plan, PlanError, Rule
 from dicache.schedules.policies import Policy, read_policy
+from dicache.schedules.rows import Rows
 from dicache.schedules.target import ScheduleError, Target
 
 FORMAT = "dicache.schedule/1"
+MAX_MAPPED_ORDER = 2  # of the Taylor expansion in the place of a forecast at other steps; higher ones are unsafe
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Schedule:
                 raise ScheduleError(f"the plan has {self.plan.steps} steps, the schedule {self.steps}")
             for context in (None, *self.plan.contexts):
                 self.plan.table(self.anatomy, context)  # raises if it does not fit the model
+                if any(rule.weights for rule in self.plan.rules):
+                    Rows(self.plan, self.anatomy, context)  # raises if a forecast is of other steps than are computed
         if self.corrections is not None:
             if self.plan is None:
                 raise ScheduleError("corrections are of outputs that a plan holds, but the schedule has a policy")
@@ -151,7 +155,8 @@ class Schedule:
         """Return the schedule for another number of steps.
 
         What the plan does at a step it does at the new step whose noise level is nearest; where several meet, only what
-        all of them leave out is left out. A policy decides at run time and only counts its steps anew.
+        all of them leave out is left out. A policy decides at run time and only counts its steps anew. The weights of a
+        forecast are for its own steps; a Taylor expansion takes its place.
 
         Raises:
             ScheduleError: If the schedule does not say at which noise levels it was made, or has corrections, which
@@ -294,12 +299,16 @@ def _resampled(plan: Plan, mine: tuple[float, ...], theirs: tuple[float, ...]) -
 
     sources = [comes_from(step) if step else [] for step in range(len(new))]  # the first step has nothing to reuse
 
-    def letters(rule: Rule) -> str:
-        return "".join(ACT if s and all(rule.steps[i] == ACT for i in s) else COMPUTE for s in sources)
+    def mapped(rule: Rule) -> Rule:
+        letters = "".join(ACT if s and all(rule.steps[i] == ACT for i in s) else COMPUTE for s in sources)
+        if rule.predictor != "forecast":
+            return replace(rule, steps=letters)
+        order = min(MAX_MAPPED_ORDER, max((len(weights) for weights in rule.weights.values()), default=1) - 1)
+        return replace(rule, steps=letters, predictor="taylor", order=order, weights={})
 
     guided = [step for step, s in enumerate(sources) if not s or any(i < collapsed for i in s)]
     start = guided[-1] + 1  # the first step is among them
-    rules = tuple(replace(rule, steps=letters(rule)) for rule in plan.rules)
+    rules = tuple(mapped(rule) for rule in plan.rules)
     return Plan(len(new), rules, start if start < len(new) else None)
 
 

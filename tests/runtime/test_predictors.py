@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dicache import Cache, Schedule, apply
 from dicache.schedules import Plan, Rule, Target
+from dicache.schedules.plan import Weights
 from tests.runtime.interleaving import out_of_phase
 from tests.runtime.test_oracle import expansion
 from tests.tiny import Build, arguments, denoise, every_model, predict, sample, scheduled
@@ -125,11 +126,45 @@ def test_the_published_expansion_is_off_on_squares_by_interval_times_distance() 
     assert torch.allclose(error, squares * 3 * 2, atol=1e-9)
 
 
+@pytest.mark.parametrize("action", ["reuse", "skip"])
+def test_a_forecast_is_the_weighted_sum_of_the_outputs_that_it_names(action: Any) -> None:
+    weights: dict[int, Weights] = {1: ((0, 0.5),), 4: ((3, 1.5), (2, -0.25), (0, 0.125)), 5: ((3, 1.0), (2, -2.0))}
+    plan = Plan(6, (Rule(action, "C.CC..", predictor="forecast", weights=weights),))
+    model = Toy(degree=3)
+    plain = outputs(model, *range(6))
+    with apply(model, Schedule("test", {}, written(2), Target(), 6, plan)) as cache:
+        got = outputs(model, *range(6), cache=cache)
+    for step, sources in weights.items():
+        # The latents are zero, so that what the blocks add is the model's output.
+        want = torch.stack([weight * plain[source] for source, weight in sources]).sum(0)
+        assert torch.allclose(got[step], want, rtol=1e-10)
+
+
+@every_model
+@pytest.mark.parametrize("action", ["reuse", "skip"])
+def test_a_forecast_with_the_weights_of_an_expansion_is_that_bit_for_bit(build: Build, action: Any) -> None:
+    weights: dict[int, Weights] = {2: ((1, 2.0), (0, -1.0)), 4: ((3, 1.5), (1, -0.5)), 5: ((3, 2.0), (1, -1.0))}
+    pair = (
+        Rule(action, "CC.C..CCC", predictor="taylor", order=1),
+        Rule(action, "CC.C..CCC", predictor="forecast", weights=weights),
+    )
+    made = []
+    for rule in pair:
+        model = build()
+        with apply(model, scheduled(build, rule)) as cache:
+            made.append(sample(model, cache, steps=LENGTH))
+    assert torch.equal(*made)
+
+
 @every_model
 @pytest.mark.parametrize(
     "rule",
-    [Rule("reuse", "CCC.C..C.", predictor="taylor", order=2), Rule("skip", "C..C.C...", predictor="feature")],
-    ids=["taylor", "feature"],
+    [
+        Rule("reuse", "CCC.C..C.", predictor="taylor", order=2),
+        Rule("skip", "C..C.C...", predictor="feature"),
+        Rule("skip", "C.CCCCCC.", predictor="forecast", weights={1: ((0, 0.9),), 8: ((7, 1.4), (6, -0.3))}),
+    ],
+    ids=["taylor", "feature", "forecast"],
 )
 class TestEveryGeneration:
     """A generation is what it is on a model of its own."""
