@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from dicache.anatomy import Anatomy
 from dicache.calibrate.chains import Chain, GapCosts, cheapest_chains, cheapest_share, step_costs
 from dicache.calibrate.methods import CalibrationError, method
 from dicache.profiler import Profile
@@ -16,6 +17,7 @@ from dicache.schedules.predicting import taylor_coefficients
 Granularity = Literal["body", "branch"]
 Stand = Literal["hold", "taylor"]
 Aggregate = Literal["squares", "norms"]
+BODY, BRANCHES = "body", "branches"  # a chain is of all blocks, of all branches or of one kind of them
 HIGHEST = 2  # order that is planned exactly; each one more multiplies the work by the number of steps
 
 
@@ -33,9 +35,12 @@ class Dp:
         predictor: What stands in: `hold`, the last one computed, or `taylor`.
         order: Of the Taylor expansion, 0 to 2; as at run time, it is lower until `order + 1` steps are computed. None
             takes 1.
-        granularity: `body` plans one chain of steps, at which all blocks run; `branch` one for each kind of branch.
-            Their budget is shared out so that the sum of their errors is smallest, exactly. Each is relative to the
-            branch's own size, so that equal relative errors of two kinds count as equally bad.
+        granularity: `body` plans at which steps all blocks run, `branch` at which steps their branches do. The error
+            of a kind of branch is relative to its own size: equal relative errors of two kinds count as equally bad.
+        together: Of branches, whether all kinds are computed at the same steps, those with the smallest sum of errors,
+            or each kind at its own, with the budget shared out so that this sum is smallest, exactly. It is smaller
+            then, but what a branch makes of a stream to which others added stale outputs is not in it: on the bundled
+            digits separate chains lost up to 8 dB against common ones.
         aggregate: What is added up over the steps that are not computed: `norms`, the relative errors themselves, or
             `squares`, their squares.
         warm_up: Steps at the start that are computed.
@@ -52,6 +57,7 @@ class Dp:
     predictor: Stand = "taylor"
     order: int | None = None
     granularity: Granularity = "body"
+    together: bool = True
     aggregate: Aggregate = "norms"
     warm_up: int = 1
     force_last: bool = False
@@ -73,8 +79,13 @@ class Dp:
             if value is not None and value < 1:
                 raise CalibrationError(f"dp: the {name} must be 1 step or more, found {value}")
 
-    def calibrate(self, profile: Profile) -> Schedule:
+    def calibrate(self, profile: Profile, weights: np.ndarray | None = None) -> Schedule:
         """Return the schedule that this profile gives.
+
+        Args:
+            profile: With the products of all steps.
+            weights: Of each step's squared error, such as how sensitive the result is to it, (steps,); None weighs all
+                alike.
 
         Raises:
             CalibrationError: If the profile has no run that did not fail, or no products of all steps, or the budget
@@ -82,8 +93,7 @@ class Dp:
         """
         if self.warm_up > profile.steps:
             raise CalibrationError(f"dp: the warm-up must be at most the {profile.steps} steps, found {self.warm_up}")
-        grams = self._grams(profile)
-        costs = {kind: gap_costs(gram, self._reached, self.aggregate) for kind, gram in grams.items()}
+        costs = self._costs(profile, weights)
         mandatory = {*range(self.warm_up), *((profile.steps - 1,) if self.force_last else ())}
         chains = {
             kind: cheapest_chains(cost, profile.steps, self._reached + 1, mandatory=mandatory, max_gap=self.max_gap)
@@ -124,10 +134,19 @@ class Dp:
     def _rule(self, kind: str, chain: Chain, profile: Profile) -> Rule:
         letters = "".join("C" if step in chain.steps else "." for step in range(profile.steps))
         stand_in: dict[str, Any] = {"predictor": self.predictor, "order": self._reached}
-        if self.granularity == "body":
-            return Rule("skip", letters, **stand_in)
+        if kind in (BODY, BRANCHES):
+            return Rule("skip" if kind == BODY else "reuse", letters, **stand_in)
         named = any(other.startswith(f"{kind}.") for other in profile.branches)
         return Rule("reuse", letters, branch=f"{kind}." if named else kind, **stand_in)
+
+    def _costs(self, profile: Profile, weights: np.ndarray | None) -> dict[str, GapCosts]:
+        """Return what the gaps cost, for each chain that is to be planned."""
+        costs = {
+            kind: gap_costs(gram, self._reached, self.aggregate, weights) for kind, gram in self._grams(profile).items()
+        }
+        if self.granularity == "body" or not self.together:
+            return costs
+        return {BRANCHES: lambda last: np.sum([cost(last) for cost in costs.values()], axis=0)}
 
     def _grams(self, profile: Profile) -> dict[str, np.ndarray]:
         """Return the products to plan by, the mean over all runs: of the `body`, or of each kind of branch."""
@@ -136,7 +155,7 @@ class Dp:
         if not len(held):
             raise CalibrationError("dp: the profile has no run that did not fail; profile again")
         mean = held.mean(axis=0)
-        grams = {"body": mean} if self.granularity == "body" else dict(zip(profile.branches, mean, strict=True))
+        grams = {BODY: mean} if self.granularity == "body" else dict(zip(profile.branches, mean, strict=True))
         for kind, gram in grams.items():
             if lacking := np.flatnonzero(~np.isfinite(np.diagonal(gram))).tolist():
                 raise CalibrationError(
@@ -161,14 +180,10 @@ class Dp:
                         f"{self.warm_up}{self._limits()}; possible are {min(found)} to {max(found)}"
                     )
             return {kind: found[self.steps_computed] for kind, found in chains.items()}
-        blocks = profile.anatomy.blocks
         whole = profile.anatomy.macs * profile.steps
         if not whole:
             raise CalibrationError("dp: the MACs of this model are not known; give the number of computed steps")
-        step = {  # what each saves of a step
-            kind: sum(b.macs if kind == "body" else sum(s.macs for s in b.sites if s.branch == kind) for b in blocks)
-            for kind in chains
-        }
+        step = {kind: _macs(kind, profile.anatomy) for kind in chains}
         options = {
             kind: [(count * step[kind], chain.cost) for count, chain in found.items()] for kind, found in chains.items()
         }
@@ -187,6 +202,14 @@ class Dp:
         return gap + (" and the last step computed" if self.force_last else "")
 
 
+def _macs(kind: str, anatomy: Anatomy) -> int:
+    """Return the multiply-accumulates that a step saves which is not in a chain."""
+    if kind == BODY:
+        return sum(block.macs for block in anatomy.blocks)
+    sites = [site for block in anatomy.blocks for site in block.sites]
+    return sum(site.macs for site in sites if kind in (BRANCHES, site.branch))
+
+
 def gap_costs(
     gram: np.ndarray, order: int, aggregate: Aggregate = "norms", weights: np.ndarray | None = None
 ) -> GapCosts:
@@ -203,7 +226,7 @@ def gap_costs(
     """
     steps = len(gram)
     scale = (np.ones(steps) if weights is None else weights) / np.diagonal(gram)
-    expansions = [_expansions(reached, steps) for reached in range(order + 1)]
+    expansions = [_expansions(reached, steps) for reached in range(1, order + 1)]
 
     def costs(last: int) -> np.ndarray:
         error = _squared_errors(gram, expansions, last) * scale[last + 1 :]
@@ -216,7 +239,7 @@ def gap_costs(
 def _expansions(order: int, steps: int) -> np.ndarray:
     """Return the coefficients of the differences in a Taylor expansion, as polynomials in the distance.
 
-    They depend on distances alone, and vanish at the last computed step: so as many distances as the order say all.
+    They depend on distances alone, and vanish at the last computed step: as many steps behind it as the order say all.
 
     Returns:
         For each distance between successive computed steps, the newest first, each from 1 to steps - 1, of the powers 1
@@ -224,11 +247,11 @@ def _expansions(order: int, steps: int) -> np.ndarray:
     """
     table = np.zeros((steps,) * order + (order, order))
     ahead = np.arange(1, order + 1)
-    powers = np.linalg.inv(ahead[:, None] ** ahead.astype(float)) if order else np.zeros((0, 0))
+    powers = np.linalg.inv(ahead[:, None] ** ahead.astype(float))
     for distances in product(range(1, steps), repeat=order):
         if sum(distances) < steps:
             computed = [-sum(distances[:m]) for m in range(order + 1)]
-            table[distances] = powers @ [taylor_coefficients(computed, int(step)) for step in ahead] if order else 0.0
+            table[distances] = powers @ [taylor_coefficients(computed, int(step)) for step in ahead]
     return table
 
 
@@ -238,7 +261,7 @@ def _squared_errors(gram: np.ndarray, expansions: list[np.ndarray], last: int) -
     Returns:
         (older + 1, ..., steps - last - 1), the oldest first; 0 where no such steps can be.
     """
-    order, steps = len(expansions) - 1, len(gram)
+    order, steps = len(expansions), len(gram)
     later = np.arange(last + 1, steps)
     size = gram[later, later]
     if order == 0:
@@ -251,14 +274,14 @@ def _squared_errors(gram: np.ndarray, expansions: list[np.ndarray], last: int) -
     computed = [np.array(last), *reversed(grids)]  # the last first
     distances = [newer - older for newer, older in pairwise(computed)]
     rising = np.logical_and.reduce(np.broadcast_arrays(*(d > 0 for d in distances)))
-    found = expansions[order][tuple(np.maximum(d, 0) for d in distances)]  # (older, ..., powers, order)
+    found = expansions[-1][tuple(np.maximum(d, 0) for d in distances)]  # (older, ..., powers, order)
     ahead = (later - last)[:, None] ** np.arange(1.0, order + 1)  # (later, powers)
     c = np.moveaxis(ahead @ found, -1, 0)  # (order, older, ..., later)
     weights = [1 + c[0], *(c[m] - c[m - 1] for m in range(1, order)), -c[order - 1]]
     total = np.broadcast_to(size, c.shape[1:]).copy()
     for i, one in enumerate(computed):
-        total -= 2 * weights[i] * gram[one[..., None], later]
-        for j, two in enumerate(computed):
-            total += weights[i] * weights[j] * gram[one, two][..., None]
+        total += weights[i] * (weights[i] * gram[one, one][..., None] - 2 * gram[one[..., None], later])
+        for j, two in enumerate(computed[:i]):
+            total += 2 * weights[i] * weights[j] * gram[one, two][..., None]
     errors[(slice(1, None),) * order] = np.where(rising[..., None], np.maximum(total, 0), 0)
     return errors

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     type=click.Choice(["body", "branch"]),
     default="body",
     show_default=True,
-    help="What has a chain of computed steps: all blocks together, or each kind of branch.",
+    help="What is computed or not: all blocks, or their branches.",
+)
+@click.option(
+    "--together/--separate",
+    default=True,
+    show_default=True,
+    help="Compute all branches at the same steps, or each kind at its own.",
 )
 @click.option(
     "--aggregate",
@@ -51,6 +57,7 @@ def dp(
     predictor: Any,
     order: int | None,
     granularity: Any,
+    together: bool,
     aggregate: Any,
     warm_up: int,
     force_last: bool,
@@ -70,7 +77,9 @@ def dp(
     share = share_of(target_speedup, max_macs)
     if (steps_computed is None) == (share is None):
         raise click.UsageError("give one of --steps-computed, --target-speedup and --max-macs")
-    settings = Dp(steps_computed, share, predictor, order, granularity, aggregate, warm_up, force_last, max_gap)
+    settings = Dp(
+        steps_computed, share, predictor, order, granularity, together, aggregate, warm_up, force_last, max_gap
+    )
     profile = load(profile_file or newest())
     schedule = settings.calibrate(profile)
     write_schedule(schedule, _told(schedule), profile.provenance.model, output, as_json)

@@ -1,9 +1,11 @@
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 
+from dicache.anatomy import Site
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.chains import step_costs
 from dicache.calibrate.dp import Dp, gap_costs
@@ -116,14 +118,49 @@ def test_each_kind_of_branch_has_its_own_chain_under_one_budget() -> None:
     x, y = walk(5), np.repeat([[1.0, 0], [0, 1]], [4, 5], axis=0)  # the second kind changes once
     grams = np.stack([x @ x.T, y @ y.T])[None]
     found = profile(TWO, {"body/gram": grams[:, 0], "body/branches": grams}, steps=STEPS)
-    schedule = Dp(max_macs=0.7, predictor="hold", granularity="branch").calibrate(found)
+    schedule = Dp(max_macs=0.7, predictor="hold", granularity="branch", together=False).calibrate(found)
     assert schedule.plan is not None
     attn, mlp = schedule.plan.rules
     assert (attn.action, attn.branch, mlp.branch, mlp.steps) == ("reuse", "attn", "mlp", "C...C....")
     assert schedule.macs_fraction() <= 0.7
     assert attn.steps.count("C") == schedule.measured["computed_steps"]["attn"] > 2
-    same = Dp(steps_computed=4, granularity="branch").calibrate(found)
+    same = Dp(steps_computed=4, granularity="branch", together=False).calibrate(found)
     assert [row.count("C") for row in letters(same)] == [4, 4]
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_branches_share_the_chain_with_the_smallest_sum_of_errors(order: int) -> None:
+    x, y = walk(7), walk(8)
+    grams = np.stack([x @ x.T, y @ y.T])[None]
+    found = profile(TWO, {"body/gram": grams[:, 0], "body/branches": grams}, steps=STEPS)
+    schedule = Dp(steps_computed=4, order=order, granularity="branch").calibrate(found)
+    tried = [(0, *rest) for rest in combinations(range(1, STEPS), 3)]
+    best = min(tried, key=lambda computed: sum(errors_of(z, computed, order).sum() for z in (x, y)))
+    row = "".join("C" if i in best else "." for i in range(STEPS))
+    assert schedule.plan == Plan(STEPS, (Rule("reuse", row, predictor="taylor", order=order),))
+    assert (
+        schedule.plan == Dp(max_macs=schedule.macs_fraction(), order=order, granularity="branch").calibrate(found).plan
+    )
+
+
+def test_weights_say_which_steps_matter() -> None:
+    weights = np.zeros(STEPS)
+    weights[[4, 6]] = 1.0
+    assert letters(Dp(steps_computed=3).calibrate(measured(walk(9)), weights)) == ["C...C.C.."]
+
+
+def test_a_kind_of_branch_is_not_taken_for_those_with_a_name() -> None:
+    sites = (Site("mlp", "ff", macs=200), Site("mlp.context", "ff_context", macs=100))
+    block = replace(TWO.blocks[0], sites=sites)
+    two = replace(TWO, blocks=(block,), segments=((0, 1),))
+    grams = np.stack([walk(10) @ walk(10).T, walk(11) @ walk(11).T])[None]
+    schedule = Dp(max_macs=0.9, granularity="branch", together=False).calibrate(
+        profile(two, {"body/branches": grams}, steps=STEPS)
+    )
+    assert schedule.plan is not None
+    assert [rule.branch for rule in schedule.plan.rules] == ["mlp.", "mlp.context"]
+    table, counts = schedule.table(), schedule.measured["computed_steps"]
+    assert {kind: table[f"0.{kind}"].count("C") for kind in counts} == counts
 
 
 def test_what_cannot_be_planned_is_refused() -> None:

@@ -43,7 +43,7 @@ def test_a_plan_is_replayed_with_the_steps_that_it_says(workplace: Path) -> None
 
 
 def test_branches_share_a_budget(workplace: Path) -> None:
-    chosen = ("--target-speedup", 2, "--granularity", "branch", "--predictor", "hold", "--max-gap", 4)
+    chosen = ("--target-speedup", 2, "--granularity", "branch", "--separate", "--predictor", "hold", "--max-gap", 4)
     found = json.loads(dicache("calibrate", "dp", *chosen, "-o", "branch.json", "--json").stdout)
     assert found["macs_fraction"] <= 0.5
     rows = json.loads(dicache("schedules", "show", "branch.json", "--json").stdout)["sites"]
