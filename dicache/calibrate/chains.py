@@ -33,9 +33,9 @@ def cheapest_chains(
     """Return the cheapest chain for every number of computed steps that is possible.
 
     It is dynamic programming over the last `memory` computed steps, so that nothing is approximated: to keep one
-    predecessor for each step only, as DPCache's own code does, is not exact where the cost asks for more of them. The
-    work grows as `steps ** (memory + 2)`, three of these axes in array operations, and the bytes held as one power
-    less: 0.1 s for 100 steps and a memory of 2, 1 s and half a gigabyte for 3.
+    predecessor for each step only, which SGLang's file says of DPCache's own code, is not exact where the cost asks for
+    more of them. The work grows as `steps ** (memory + 2)`, three of these axes in array operations, and the bytes held
+    as one power less: 0.1 s for 100 steps and a memory of 2, 1 s and half a gigabyte for 3.
 
     Args:
         costs: Of the gaps; asked once for each step.

@@ -27,8 +27,8 @@ class Dp:
     """Compute the steps that dynamic programming finds to leave the smallest error at all others together.
 
     The error of every step follows from the profile's products of all steps with one another, for every choice of the
-    steps computed before. It is that of uncached runs: how an error changes what comes after it is not in it, nor is how
-    much a step's error matters to the picture, unless weights say so.
+    steps computed before. It is that of uncached runs: how an error changes what comes after it is not in it, nor is
+    how much a step's error matters to the picture, unless weights say so.
 
     Attributes:
         steps_computed: How many steps are computed; None takes as many as `max_macs` allows.
@@ -50,7 +50,8 @@ class Dp:
 
     References:
         DPCache, arXiv 2602.22654; SGLang's runtime/cache/dpcache.py, of order 1 with a warm-up of 3 steps, adds up the
-        mean absolute errors of the predicted steps. CEM, arXiv 2512.23258, adds up errors of holding along the chain.
+        mean absolute errors of the predicted steps. CEM, arXiv 2512.23258, adds up errors by step and
+        interval, so that only the last computed step counts.
     """
 
     steps_computed: int | None = None
