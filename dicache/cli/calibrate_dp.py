@@ -1,0 +1,99 @@
+"""`dicache calibrate dp`: the exact planner."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dicache.cli.calibrating import output_option, profile_option, share_of, target_options, write_schedule
+from dicache.cli.command import Command, json_option
+from dicache.cli.profiles import newest
+
+if TYPE_CHECKING:
+    from dicache.schedules import Schedule
+
+
+@click.command(cls=Command)
+@click.option("--steps-computed", type=int, help="How many steps are computed, whichever they are.")
+@target_options
+@click.option(
+    "--predictor",
+    type=click.Choice(["taylor", "hold"]),
+    default="taylor",
+    show_default=True,
+    help="What stands in for what is not computed.",
+)
+@click.option("--order", type=int, help="Of the Taylor expansion, 0 to 2.  [default: 1]")
+@click.option(
+    "--granularity",
+    type=click.Choice(["body", "branch"]),
+    default="body",
+    show_default=True,
+    help="What is computed or not: all blocks, or their branches.",
+)
+@click.option(
+    "--together/--separate",
+    default=True,
+    show_default=True,
+    help="Compute all branches at the same steps, or each kind at its own.",
+)
+@click.option(
+    "--aggregate",
+    type=click.Choice(["norms", "squares"]),
+    default="norms",
+    show_default=True,
+    help="What is added up over the steps: relative errors, or their squares.",
+)
+@click.option("--warm-up", type=int, default=1, show_default=True, help="Steps at the start that are computed.")
+@click.option("--force-last/--no-force-last", default=False, show_default=True, help="Compute the last step.")
+@click.option("--max-gap", type=int, help="Most steps from a computed one to the next.  [default: no limit]")
+@profile_option
+@output_option
+@json_option
+def dp(
+    steps_computed: int | None,
+    target_speedup: float | None,
+    max_macs: float | None,
+    predictor: Any,
+    order: int | None,
+    granularity: Any,
+    together: bool,
+    aggregate: Any,
+    warm_up: int,
+    force_last: bool,
+    max_gap: int | None,
+    profile_file: Path | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Compute the steps that leave the smallest error at all others, found exactly (DPCache, arXiv 2602.22654).
+
+    The profile foretells the error of every step after any choice of computed steps, by holding or by a Taylor
+    expansion; dynamic programming takes the best of all choices for a number of steps or a share of the MACs.
+    """
+    from dicache.calibrate.dp import Dp
+    from dicache.profiler.storage import load
+
+    share = share_of(target_speedup, max_macs)
+    if (steps_computed is None) == (share is None):
+        raise click.UsageError("give one of --steps-computed, --target-speedup and --max-macs")
+    settings = Dp(
+        steps_computed, share, predictor, order, granularity, together, aggregate, warm_up, force_last, max_gap
+    )
+    profile = load(profile_file or newest())
+    schedule = settings.calibrate(profile)
+    write_schedule(schedule, _told(schedule), profile.provenance.model, output, as_json)
+
+
+def _told(schedule: "Schedule") -> str:
+    """Return what was chosen, and what error it is expected to make, a line for each chain."""
+    unit = "relative error" if schedule.settings["aggregate"] == "norms" else "relative squared error"
+    lines = []
+    for kind, errors in schedule.measured["expected_errors"].items():
+        computed = schedule.measured["computed_steps"][kind]
+        told = f"{kind}: {computed} of {schedule.steps} steps computed"
+        if left := schedule.steps - computed:
+            step = max(range(schedule.steps), key=errors.__getitem__)
+            told += f"; expected {unit} {sum(errors) / left:.3g} at the others, {errors[step]:.3g} at step {step}"
+        lines.append(told)
+    return "\n".join(lines)
