@@ -163,6 +163,11 @@ class Generation:
         distances = self.distances.setdefault(name, [])
         distances += [None] * (self.step - len(distances)) + [distance]
 
+    def answered(self) -> None:
+        """Count the step that runs as one in which all passes were called, as its outputs are known."""
+        for lane in self.lanes.values():
+            lane.step = self.step
+
     @property
     def finished(self) -> bool:
         return self.step >= self.steps

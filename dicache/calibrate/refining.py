@@ -1,0 +1,120 @@
+"""The weights of a plan's forecasts, improved on the finished images of real runs by Gauss-Newton steps."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dicache.calibrate.sensitivity import Forecasts, numbers
+from dicache.evaluate.quality import psnr
+from dicache.evaluate.rerunning import Beginning, Made, Reruns
+from dicache.schedules import Schedule
+
+NUDGE = 0.05  # of a weight, to see what it does to the images
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # how strongly the weights are held, as a share of what each one does
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule that was tried.
+
+    Attributes:
+        name: Of what it is, in a few words.
+        schedule: Itself.
+        made: What it made of the runs.
+        psnr: Of each image against the uncached one, in dB.
+        forecasts: Its weights, if it has any.
+        make: Makes a schedule of the same plan with other weights.
+    """
+
+    name: str
+    schedule: Schedule
+    made: Made
+    psnr: np.ndarray
+    forecasts: Forecasts | None = None
+    make: Callable[[Forecasts], Schedule] | None = None
+
+    @property
+    def decibels(self) -> float:
+        return float(self.psnr.mean())
+
+
+def tried(
+    runs: Reruns,
+    name: str,
+    schedule: Schedule,
+    forecasts: Forecasts | None = None,
+    make: Callable[[Forecasts], Schedule] | None = None,
+) -> Candidate:
+    """Run with a schedule, and say how close the images are to the uncached ones."""
+    made = runs(schedule)
+    return Candidate(name, schedule, made, psnr(made.images, runs.uncached.images), forecasts, make)
+
+
+def refined(runs: Reruns, found: Candidate, told: Callable[[], object]) -> Candidate:
+    """Return a candidate with weights that bring its images nearer to the uncached ones, or itself.
+
+    Each weight is nudged alone, and the newest output's is lowered by as much, so that their sum stays. From what this
+    does to the images, those weights follow that would leave the smallest error if all of it added up; no image counts
+    more for being further off. How strongly they are held is chosen by how well the other images foretell each one.
+
+    Args:
+        runs: That it was tried on.
+        found: Has weights.
+        told: Called after each replay.
+    """
+    assert found.forecasts is not None and found.make is not None
+    moves = [(step, place) for step, weights in found.forecasts.items() for place in range(1, len(weights))]
+    if not moves:
+        return found
+    images = numbers(found.made.images)
+    wanted = numbers(runs.uncached.images) - images  # (runs, numbers)
+    scale = 1 / np.sqrt(np.maximum((wanted**2).mean(axis=1, keepdims=True), 1e-300))
+    effects = []
+    for step, place in moves:
+        nudged = _moved(found.forecasts, [(step, place)], [NUDGE])
+        sources = {source for source, _ in found.forecasts[step]}
+        beginning = Beginning(found.made, set(range(step)) - sources)
+        made = runs(found.make(nudged), beginning)
+        effects.append((numbers(made.images) - images) / NUDGE * scale)
+        told()
+    change = np.stack(effects)  # (moves, runs, numbers)
+    by_run = np.einsum("ark,brk->rab", change, change)
+    toward = np.einsum("ark,rk->ra", change, wanted * scale)
+    square = (wanted * scale)[:, None, :] @ (wanted * scale)[:, :, None]
+
+    def left_out(ridge: float) -> float:
+        """Return the mean logarithm of each image's error with the weights that the others give."""
+        errors = []
+        for run in range(len(images)):
+            move = _solved(by_run.sum(0) - by_run[run], toward.sum(0) - toward[run], ridge)
+            left = square[run, 0, 0] - 2 * move @ toward[run] + move @ by_run[run] @ move
+            errors.append(np.log(max(left, 1e-300)))
+        return float(np.mean(errors))
+
+    ridge = min(RIDGES, key=left_out) if len(images) > 2 else RIDGES[-1]
+    for held in (ridge, 10 * ridge, 100 * ridge):  # smaller steps, where the errors do not add up
+        forecasts = _moved(found.forecasts, moves, _solved(by_run.sum(0), toward.sum(0), held))
+        other = tried(runs, found.name, found.make(forecasts), forecasts, found.make)
+        told()
+        if other.decibels > found.decibels:
+            return other
+    return found
+
+
+def _solved(square: np.ndarray, toward: np.ndarray, ridge: float) -> np.ndarray:
+    held = square + np.diag((ridge + 1e-9) * np.diag(square) + 1e-300)
+    solved: np.ndarray = np.linalg.solve(held, toward)
+    return solved
+
+
+def _moved(forecasts: Forecasts, moves: list[tuple[int, int]], by: Sequence[float] | np.ndarray) -> Forecasts:
+    """Return forecasts in which some weights are larger, and that of the newest output smaller by as much."""
+    rows = {step: [weight for _, weight in weights] for step, weights in forecasts.items()}
+    for (step, place), change in zip(moves, by, strict=True):
+        rows[step][place] += float(change)
+        rows[step][0] -= float(change)
+    return {
+        step: tuple((source, weight) for (source, _), weight in zip(weights, rows[step], strict=True))
+        for step, weights in forecasts.items()
+    }
