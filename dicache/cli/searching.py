@@ -12,8 +12,9 @@ from dicache.cli.evaluate import results_table
 
 if TYPE_CHECKING:
     from dicache.anatomy import Anatomy
+    from dicache.calibrate.judging import Goal
     from dicache.calibrate.methods import Space
-    from dicache.calibrate.search import Found, Goal
+    from dicache.calibrate.search import Found
     from dicache.evaluate.evaluation import Result
     from dicache.models.sampling import Sampling
     from dicache.schedules import Schedule, Target
@@ -62,7 +63,7 @@ class Searching:
 
     def goal(self, max_macs: float | None) -> "Goal":
         """Return the goal, of which exactly one must be given."""
-        from dicache.calibrate.search import Goal
+        from dicache.calibrate.judging import Goal
 
         if (max_macs is None) == (self.min_psnr is None):
             raise click.UsageError("give one of --target-speedup, --max-macs and --min-psnr with --search")
@@ -111,7 +112,8 @@ def search_for(
     subject: Subject, space: "Space", goal: "Goal", options: Searching, output: Path
 ) -> tuple["Schedule", str]:
     """Search, judge what was found on runs that the search did not see, and return the schedule and what to tell."""
-    from dicache.calibrate.search import RealRuns, axes_json, search, versions
+    from dicache.calibrate.judging import RealRuns
+    from dicache.calibrate.search import axes_json, search, versions
     from dicache.evaluate.evaluation import evaluate
     from dicache.evaluate.references import default_folder
 
@@ -184,7 +186,7 @@ def _seeds(subject: Subject, options: Searching) -> range:
 def _compared(subject: Subject, space: "Space", goal: "Goal", found: "Found") -> "list[tuple[str, Schedule]]":
     """Return what was found, what the method gives without a search, and the plainest schedule, at one cost."""
     from dicache.calibrate import CalibrationError
-    from dicache.calibrate.search import evenly_spaced
+    from dicache.calibrate.judging import evenly_spaced
 
     cost = found.score.macs_fraction
     compared = [(FOUND, found.schedule)]

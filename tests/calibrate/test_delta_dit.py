@@ -8,8 +8,9 @@ import pytest
 from dicache.anatomy import Anatomy
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.delta_dit import DeltaDit, DeltaDitSpace, ordered, within_budget
+from dicache.calibrate.judging import Goal, Score
 from dicache.calibrate.methods import METHODS, planned_schedule
-from dicache.calibrate.search import Goal, Score, search
+from dicache.calibrate.search import search
 from dicache.profiler import Profile
 from dicache.schedules import Rows, Schedule, Target
 from tests.calibrate.test_delta_cache import PIXART, blocks_of

@@ -9,8 +9,9 @@ import pytest
 
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.fora import Fora, ForaSpace
+from dicache.calibrate.judging import Goal, Score, evenly_spaced
 from dicache.calibrate.methods import Axis, Between
-from dicache.calibrate.search import Found, Goal, Score, evenly_spaced, search
+from dicache.calibrate.search import Found, search
 from dicache.calibrate.teacache import TeaCache, TeaCacheSpace
 from dicache.schedules import Plan, Rule, Schedule, Target, TeaCachePolicy
 from tests.calibrate.test_fora import TWO_BLOCKS
