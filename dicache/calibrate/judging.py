@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -37,6 +37,23 @@ class Score:
     macs_fraction: float
     each: tuple[float, ...] = ()
 
+    def joined(self, other: "Score") -> "Score":
+        """Return the score on the runs of both; each must know its images."""
+        n, m = len(self.each), len(other.each)
+        each = (*self.each, *other.each)
+        macs = (n * self.macs_fraction + m * other.macs_fraction) / (n + m)
+        return Score(float(np.mean(each)), macs, each)
+
+
+class Judge(Protocol):
+    """Tells what a schedule makes of some runs."""
+
+    def __len__(self) -> int:
+        """Return how many runs there are."""
+
+    def __call__(self, schedule: Schedule, which: slice = ...) -> Score:
+        """Return what a schedule makes of some of the runs, image by image."""
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -57,14 +74,6 @@ class Goal:
             raise CalibrationError(f"the share of the MACs must be above 0 and at most 1, found {self.max_macs}")
         if self.min_psnr is not None and not math.isfinite(self.min_psnr):
             raise CalibrationError(f"the PSNR must be a number of dB, found {self.min_psnr}")
-
-    @property
-    def direction(self) -> Literal["minimize", "maximize"]:
-        return "minimize" if self.max_macs is None else "maximize"
-
-    def value(self, score: Score) -> float:
-        """What is maximised or minimised."""
-        return score.macs_fraction if self.max_macs is None else score.psnr
 
     def violation(self, score: Score) -> float:
         """By how much the limit is broken; at most 0 where it is kept."""

@@ -25,10 +25,11 @@ class PlanMethod(Protocol):
 
 @dataclass(frozen=True)
 class Between:
-    """All real numbers from low to high."""
+    """All real numbers from low to high; `log` draws them by their order of magnitude."""
 
     low: float
     high: float
+    log: bool = False
 
 
 Axis = Between | range | tuple[str | int, ...]  # what a parameter may be; a range holds whole numbers
