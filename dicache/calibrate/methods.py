@@ -32,7 +32,7 @@ class Between:
     log: bool = False
 
 
-Axis = Between | range | tuple[str | int, ...]  # what a parameter may be; a range holds whole numbers
+Axis = Between | range | tuple[str | int | float, ...]  # what a parameter may be; a range holds whole numbers
 
 
 class Space(Protocol):

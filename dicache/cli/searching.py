@@ -50,7 +50,7 @@ def search_options(function: F) -> F:
 
 @dataclass(frozen=True)
 class Searching:
-    """The options of a search."""
+    """The options of a search; the last two are those of a command that takes them for nothing else."""
 
     min_psnr: float | None
     wanted: bool
@@ -60,9 +60,11 @@ class Searching:
     prompts: str | None
     seed: int
     device: str | None
+    target_speedup: float | None = None
+    max_macs: float | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in given_options() if name in vars(self) and name != "wanted"]
+        given = [n for n in given_options() if n != "wanted" and vars(self).get(n) is not None]
         if given and not self.wanted:
             raise click.UsageError(f"--{given[0].replace('_', '-')} goes with --search")
 
