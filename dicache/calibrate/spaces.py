@@ -202,7 +202,7 @@ class AimedSpace(ProfileSpace):
         return Between(low, high)
 
     def usual(self) -> Mapping[str, Any]:
-        return {**super().usual(), "macs": 1 / self.usual_speedup}
+        return {**super().usual(), "macs": 1 / (self.settings.target_speedup or self.usual_speedup)}
 
     def plain(self, max_macs: float | None) -> Mapping[str, Any]:
         plain = super().plain(None)
