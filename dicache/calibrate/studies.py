@@ -48,10 +48,10 @@ def open_study(storage: str, name: str, where: str, identity: Mapping[str, Any])
     try:
         study = _created(storage, name)
         if study.user_attrs.get("identity") is None:
-            study.set_user_attr("identity", wanted)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names(list(METRICS))
+            study.set_user_attr("identity", wanted)
         begun = study.user_attrs["identity"]
     except CalibrationError:
         raise

@@ -184,6 +184,21 @@ def test_a_worker_elsewhere_is_gone_when_it_gives_no_sign_of_life(monkeypatch: p
     assert gone(2)
 
 
+def test_a_trial_that_is_stopped_keeps_what_it_was_judged_on(tmp_path: Path) -> None:
+    storage = f"journal:{tmp_path}/j"
+    found = find(storage, 20, Judge())
+    stopped = [trial for trial in ran(storage) if trial.state is TrialState.PRUNED]
+    assert found.pruned == len(stopped) > 0
+    for trial in stopped:
+        told = trial.user_attrs
+        assert len(told["each"]) in (2, 4)
+        assert told["expected_psnr"] < told["beaten_by"]["psnr"]
+        assert told["beaten_by"]["macs_fraction"] <= told["macs_fraction"] + 5e-5
+        assert trial.params not in [tried.parameters for tried in found.front]
+    judged = sum(len(trial.user_attrs["each"]) * trial.user_attrs["macs_fraction"] for trial in ran(storage))
+    assert found.spent == pytest.approx(judged)
+
+
 def test_a_line_that_was_half_written_is_no_part_of_a_journal(tmp_path: Path) -> None:
     storage = f"journal:{tmp_path}/j"
     want = find(storage, 5, Judge())
