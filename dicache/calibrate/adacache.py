@@ -1,12 +1,13 @@
 """AdaCache: fit the codebook that says for how long everything is held, and what motion counts."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from dicache.calibrate.methods import CalibrationError, method
+from dicache.calibrate.methods import Axis, CalibrationError, method
 from dicache.calibrate.simulating import (
     called_steps,
     find_limit,
@@ -15,6 +16,7 @@ from dicache.calibrate.simulating import (
     residual_error,
     simulate_rates,
 )
+from dicache.calibrate.spaces import AimedSpace
 from dicache.profiler import Profile
 from dicache.schedules import AdaCachePolicy, Motion, Schedule
 from dicache.schedules.policies.adacache import Codebook, Residual
@@ -180,3 +182,29 @@ def _scaled(
 
 def _called(profile: Profile) -> np.ndarray:
     return called_steps(profile.relative_l1("output"))
+
+
+@dataclass(frozen=True)
+class AdaCacheSpace(AimedSpace):
+    """How much to skip, the codebook whose limits are scaled for that, what is measured, and whether motion counts."""
+
+    usual_speedup = USUAL_SPEEDUP
+
+    def free(self) -> Mapping[str, Axis]:
+        blocks = self.settings.decision_blocks or self.profile.provenance.decision_blocks
+        split = all(self.profile.anatomy.blocks[block].middle for block in blocks)
+        frames = bool(blocks) and self.profile.between_frames(blocks[-1], "block") is not None
+        axes: dict[str, Axis] = {"macs": self.shares(), "preset": tuple(PRESETS)}
+        if split:
+            axes["branch"] = get_args(Residual)
+        if frames:
+            axes["motion"] = get_args(MotionFrom)
+        return axes if not self.settings.codebook else {key: axis for key, axis in axes.items() if key != "preset"}
+
+    def usual(self) -> Mapping[str, Any]:
+        return {**super().usual(), "preset": self.settings.preset or next(iter(PRESETS))}
+
+    def with_parameters(self, parameters: Mapping[str, Any]) -> Any:
+        others = {name: value for name, value in parameters.items() if name != "macs"}
+        aimed = {"target_speedup": 1 / parameters["macs"]} if "macs" in parameters else {}
+        return replace(self.settings, **others, **aimed)

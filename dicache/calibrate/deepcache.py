@@ -1,13 +1,15 @@
 """DeepCache: at most steps run only the outermost part of a U-Net, and hold what the rest has made."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from dicache.anatomy import Anatomy
 from dicache.calibrate.delta_cache import check_interval, enclosed_span
-from dicache.calibrate.methods import CalibrationError, method
+from dicache.calibrate.methods import Axis, CalibrationError, method
+from dicache.calibrate.spaces import PlanSpace
 from dicache.schedules import Plan, Rule
 
 POWER = 1.2  # default of the released code's function; tried before smaller ones
@@ -89,3 +91,13 @@ class DeepCache:
             f"deepcache: no power gives {many} full steps of {steps} around step {center}; take another interval, or a "
             "center that is nearer to the first step"
         )
+
+
+@dataclass(frozen=True)
+class DeepCacheSpace(PlanSpace):
+    """The interval, and the skip connection whose inside is held."""
+
+    saving = ("interval",)
+
+    def free(self) -> Mapping[str, Axis]:
+        return {"interval": self.intervals, "branch": range(max(1, len(self.anatomy.links)))}

@@ -1,11 +1,14 @@
 """Delta-Cache: skip a range of blocks at most steps, and add what it added at the last step that computed it."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from dicache.anatomy import Anatomy
 from dicache.anatomy.parts import span
-from dicache.calibrate.methods import CalibrationError, method
+from dicache.calibrate.methods import Axis, CalibrationError, method
+from dicache.calibrate.spaces import PlanSpace
 from dicache.schedules import Plan, Rule
 
 RANGES = ("shallow", "middle", "deep")
@@ -63,10 +66,10 @@ class DeltaCache:
                 f"give a branch, {_branches(anatomy, delta=True)}"
             )
         else:
-            blocks = checked_span("delta-cache", anatomy, *self._range(anatomy))
+            blocks = checked_span("delta-cache", anatomy, *self.range_of(anatomy))
         return Plan(steps, (Rule("skip", letters, blocks=blocks),))
 
-    def _range(self, anatomy: Anatomy) -> tuple[int, int]:
+    def range_of(self, anatomy: Anatomy) -> tuple[int, int]:
         """Return the first block, and how many."""
         count = len(anatomy.blocks)
         if self.blocks in RANGES:
@@ -76,6 +79,35 @@ class DeltaCache:
             return self.start or 0, int(self.blocks)
         first, last = (int(part) for part in self.blocks.split("-"))
         return first, last - first + 1
+
+
+@dataclass(frozen=True)
+class DeltaCacheSpace(PlanSpace):
+    """The interval N, how many blocks N_c are skipped and which is the first of them, I; of a U-Net the branch."""
+
+    saving = ("interval", "blocks")
+
+    def free(self) -> Mapping[str, Axis]:
+        axes: dict[str, Axis] = {"interval": self.intervals}
+        if self.anatomy.links:
+            return {**axes, "branch": tuple(_enclosed(self.anatomy, delta=True))}
+        if "blocks" in self.fixed:
+            return axes
+        count = len(self.anatomy.blocks)
+        return {**axes, "blocks": range(1, count + 1), "start": range(count)}
+
+    def usual(self) -> Mapping[str, Any]:
+        known = {**super().usual(), "branch": next(iter(_enclosed(self.anatomy, delta=True)), None)}
+        if "blocks" not in self.axes:
+            return known
+        start, many = self.settings.range_of(self.anatomy)
+        return {**known, "start": start, "blocks": many}
+
+    def with_parameters(self, parameters: Mapping[str, Any]) -> Any:
+        given = dict(parameters)
+        if "blocks" in given:
+            given["blocks"] = str(given["blocks"])
+        return replace(self.settings, **given)
 
 
 def usual_blocks(anatomy: Anatomy) -> int:

@@ -1,17 +1,17 @@
 """Delta-DiT: skip the deep blocks while the outline forms and the shallow ones while the details do."""
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from dicache.anatomy import Anatomy
 from dicache.calibrate.delta_cache import check_interval, checked_span, interval_letters, usual_blocks
-from dicache.calibrate.methods import Axis, CalibrationError, method, planned_schedule
-from dicache.schedules import Plan, Rule, Schedule, Target
+from dicache.calibrate.methods import Axis, CalibrationError, method
+from dicache.calibrate.spaces import PlanSpace
+from dicache.schedules import Plan, Rule
 
 if TYPE_CHECKING:
     from dicache.profiler import Profile
@@ -158,59 +158,20 @@ def within_budget(steps: int, blocks: int, share: float, interval: int | None = 
 
 
 @dataclass(frozen=True)
-class DeltaDitSpace:
-    """What a search varies: the boundary, how many blocks are skipped, the order and the interval.
+class DeltaDitSpace(PlanSpace):
+    """The boundary b, how many blocks N_c are skipped, the order and the interval N."""
 
-    Attributes:
-        anatomy: The model's.
-        target: What the schedules are bound to.
-        steps: As the step clock counts them.
-        settings: Where what is not varied comes from.
-        fixed: Names of settings that are not varied.
-    """
-
-    anatomy: Anatomy
-    target: Target
-    steps: int
     settings: DeltaDit = field(default_factory=DeltaDit)
-    fixed: Collection[str] = ()
+    saving = ("interval", "blocks")
 
-    @cached_property
-    def axes(self) -> Mapping[str, Axis]:
-        axes: dict[str, Axis] = {
-            "interval": self._intervals,
-            "blocks": self._blocks,
+    def free(self) -> Mapping[str, Axis]:
+        return {
+            "interval": range(2, min(self.steps, LONGEST_INTERVAL) + 1),
+            "blocks": range(1, len(self.anatomy.blocks) + 1),
             "boundary": range(self.steps + 1),
             "order": ("aligned", "reversed"),
         }
-        return {name: axis for name, axis in axes.items() if name not in self.fixed}
 
-    @property
-    def _intervals(self) -> range:
-        return range(2, min(self.steps, LONGEST_INTERVAL) + 1)
-
-    @property
-    def _blocks(self) -> range:
-        return range(1, len(self.anatomy.blocks) + 1)
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        return {"method": "delta-dit", "settings": asdict(self.settings), "made_for": self.target.to_json()}
-
-    def plain(self, max_macs: float | None) -> Mapping[str, Any]:
-        known = {**asdict(self.settings), "boundary": self.settings.boundary_of(self.steps)}
-        known["blocks"] = known["blocks"] or usual_blocks(self.anatomy)
-        parameters = {name: known[name] for name in self.axes}
-        if max_macs is None:
-            return parameters
-        for interval in self._intervals if "interval" in self.axes else (self.settings.interval,):
-            for blocks in self._blocks if "blocks" in self.axes else (known["blocks"],):
-                tried = {name: {**parameters, "interval": interval, "blocks": blocks}[name] for name in self.axes}
-                if self.schedule(tried).macs_fraction() <= max_macs:
-                    return tried
-        raise CalibrationError(
-            f"delta-dit: a share of {max_macs:.3f} of the MACs cannot be reached in {self.steps} steps"
-        )
-
-    def schedule(self, parameters: Mapping[str, Any]) -> Schedule:
-        return planned_schedule(replace(self.settings, **parameters), self.anatomy, self.target, self.steps)
+    def usual(self) -> Mapping[str, Any]:
+        known = {**super().usual(), "boundary": self.settings.boundary_of(self.steps)}
+        return {**known, "blocks": self.settings.blocks or usual_blocks(self.anatomy)}

@@ -1,18 +1,22 @@
 """EOC: correct what a plan holds by how the branch's mean output is known to change."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import numpy as np
 
 from dicache.anatomy.parts import BRANCHES
-from dicache.calibrate.methods import CalibrationError, method
+from dicache.calibrate.methods import Axis, Between, CalibrationError, method
+from dicache.calibrate.spaces import ProfileSpace
 from dicache.profiler import Profile
 from dicache.schedules import Corrections, Schedule
 from dicache.schedules.corrections import Form, name_of
 from dicache.schedules.plan import HOLD
+
+WEIGHTS = Between(1e-4, 0.3, log=True)  # that a search tries; the published ones are 0.005 and 0.01
+HIGHEST_SCORE = 2.0  # of the trend and of the position each at most 1, with a position weight of 1
 
 Prior = Callable[[str], tuple[tuple[int, ...], np.ndarray]]
 Pair = tuple[str, str, int]  # guidance pass, site, step
@@ -202,3 +206,39 @@ def _block(site: str) -> int:
 def _place(pair: Pair) -> tuple[int, int]:
     """Return the block and the step."""
     return _block(pair[1]), pair[2]
+
+
+@dataclass(frozen=True)
+class EocSpace(ProfileSpace):
+    """The weight of the trend, the score above which a block is corrected, and in how many first steps.
+
+    What is computed is the base's in all of them.
+
+    Attributes:
+        base: The schedule that is corrected.
+        prior: Of a site, as `Eoc.calibrate` takes it.
+    """
+
+    base: Schedule = field(kw_only=True)
+    prior: Prior = field(kw_only=True)
+
+    def free(self) -> Mapping[str, Axis]:
+        return {
+            "weight": WEIGHTS,
+            "threshold": Between(0.0, HIGHEST_SCORE),
+            "first_steps": range(1, self.steps + 1),
+            "form": get_args(Form),
+        }
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {**super().identity, "base": self.base.to_json()["plan"]}
+
+    def usual(self) -> Mapping[str, Any]:
+        return {**super().usual(), "first_steps": self.settings.first_steps or self.steps}
+
+    def plain(self, max_macs: float | None) -> Mapping[str, Any]:
+        return super().plain(None)
+
+    def made(self, settings: Eoc) -> Schedule:
+        return settings.calibrate(self.profile, self.base, self.prior)

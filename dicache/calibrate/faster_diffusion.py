@@ -1,10 +1,13 @@
 """Faster Diffusion: skip the first blocks at most steps, and go on from the feature map that they last made."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dicache.anatomy import Anatomy
 from dicache.calibrate.delta_cache import check_interval, checked_span, interval_letters
-from dicache.calibrate.methods import method
+from dicache.calibrate.methods import Axis, method
+from dicache.calibrate.spaces import PlanSpace
 from dicache.schedules import Plan, Rule
 
 
@@ -33,8 +36,24 @@ class FasterDiffusion:
 
     def plan(self, anatomy: Anatomy, steps: int) -> Plan:
         letters = interval_letters("faster-diffusion", self.interval, steps)
-        many = max(1, len(anatomy.blocks) // 2) if self.blocks is None else self.blocks
+        many = self.blocks_of(anatomy)
         blocks = checked_span("faster-diffusion", anatomy, 0, many, delta=False)
         if "." not in letters:
             return Plan(steps)
         return Plan(steps, (Rule("skip", letters, blocks=blocks, predictor="feature"),))
+
+    def blocks_of(self, anatomy: Anatomy) -> int:
+        return max(1, len(anatomy.blocks) // 2) if self.blocks is None else self.blocks
+
+
+@dataclass(frozen=True)
+class FasterDiffusionSpace(PlanSpace):
+    """The interval, and how many of the first blocks are skipped."""
+
+    saving = ("interval", "blocks")
+
+    def free(self) -> Mapping[str, Axis]:
+        return {"interval": self.intervals, "blocks": range(1, len(self.anatomy.blocks) + 1)}
+
+    def usual(self) -> Mapping[str, Any]:
+        return {**super().usual(), "blocks": self.settings.blocks_of(self.anatomy)}

@@ -7,11 +7,17 @@ from typing import Any
 import numpy as np
 
 from dicache.anatomy import Anatomy
-from dicache.calibrate.methods import CalibrationError, method
+from dicache.calibrate.methods import Axis, Between, CalibrationError, method
 from dicache.calibrate.simulating import called_steps, find_limit, macs_fraction, simulate_first_block
+from dicache.calibrate.spaces import AimedSpace, PlanSpace
 from dicache.profiler import Profile
 from dicache.schedules import FirstBlockPolicy, PlanError, Schedule, Target
 from dicache.schedules.policies import AtThreshold
+
+USUAL_SPEEDUP, USUAL_THRESHOLD = 1.8, 0.08  # that a search begins with
+THRESHOLDS = Between(0.005, 1.0, log=True)  # that a search tries where no profile tells; 0.08 is cache-dit's
+LONGEST_WARM_UP = 8  # that a search tries, cache-dit's usual
+MOST_LAST = 2  # blocks at the end that a search tries to run always
 
 
 @method("first-block")
@@ -139,3 +145,43 @@ def _find_threshold(policy: FirstBlockPolicy, x: np.ndarray, anatomy: Anatomy, t
         return 1 / macs_fraction(tried, anatomy, float(simulate_first_block(tried, x)[0][..., called].mean()))
 
     return find_limit(policy.name, x.shape[2], speedup, highest, target_speedup)
+
+
+@dataclass(frozen=True)
+class FirstBlockSpace(AimedSpace):
+    """How much to skip, which first and last blocks always run, and for how long everything is computed at first."""
+
+    def free(self) -> Mapping[str, Axis]:
+        return {
+            "macs": self.shares(),
+            "first": self.profile.provenance.first_blocks,
+            **_more(self.profile.anatomy, self.steps, max(self.profile.provenance.first_blocks, default=1)),
+        }
+
+    @property
+    def least(self) -> float:
+        always = self.settings.warm_up + self.settings.last_steps
+        settings = replace(self.settings, threshold=np.finfo(float).max, target_speedup=None)
+        return macs_fraction(settings._policy(), self.profile.anatomy, always / self.steps)  # all others skipped
+
+
+@dataclass(frozen=True)
+class FirstBlockPlainSpace(PlanSpace):
+    """The same without a profile: the threshold itself is drawn."""
+
+    def free(self) -> Mapping[str, Axis]:
+        return {"threshold": THRESHOLDS, **_more(self.anatomy, self.steps, self.settings.first)}
+
+    def plain(self, max_macs: float | None) -> Mapping[str, Any]:
+        """Return the settings as they are: what a threshold saves is not known beforehand."""
+        return super().plain(None)
+
+    def made(self, settings: FirstBlock) -> Schedule:
+        return settings.schedule(self.anatomy, self.target, self.steps)
+
+
+def _more(anatomy: Anatomy, steps: int, first: int) -> Mapping[str, Axis]:
+    return {
+        "last": range(max(1, min(MOST_LAST, len(anatomy.blocks) - first - 1) + 1)),
+        "warm_up": range(1, max(2, min(LONGEST_WARM_UP, steps // 2) + 1)),
+    }

@@ -1,18 +1,17 @@
 """FORA: recompute the branches at a fixed interval."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from typing import Any, Literal, get_args
 
 from dicache.anatomy import Anatomy
-from dicache.calibrate.methods import Axis, CalibrationError, method, planned_schedule
-from dicache.schedules import Plan, PlanError, Rule, Schedule, Target
+from dicache.calibrate.methods import Axis, CalibrationError, method
+from dicache.calibrate.spaces import PlanSpace
+from dicache.schedules import Plan, PlanError, Rule
 
 Anchor = Literal["start", "end"]
 USUAL_INTERVAL = 2
-LONGEST_INTERVAL = 16  # that a search tries; the paper's longest is 10, where the images are ruined
 
 
 @method("fora")
@@ -75,61 +74,24 @@ class Fora:
 
 
 @dataclass(frozen=True)
-class ForaSpace:
-    """What a search varies: the interval, where it is counted from, and the kinds of branch that are reused.
+class ForaSpace(PlanSpace):
+    """The interval, where it is counted from, and the kinds of branch that are reused."""
 
-    Attributes:
-        anatomy: The model's.
-        target: What the schedules are bound to.
-        steps: As the step clock counts them.
-        settings: Where what is not varied comes from.
-        fixed: Names of settings that are not varied.
-    """
+    saving = ("interval",)
 
-    anatomy: Anatomy
-    target: Target
-    steps: int
-    settings: Fora
-    fixed: Collection[str] = ()
-
-    @cached_property
-    def axes(self) -> Mapping[str, Axis]:
-        axes: dict[str, Axis] = {
-            "interval": range(2, min(self.steps, LONGEST_INTERVAL + 1)),
+    def free(self) -> Mapping[str, Axis]:
+        some = chain.from_iterable(combinations(self.kinds, n) for n in range(len(self.kinds), 0, -1))
+        return {
+            "interval": self.intervals,
             "anchor": get_args(Anchor),
-            "branches": self._kinds,
+            "branches": tuple(",".join(names) for names in some),  # beginning with all of them
         }
-        return {name: axis for name, axis in axes.items() if name not in self.fixed}
 
-    @cached_property
-    def _kinds(self) -> tuple[str, ...]:
-        """Kinds of branch that may be reused together, beginning with all of them."""
-        kinds = tuple(dict.fromkeys(s.branch.partition(".")[0] for block in self.anatomy.blocks for s in block.sites))
-        some = chain.from_iterable(combinations(kinds, n) for n in range(len(kinds), 0, -1))
-        return tuple(",".join(names) for names in some)
+    def usual(self) -> Mapping[str, Any]:
+        return {**super().usual(), "branches": ",".join(self.kinds)}
 
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        return {"method": "fora", "settings": asdict(self.settings), "made_for": self.target.to_json()}
-
-    def plain(self, max_macs: float | None) -> Mapping[str, Any]:
-        settings: dict[str, Any] = {
-            "interval": self.settings.interval,
-            "anchor": self.settings.anchor,
-            "branches": self._kinds[0],
-        }
-        parameters = {name: settings[name] for name in self.axes}
-        if "interval" not in parameters:
-            return parameters
-        if max_macs is None:
-            return {**parameters, "interval": USUAL_INTERVAL}
-        for interval in range(2, self.steps):
-            if self.schedule({**parameters, "interval": interval}).macs_fraction() <= max_macs:
-                return {**parameters, "interval": interval}
-        raise CalibrationError(f"fora: a share of {max_macs:.3f} of the MACs cannot be reached in {self.steps} steps")
-
-    def schedule(self, parameters: Mapping[str, Any]) -> Schedule:
+    def with_parameters(self, parameters: Mapping[str, Any]) -> Any:
         given = dict(parameters)
         if "branches" in given:
             given["branches"] = tuple(given["branches"].split(","))
-        return planned_schedule(replace(self.settings, **given), self.anatomy, self.target, self.steps)
+        return replace(self.settings, **given)

@@ -1,14 +1,19 @@
 """MagCache: skip the body while the calibrated ratios of its residual's magnitude stay close to 1."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from dicache.calibrate.methods import CalibrationError, body_plan, method
+from dicache.calibrate.methods import Axis, Between, CalibrationError, body_plan, method
+from dicache.calibrate.spaces import ProfileSpace
 from dicache.profiler import Profile
 from dicache.schedules import Schedule
+
+THRESHOLDS = Between(0.005, 1.0, log=True)  # that a search tries; the published ones are 0.06 to 0.24
+LONGEST_SKIP = 6
+LONGEST_RETENTION = 0.4
 
 
 @method("magcache")
@@ -107,3 +112,19 @@ def simulate(
         letters += "C"
         product, skipped, error = 1.0, 0, 0.0
     return letters
+
+
+@dataclass(frozen=True)
+class MagCacheSpace(ProfileSpace):
+    """The threshold, how many steps are skipped in a row, and how many are computed at the start."""
+
+    saving = ("max_skip", "-retention", "threshold")
+
+    def free(self) -> Mapping[str, Axis]:
+        return {
+            "threshold": THRESHOLDS,
+            "max_skip": range(1, min(LONGEST_SKIP, self.steps - 1) + 1),
+            "retention": tuple(
+                round(count / self.steps, 4) for count in range(1, int(LONGEST_RETENTION * self.steps) + 1)
+            ),
+        }

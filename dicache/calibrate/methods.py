@@ -25,13 +25,14 @@ class PlanMethod(Protocol):
 
 @dataclass(frozen=True)
 class Between:
-    """All real numbers from low to high."""
+    """All real numbers from low to high; `log` draws them by their order of magnitude."""
 
     low: float
     high: float
+    log: bool = False
 
 
-Axis = Between | range | tuple[str | int, ...]  # what a parameter may be; a range holds whole numbers
+Axis = Between | range | tuple[str | int | float, ...]  # what a parameter may be; a range holds whole numbers
 
 
 class Space(Protocol):

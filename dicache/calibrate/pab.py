@@ -1,13 +1,20 @@
 """PAB, pyramid attention broadcast: each kind of attention is reused over a range of its own, in the middle steps."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from dicache.anatomy import Anatomy
-from dicache.calibrate.methods import CalibrationError, method
-from dicache.schedules import Plan, PlanError, Rule
+from dicache.calibrate.methods import Axis, CalibrationError, method
+from dicache.calibrate.spaces import PlanSpace
+from dicache.schedules import Plan, PlanError, Rule, Schedule, Target
 
 FULL = 1000  # timesteps that the published windows are written in
+
+
+USUAL_RANGES = {"attn": 2}
+LONGEST_RANGE = 8  # that a search tries; the published ones are 2 to 6
+LOWS, HIGHS = range(0, 500, 50), range(550, FULL + 1, 50)
 
 
 @method("pab")
@@ -75,6 +82,12 @@ class Pab:
             raise CalibrationError(f"pab: {error}") from None
         return Plan(steps, tuple(rule for rule in rules if "." in rule.steps))
 
+    def schedule(
+        self, anatomy: Anatomy, target: Target, steps: int, timesteps: Sequence[float] | None = None
+    ) -> Schedule:
+        """Return the schedule of the plan."""
+        return Schedule("pab", asdict(self), anatomy, target, steps, self.plan(anatomy, steps, timesteps))
+
     def _places(self, anatomy: Anatomy, branch: str) -> tuple[str, list[str]]:
         """Return the kind of branch that a range is for, and the blocks as rules have them."""
         paths = {block.path for block in anatomy.blocks}
@@ -84,3 +97,42 @@ class Pab:
         if wanted == paths:
             return kind, ["*"]
         return kind, [str(block.index) for block in anatomy.blocks if block.path in wanted]
+
+
+@dataclass(frozen=True)
+class PabSpace(PlanSpace):
+    """The range of each kind of branch, and the window.
+
+    Attributes:
+        timesteps: Of each step; see `Pab.plan`.
+    """
+
+    timesteps: Sequence[float] | None = None
+
+    def free(self) -> Mapping[str, Axis]:
+        longest = min(LONGEST_RANGE, self.steps)
+        ranges: dict[str, Axis] = {kind: range(1, longest + 1) for kind in self.kinds if "ranges" not in self.fixed}
+        window: dict[str, Axis] = {"low": LOWS, "high": HIGHS} if "window" not in self.fixed else {}
+        return {**ranges, **window}
+
+    def usual(self) -> Mapping[str, Any]:
+        low, high = self.settings.window
+        return {**dict.fromkeys(self.kinds, 2), "low": int(low), "high": int(high)}
+
+    def plain(self, max_macs: float | None) -> Mapping[str, Any]:
+        """Return the shortest ranges, the same for all kinds of branch, that save as much, in a window as it is."""
+        parameters = {name: self.usual()[name] for name in self.axes}
+        kinds = [kind for kind in self.kinds if kind in parameters]
+        for length in range(2, LONGEST_RANGE + 1):
+            tried = {**parameters, **dict.fromkeys(kinds, length)}
+            if max_macs is None or self.share(tried) <= max_macs:
+                return tried
+        raise CalibrationError(f"pab: a share of {max_macs:.3f} of the MACs cannot be reached in {self.steps} steps")
+
+    def with_parameters(self, parameters: Mapping[str, Any]) -> Any:
+        ranges = {kind: parameters[kind] for kind in self.kinds if kind in parameters} or self.settings.ranges
+        low, high = self.settings.window
+        return replace(self.settings, ranges=ranges, window=(parameters.get("low", low), parameters.get("high", high)))
+
+    def made(self, settings: Pab) -> Schedule:
+        return settings.schedule(self.anatomy, self.target, self.steps, self.timesteps)

@@ -1,184 +1,91 @@
 """Search a method's settings with Optuna: every trial is a schedule that is replayed on real runs of the model."""
 
-import hashlib
-import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+from uuid import uuid4
 
-import numpy as np
 import optuna
-import torch
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.exceptions import StorageInternalError
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from tqdm import tqdm
 
-from dicache.anatomy import Anatomy
-from dicache.anatomy.fingerprint import fingerprint
-from dicache.calibrate.methods import Axis, Between, CalibrationError, Space
-from dicache.evaluate.evaluation import reference_run, replay
-from dicache.evaluate.quality import psnr
-from dicache.evaluate.references import Trajectory
-from dicache.models.sampling import Sampling
-from dicache.runtime.apply import denoiser
-from dicache.schedules import Plan, Rule, Schedule, Target
+from dicache.calibrate.drawing import Drawing, NeedlessError, Point
+from dicache.calibrate.halving import beaten_by, rungs
+from dicache.calibrate.judging import Goal, Judge, Score
+from dicache.calibrate.methods import CalibrationError, Space
+from dicache.calibrate.studies import axes_json, open_study
+from dicache.calibrate.workers import POLL, Worker
+from dicache.schedules import Schedule
 
-DIGESTED = ("conditions", "scheduler_config", "profile")  # of a search's identity: names that say nothing to a reader
 PATIENCE = 100  # draws in a row that need no run: by then a space of a few hundred points is all but tried out
-ROUNDING = 1e-9  # a share of the MACs that is meant to be met exactly, is
 
 
 @dataclass(frozen=True)
-class Score:
-    """What a schedule made of the runs that it was tried on.
+class Tried:
+    """Settings and what they made of all runs."""
 
-    Attributes:
-        psnr: Mean over the images in dB, against the uncached ones.
-        macs_fraction: Multiply-accumulates as a share of the uncached run's.
-    """
+    parameters: Mapping[str, Any]
+    score: Score
 
-    psnr: float
-    macs_fraction: float
-
-
-@dataclass(frozen=True)
-class Goal:
-    """The best images for a share of the multiply-accumulates, or the fewest of these for images that are good enough.
-
-    Attributes:
-        max_macs: Share of the uncached run's multiply-accumulates that is not exceeded; the PSNR is maximised.
-        min_psnr: In dB, that is not gone below; the multiply-accumulates are minimised.
-    """
-
-    max_macs: float | None = None
-    min_psnr: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.max_macs is None) == (self.min_psnr is None):
-            raise CalibrationError("a search has one goal: a share of the MACs, or a PSNR")
-        if self.max_macs is not None and not 0 < self.max_macs <= 1:
-            raise CalibrationError(f"the share of the MACs must be above 0 and at most 1, found {self.max_macs}")
-        if self.min_psnr is not None and not math.isfinite(self.min_psnr):
-            raise CalibrationError(f"the PSNR must be a number of dB, found {self.min_psnr}")
-
-    @property
-    def direction(self) -> Literal["minimize", "maximize"]:
-        return "minimize" if self.max_macs is None else "maximize"
-
-    def value(self, score: Score) -> float:
-        """What is maximised or minimised."""
-        return score.macs_fraction if self.max_macs is None else score.psnr
-
-    def violation(self, score: Score) -> float:
-        """By how much the limit is broken; at most 0 where it is kept."""
-        if self.max_macs is not None:
-            return score.macs_fraction - self.max_macs - ROUNDING
-        assert self.min_psnr is not None
-        return self.min_psnr - score.psnr
-
-    def rank(self, score: Score) -> tuple[float, float]:
-        """The larger, the better."""
-        psnr, saved = score.psnr, -score.macs_fraction
-        return (saved, psnr) if self.max_macs is None else (psnr, saved)
-
-    def __str__(self) -> str:
-        return f"{self.min_psnr:g} dB or more" if self.max_macs is None else f"at most {self.max_macs:.3f} of the MACs"
-
-
-@dataclass(frozen=True)
-class RealRuns:
-    """Runs of a pipeline that schedules are tried on, and what they are without one.
-
-    Attributes:
-        pipeline: A diffusers pipeline.
-        conditions: Prompts or classes, one an image.
-        seeds: One for each condition.
-        sampling: How the pipeline is called, resolved.
-        reference: What it makes of them uncached.
-    """
-
-    pipeline: Any
-    conditions: Sequence[str]
-    seeds: Sequence[int]
-    sampling: Sampling
-    reference: Trajectory
-
-    @classmethod
-    def of(
-        cls,
-        pipeline: Any,
-        conditions: Sequence[str],
-        seeds: Sequence[int],
-        sampling: Sampling,
-        *,
-        references: Path | None = None,
-        progress: bool = True,
-    ) -> "RealRuns":
-        """Make the uncached images, or read them from the folder of references."""
-        sampling = sampling.resolved(pipeline)
-        reference = reference_run(pipeline, conditions, seeds, sampling, references, progress)
-        return cls(pipeline, conditions, seeds, sampling, reference)
-
-    def __call__(self, schedule: Schedule) -> Score:
-        made = replay(self.pipeline, "trial", schedule, self.conditions, self.seeds, self.sampling, progress=False)
-        return Score(float(psnr(made.trajectory.images, self.reference.images).mean()), made.macs_fraction)
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """All that a score depends on, but for rounding."""
-        model, scheduler = denoiser(self.pipeline), self.pipeline.scheduler
-        config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
-        return {
-            "model": type(model).__name__,
-            "weights": fingerprint(model),
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "scheduler": type(scheduler).__name__,
-            "scheduler_config": digest(config),
-            **asdict(self.sampling),
-            "runs": len(self.conditions),
-            "conditions": digest(list(self.conditions)),
-            "seeds": list(self.seeds),
-        }
+    def to_json(self) -> dict[str, Any]:
+        return {"parameters": dict(self.parameters), **rounded(self.score)}
 
 
 @dataclass(frozen=True)
 class Found:
-    """The best trial of a search.
+    """What came of a search.
 
     Attributes:
-        schedule: Its schedule.
+        schedule: Of the best trial.
         parameters: What it was made with.
         score: On the runs of the search.
+        front: All that was judged on all runs and that nothing beats in both, PSNR and multiply-accumulates, the
+            cheapest first; beyond the goal's limit too.
         trials: How many were run.
-        feasible: How many of them kept to the limit.
-        not_run: Draws that needed no run: what was tried already, or what is known to compute too much.
+        pruned: How many of them were stopped before they were judged on all runs.
+        feasible: How many of those judged on all runs kept to the limit.
+        not_run: Points that needed no run: what was tried already, or what is known to compute too much.
+        spent: What the trials computed, as a number of uncached images.
+        enumerated: Whether every schedule that differs was tried, or was to be, rather than drawn.
     """
 
     schedule: Schedule
     parameters: Mapping[str, Any]
     score: Score
+    front: tuple[Tried, ...]
     trials: int
+    pruned: int
     feasible: int
     not_run: int
+    spent: float
+    enumerated: bool
 
     def to_json(self) -> dict[str, Any]:
         return {
             "trials": self.trials,
+            "pruned": self.pruned,
             "feasible": self.feasible,
             "not_run": self.not_run,
+            "spent": round(self.spent, 2),
+            "enumerated": self.enumerated,
             "parameters": dict(self.parameters),
-            "psnr": round(self.score.psnr, 3),
-            "macs_fraction": round(self.score.macs_fraction, 4),
+            **rounded(self.score),
+            "front": [tried.to_json() for tried in self.front],
         }
+
+
+def rounded(score: Score) -> dict[str, Any]:
+    return {"psnr": round(score.psnr, 3), "macs_fraction": round(score.macs_fraction, 4)}
 
 
 def search(
     space: Space,
     goal: Goal,
-    judge: Callable[[Schedule], Score],
+    judge: Judge,
     *,
     trials: int,
     storage: str,
@@ -190,18 +97,22 @@ def search(
 ) -> Found:
     """Try schedules until so many trials are done, counting those that the storage holds, and return the best.
 
-    The first trial is what calibrating without a search gives. A schedule that was tried already is not run again, nor
-    is one whose plan alone shows that it computes too much; neither counts as a trial.
+    The study has two objectives, few multiply-accumulates and a high PSNR, and the goal's limit as a constraint. The
+    first trial is what calibrating without a search gives. Where no more than `trials` schedules differ, each is tried,
+    else Optuna's TPE draws. What executes the same is not run twice, nor is a schedule whose plan alone shows that it
+    computes too much; neither counts as a trial. A trial is judged on few runs first, and stopped where another is
+    better at no higher cost by more than noise (see `halving`).
 
-    Each draw is seeded by the number of those before it, so that a search that was broken off and gone on with draws
-    what an undisturbed one does. For the same reason one process at a time works on a search.
+    Several processes may work on one study. A trial that was broken off, by Ctrl-C or because its process was killed,
+    is done again. What is drawn depends on the trials before it alone, so that one process that is killed and gone on
+    with does what an undisturbed one does.
 
     Args:
         space: What is varied.
         goal: What is sought.
         judge: Tells what a schedule makes of real runs.
-        trials: How many to run in all.
-        storage: Optuna's URL of a database, such as `sqlite:///search.db`.
+        trials: How many to run in all, by all processes.
+        storage: Of the study; see `open_study`.
         name: Of the study in it.
         where: The storage in words, for messages.
         identity: All that the scores depend on besides the space and the goal.
@@ -211,36 +122,36 @@ def search(
     Raises:
         CalibrationError: If the storage holds another search, or no trial keeps to the limit, or on Ctrl-C.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    drawing = Drawing(space, goal, trials, seed)
     identity = {"goal": asdict(goal), "axes": axes_json(space.axes), "seed": seed, **space.identity, **identity}
-    study = _study(storage, name, where, goal.direction, identity)
-    drawn_from = {axis: _distribution(axis, values) for axis, values in space.axes.items()}
-    if not drawn_from:
-        raise CalibrationError("all settings are given, so there is nothing to search; leave one out")
-    known = _Known(study, goal)
-    bar = tqdm(total=trials, initial=min(known.ran, trials), desc="search", unit="trial", disable=not progress)
-    bar.set_postfix_str(known.best_so_far)
-    _begin_with(study, space, goal, known)
-    in_vain = 0
+    study = open_study(storage, name, where, identity)
+    ran = 0
     try:
-        with bar:
-            while known.ran < trials and in_vain < PATIENCE:
-                # What TPE draws twice it may draw for ever in a small space; at random the rest is come upon.
-                sampler = optuna.samplers.RandomSampler if in_vain else optuna.samplers.TPESampler
-                study.sampler = sampler(seed=(seed * 1_000_003 + len(known.finished)) % 2**32)
-                ran = _try(study, study.ask(drawn_from), space, goal, judge, known)
-                known = _Known(study, goal)
-                in_vain = 0 if ran else in_vain + 1
-                bar.update(int(ran))
-                bar.set_postfix_str(known.best_so_far)
+        with Worker() as worker, tqdm(total=trials, desc="search", unit="trial", disable=not progress) as bar:
+            while True:
+                known = _Known(study, goal, worker)
+                ran = len(known.ran)
+                bar.update(min(ran, trials) - bar.n)
+                bar.set_postfix_str(known.in_words)
+                if ran >= trials:
+                    break
+                parameters = _next(drawing, known) if ran + len(known.running) < trials else None
+                if parameters is not None:
+                    _try(study, drawing, parameters, judge, known, worker)
+                elif known.running:
+                    time.sleep(POLL)  # until another worker is done, or gone
+                else:
+                    break
     except KeyboardInterrupt:
         raise CalibrationError(
-            f"interrupted after {known.ran} of {trials} trials, which are kept in {where}; "
-            "the same command goes on with them"
+            f"interrupted after {ran} of {trials} trials, which are kept in {where}; the same command goes on with them"
         ) from None
-    if known.ran < trials:
+    except StorageInternalError as error:
+        said = str(error).strip().splitlines()[0]
+        raise CalibrationError(f"{where} failed after {ran} trials ({said}); the same command goes on") from error
+    if len(known.ran) < trials and drawing.listed is None:
         logging.getLogger(__name__).warning(
-            "stopped after %d trials: %d draws in a row brought nothing new", known.ran, in_vain
+            "stopped after %d trials: %d draws in a row brought nothing new", len(known.ran), known.in_vain
         )
     best = known.best
     if best is None:
@@ -248,201 +159,209 @@ def search(
     return Found(
         schedule=space.schedule(best.params),
         parameters=best.params,
-        score=_score(best),
-        trials=known.ran,
-        feasible=sum(goal.violation(_score(trial)) <= 0 for trial in known.scored),
-        not_run=len(known.finished) - known.ran,
+        score=score_of(best),
+        front=front(known.scored),
+        trials=len(known.ran),
+        pruned=known.halved,
+        feasible=sum(goal.violation(score_of(trial)) <= 0 for trial in known.scored),
+        not_run=len(known.finished) - len(known.ran)
+        if drawing.listed is None
+        else drawing.points - len(drawing.listed),
+        spent=sum(score_of(t).macs_fraction * len(score_of(t).each) for t in known.ran if "psnr" in t.user_attrs),
+        enumerated=drawing.listed is not None,
     )
 
 
 class _Known:
-    """What the trials of a study so far tell."""
+    """What the trials of a study so far tell. Those whose worker is gone are marked as failed, to be done again."""
 
-    def __init__(self, study: optuna.Study, goal: Goal) -> None:
+    def __init__(self, study: optuna.Study, goal: Goal, worker: Worker) -> None:
         self.goal = goal
-        self.all = study.get_trials(deepcopy=False)
-        # A trial that is running was killed, one that failed was interrupted: both are made up for by new ones.
-        self.finished = [t for t in self.all if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-        self.scored = [t for t in self.finished if t.state is TrialState.COMPLETE and "ran" in t.user_attrs]
-        self.ran = sum("ran" in trial.user_attrs for trial in self.finished)
+        every = study.get_trials(deepcopy=False)
+        for trial in every:
+            if trial.state is TrialState.RUNNING and worker.is_gone(trial):
+                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        every = study.get_trials(deepcopy=False)
+        self.finished = [t for t in every if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+        self.running = [t for t in every if t.state is TrialState.RUNNING]
+        self.ran = [t for t in self.finished if "ran" in t.user_attrs]
+        self.scored = [t for t in self.ran if t.state is TrialState.COMPLETE]
+        self.tried = [t.params for t in (*self.finished, *self.running)]
+        self.executed = {t.user_attrs["executes"]: t for t in (*self.running, *self.ran) if "executes" in t.user_attrs}
+        self.broken_off = [
+            t
+            for t in every
+            if t.state is TrialState.FAIL
+            and "surplus" not in t.user_attrs
+            and t.user_attrs.get("executes") not in (None, *self.executed)
+            and t.params not in self.tried
+        ]
+
+    @property
+    def halved(self) -> int:
+        return sum("beaten_by" in trial.user_attrs for trial in self.ran)
+
+    @property
+    def in_vain(self) -> int:
+        """How many of the last draws needed no run."""
+        return next((i for i, trial in enumerate(reversed(self.finished)) if "ran" in trial.user_attrs), 0)
 
     @property
     def best(self) -> FrozenTrial | None:
-        kept = [trial for trial in self.scored if self.goal.violation(_score(trial)) <= 0]
-        return max(kept, key=lambda trial: self.goal.rank(_score(trial)), default=None)
+        kept = [trial for trial in self.scored if self.goal.violation(score_of(trial)) <= 0]
+        return max(kept, key=lambda trial: self.goal.rank(score_of(trial)), default=None)
 
     @property
-    def best_so_far(self) -> str:
+    def in_words(self) -> str:
+        pruned = f", {self.halved} pruned" if self.halved else ""
         if self.best is None:
-            return f"none with {self.goal} yet" if self.scored else ""
-        score = _score(self.best)
-        return f"best {score.psnr:.1f} dB at {score.macs_fraction:.3f} of the MACs"
+            return f"none with {self.goal} yet{pruned}" if self.scored else ""
+        score = score_of(self.best)
+        return f"best {score.psnr:.1f} dB at {score.macs_fraction:.3f} of the MACs{pruned}"
+
+
+def _next(drawing: Drawing, known: _Known) -> dict[str, Any] | None:
+    """Return what to try, or None if there is nothing left."""
+    if known.broken_off:
+        return known.broken_off[0].params
+    if drawing.listed is not None:
+        return next((dict(p.parameters) for p in drawing.listed if p.executes not in known.executed), None)
+    if drawing.plain is not None and drawing.plain not in known.tried:
+        return drawing.plain
+    if known.in_vain >= PATIENCE:
+        return None
+    return drawing.draw(known.finished, known.running, known.in_vain)
 
 
 def _try(
-    study: optuna.Study,
-    trial: Trial,
-    space: Space,
-    goal: Goal,
-    judge: Callable[[Schedule], Score],
-    known: _Known,
-) -> bool:
-    """Finish a trial, and return whether it took a run."""
+    study: optuna.Study, drawing: Drawing, parameters: dict[str, Any], judge: Judge, known: _Known, worker: Worker
+) -> None:
+    """Add a trial to the study, and run it if need be."""
+    pruned, complete = TrialState.PRUNED, TrialState.COMPLETE
     try:
-        schedule = space.schedule(trial.params)
-    except CalibrationError as error:
-        trial.set_user_attr("refused", str(error))
-        study.tell(trial, state=TrialState.PRUNED)
-        return False
-    executes = digest(schedule.to_json().get("plan") or schedule.to_json()["policy"])
-    trial.set_user_attr("executes", executes)
-    if twin := next((t for t in known.scored if t.user_attrs["executes"] == executes), None):
-        trial.set_user_attr("same_as", twin.number)
-        _tell(study, trial, goal, _score(twin))
-        return False
-    planned = schedule.macs_fraction() if schedule.plan is not None and not schedule.contexts else math.nan
-    if goal.max_macs is not None and planned > goal.max_macs + ROUNDING:
-        trial.set_user_attr("macs_fraction", planned)
-        trial.set_constraint("limit", planned - goal.max_macs)
-        study.tell(trial, state=TrialState.PRUNED)
-        return False
+        point = drawing.point(parameters)
+    except NeedlessError as error:
+        return _add(study, drawing, parameters, pruned, error.noted)
+    if twin := known.executed.get(point.executes):
+        noted = {"executes": point.executes, "same_as": twin.number}
+        return _add(study, drawing, parameters, complete if twin.state is complete else pruned, noted, twin)
+    trial = _claim(study, drawing, point, worker)
+    if trial is None:
+        return None
+    rivals = [score_of(t) for t in known.scored]
     try:
-        score = judge(schedule)
+        with worker.at_work(trial):
+            _judge(study, trial, drawing.goal, point.schedule, judge, rivals)
     except BaseException:
-        study.tell(trial, state=TrialState.FAIL)
+        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         raise
-    trial.set_user_attr("ran", True)
-    if not math.isfinite(score.psnr):
-        trial.set_user_attr("refused", "the images are not finite")
-        study.tell(trial, state=TrialState.PRUNED)
-    else:
-        _tell(study, trial, goal, score)
-    return True
 
 
-def _tell(study: optuna.Study, trial: Trial, goal: Goal, score: Score) -> None:
+def _add(
+    study: optuna.Study,
+    drawing: Drawing,
+    parameters: Mapping[str, Any],
+    state: TrialState,
+    noted: Mapping[str, Any],
+    twin: FrozenTrial | None = None,
+) -> None:
+    """Add a trial that takes no run."""
+    constraints = dict(twin.constraints) if twin else {}
+    if twin is None and drawing.goal.max_macs is not None and "macs_fraction" in noted:
+        constraints = {"limit": noted["macs_fraction"] - drawing.goal.max_macs}
+    study.add_trial(
+        create_trial(
+            state=state,
+            values=twin.values if twin and state is TrialState.COMPLETE else None,
+            params=dict(parameters),
+            distributions=drawing.distributions,
+            user_attrs=dict(noted),
+            constraints=constraints,
+        )
+    )
+
+
+def _claim(study: optuna.Study, drawing: Drawing, point: Point, worker: Worker) -> optuna.Trial | None:
+    """Add a running trial, and return it if no other worker has begun what executes the same.
+
+    A trial is added with all that tells others what it runs, in one go, and numbered by the storage. Each worker looks
+    at those before its own after it has added it: so of two that come upon the same, one sees the other, which does not
+    see it as one before its own and goes on.
+    """
+    claim = uuid4().hex
+    attrs = {"executes": point.executes, "ran": True, "claim": claim, "worker": worker.signature()}
+    study.add_trial(
+        create_trial(
+            state=TrialState.RUNNING,
+            params=dict(point.parameters),
+            distributions=drawing.distributions,
+            user_attrs=attrs,
+        )
+    )
+    every = study.get_trials(deepcopy=False)
+    mine = next(trial for trial in every if trial.user_attrs.get("claim") == claim)
+    trial = optuna.Trial(study, mine._trial_id)
+    counted = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
+    before = [t for t in every if t.number < mine.number and t.state in counted and "ran" in t.user_attrs]
+    if len(before) < drawing.trials and all(t.user_attrs["executes"] != point.executes for t in before):
+        return trial
+    trial.set_user_attr("surplus", True)
+    study.tell(trial, state=TrialState.FAIL)
+    return None
+
+
+def _judge(
+    study: optuna.Study, trial: optuna.Trial, goal: Goal, schedule: Schedule, judge: Judge, rivals: Sequence[Score]
+) -> None:
+    """Judge a schedule on more and more runs, and tell the study."""
+    score: Score | None = None
+    for count in rungs(len(judge)):
+        part = judge(schedule, slice(0 if score is None else len(score.each), count))
+        score = part if score is None else score.joined(part)
+        if not math.isfinite(score.psnr):
+            trial.set_user_attr("refused", "the images are not finite")
+            study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+            return
+        beaten = beaten_by(score, rivals) if count < len(judge) else None
+        if beaten is not None:
+            _note(trial, goal, score)
+            trial.set_user_attr("beaten_by", rounded(beaten[0]))
+            trial.set_user_attr("expected_psnr", beaten[1])
+            study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+            return
+    assert score is not None
+    _note(trial, goal, score)
+    study.tell(trial, [score.macs_fraction, score.psnr], skip_if_finished=True)
+
+
+def _note(trial: optuna.Trial, goal: Goal, score: Score) -> None:
     trial.set_user_attr("psnr", score.psnr)
     trial.set_user_attr("macs_fraction", score.macs_fraction)
+    trial.set_user_attr("each", list(score.each))
     trial.set_constraint("limit", goal.violation(score))
-    study.tell(trial, goal.value(score))
 
 
-def _score(trial: FrozenTrial) -> Score:
-    return Score(trial.user_attrs["psnr"], trial.user_attrs["macs_fraction"])
+def score_of(trial: FrozenTrial) -> Score:
+    return Score(trial.user_attrs["psnr"], trial.user_attrs["macs_fraction"], tuple(trial.user_attrs["each"]))
 
 
-def _begin_with(study: optuna.Study, space: Space, goal: Goal, known: _Known) -> None:
-    """See to it that what calibrating without a search gives is tried, if it can be."""
-    try:
-        plain = dict(space.plain(goal.max_macs))
-    except CalibrationError:
-        return
-    inside = all(_holds(space.axes[name], value) for name, value in plain.items())
-    waiting = any(trial.state is TrialState.WAITING for trial in known.all)
-    if inside and not waiting and not any(trial.params == plain for trial in known.finished):
-        study.enqueue_trial(plain)
+def front(scored: Sequence[FrozenTrial]) -> tuple[Tried, ...]:
+    """Return those that nothing beats in both PSNR and multiply-accumulates, the cheapest first."""
+    every = [Tried(trial.params, score_of(trial)) for trial in scored]
+    every.sort(key=lambda tried: (tried.score.macs_fraction, -tried.score.psnr))
+    kept: list[Tried] = []
+    for tried in every:
+        if not kept or tried.score.psnr > kept[-1].score.psnr:
+            kept.append(tried)
+    return tuple(kept)
 
 
 def _nothing_found(goal: Goal, known: _Known) -> str:
-    scores = [_score(trial) for trial in known.scored]
+    scores = [score_of(trial) for trial in known.scored]
     if not scores:
         return f"none of the settings gives {goal}; ask for less"
     nearest = min(scores, key=goal.violation)
     return (
-        f"none of {known.ran} trials had {goal}; the nearest had {nearest.psnr:.1f} dB at "
+        f"none of {len(known.ran)} trials had {goal}; the nearest had {nearest.psnr:.1f} dB at "
         f"{nearest.macs_fraction:.3f} of the MACs. Ask for less, or raise --trials"
     )
-
-
-def _study(
-    storage: str, name: str, where: str, direction: Literal["minimize", "maximize"], identity: Mapping[str, Any]
-) -> optuna.Study:
-    """Return the study, begun or gone on with."""
-    try:
-        study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
-        begun = study.user_attrs.get("identity")
-        wanted = json.loads(json.dumps(identity))
-        if begun is None:
-            study.set_user_attr("identity", wanted)
-    except Exception as error:  # of the database and its driver, whichever they are
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CalibrationError(f"{where} cannot be used for a search: {said}") from error
-    differing = [key for key in sorted({*(begun or wanted), *wanted}) if (begun or wanted).get(key) != wanted.get(key)]
-    if differing:
-        told = [
-            f"other {key}"
-            if key in DIGESTED
-            else f"{key} {_brief((begun or {}).get(key))}, now {_brief(wanted.get(key))}"
-            for key in differing
-        ]
-        raise CalibrationError(
-            f"{where} holds a search with other settings: {'; '.join(told)}. Search with those again to go on with it, "
-            "or choose another --output or --storage"
-        )
-    return study
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, Mapping):
-        value = {key: part for key, part in value.items() if part is not None}
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _distribution(name: str, axis: Axis) -> BaseDistribution:
-    if isinstance(axis, Between):
-        return FloatDistribution(axis.low, axis.high)
-    if not axis:
-        raise CalibrationError(f"there is nothing to choose from for {name}; are there too few steps?")
-    if isinstance(axis, range):
-        return IntDistribution(axis[0], axis[-1], step=axis.step)
-    return CategoricalDistribution(axis)
-
-
-def _holds(axis: Axis, value: Any) -> bool:
-    return axis.low <= value <= axis.high if isinstance(axis, Between) else value in axis
-
-
-def axes_json(axes: Mapping[str, Axis]) -> dict[str, list[Any]]:
-    """Return what is varied: a list of names, or the smallest and the largest number."""
-    return {
-        name: [axis.low, axis.high]
-        if isinstance(axis, Between)
-        else [axis[0], axis[-1]]
-        if isinstance(axis, range) and axis
-        else list(axis)
-        for name, axis in axes.items()
-    }
-
-
-def digest(content: Any) -> str:
-    """Return a short name for plain data."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def versions() -> dict[str, str]:
-    """Return those of what a search depends on."""
-    import diffusers
-
-    import dicache
-
-    return {
-        "dicache": dicache.__version__,
-        "optuna": optuna.__version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-    }
-
-
-def evenly_spaced(anatomy: Anatomy, target: Target, steps: int, macs_fraction: float) -> Schedule:
-    """Return the schedule that skips the body at all but evenly spaced steps, at about this cost: what to beat."""
-    body = sum(block.macs for block in anatomy.blocks)
-
-    def plan(count: int) -> Plan:
-        computed = np.round(np.linspace(0, steps - 1, count)).astype(int)
-        letters = "".join("C" if step in computed else "." for step in range(steps))
-        return Plan(steps, (Rule("skip", letters),) if "." in letters else ())
-
-    counts = range(1, steps + 1)
-    nearest = min(counts, key=lambda n: abs(1 - (1 - n / steps) * body / max(anatomy.macs, 1) - macs_fraction))
-    return Schedule("mask", {"steps_computed": nearest}, anatomy, target, steps, plan=plan(nearest))

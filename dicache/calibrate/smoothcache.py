@@ -1,13 +1,17 @@
 """SmoothCache: reuse each kind of branch for as long as its measured change stays below a threshold."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from dicache.calibrate.methods import CalibrationError, method
+from dicache.calibrate.methods import Axis, CalibrationError, method
+from dicache.calibrate.spaces import ProfileSpace
 from dicache.profiler import Profile
 from dicache.schedules import Plan, Rule, Schedule
+
+USUAL_ALPHA = 0.15  # of those published
 
 
 @method("smoothcache")
@@ -99,3 +103,14 @@ def scan(errors: np.ndarray, alpha: float) -> str:
         step += int(within[-1]) + 2 if len(within) else 1
     letters[-1] = "C"
     return "".join(letters)
+
+
+@dataclass(frozen=True)
+class SmoothCacheSpace(ProfileSpace):
+    """The threshold alpha, among the errors that the profile has."""
+
+    saving = ("alpha",)
+
+    def free(self) -> Mapping[str, Axis]:
+        errors = branch_errors(self.profile)
+        return {"alpha": self.thresholds(np.concatenate([error.ravel() for error in errors.values()]))}

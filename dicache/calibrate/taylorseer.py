@@ -1,15 +1,18 @@
 """TaylorSeer: compute at a fixed interval, and foretell what lies in between from the last computed outputs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dicache.anatomy import Anatomy
-from dicache.calibrate.methods import CalibrationError, method
+from dicache.calibrate.methods import Axis, CalibrationError, method
+from dicache.calibrate.spaces import PlanSpace
 from dicache.schedules import Plan, Rule
 from dicache.schedules.plan import MAX_ORDER
 
 Granularity = Literal["branch", "body"]
 Anchor = Literal["reference", "diffusers"]
+LONGEST_WARM_UP = 5  # that a search tries; the published ones are 2 and 3
 
 
 @method("taylorseer")
@@ -67,3 +70,18 @@ class TaylorSeer:
     def _computes(self, i: int) -> bool:
         counted_from = self.warm_up + (1 if self.anchor == "diffusers" else -1)
         return i < self.warm_up or (i - counted_from) % self.interval == 0
+
+
+@dataclass(frozen=True)
+class TaylorSeerSpace(PlanSpace):
+    """The interval, the order, how many steps are computed at first, and what is foretold."""
+
+    saving = ("interval",)
+
+    def free(self) -> Mapping[str, Axis]:
+        return {
+            "interval": self.intervals,
+            "order": range(MAX_ORDER + 1),
+            "warm_up": range(1, min(LONGEST_WARM_UP, self.steps - 1) + 1),
+            "granularity": get_args(Granularity),
+        }

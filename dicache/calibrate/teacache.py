@@ -1,18 +1,17 @@
 """TeaCache: fit how much the model's output will change from how much its modulated input has."""
 
-import hashlib
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from dicache.anatomy import Anatomy
-from dicache.calibrate.methods import Axis, Between, CalibrationError, body_plan, method
+from dicache.calibrate.methods import Axis, CalibrationError, body_plan, method
 from dicache.calibrate.rescale import Judged, fit_rescale, judge
 from dicache.calibrate.simulating import called_steps, find_limit, macs_fraction, simulate
+from dicache.calibrate.spaces import AimedSpace
 from dicache.calibrate.teacache_published import IN_WORDS, SIGNALS, Signal, published, published_for, quoted_in_words
 from dicache.profiler import Profile
 from dicache.schedules import Schedule, Target, TeaCachePolicy
@@ -299,60 +298,17 @@ def _find_threshold(
 
 
 @dataclass(frozen=True)
-class TeaCacheSpace:
-    """What a search varies: how much to skip, and what foretells when.
+class TeaCacheSpace(AimedSpace):
+    """How much to skip, and what foretells when."""
 
-    A threshold means something else for every fit, so it is not drawn itself: the share of the multiply-accumulates is
-    that it is to take on the profile's runs, and the threshold is found for that.
+    usual_speedup = USUAL_SPEEDUP
 
-    Attributes:
-        profile: What is fitted.
-        settings: Where what is not varied comes from.
-        fixed: Names of settings that are not varied.
-        max_macs: The share that is aimed at; others are drawn from around it. None draws from all that can be reached.
-    """
-
-    profile: Profile
-    settings: TeaCache
-    fixed: Collection[str] = ()
-    max_macs: float | None = None
-
-    @cached_property
-    def axes(self) -> Mapping[str, Axis]:
-        always = self.settings.first_steps + self.settings.last_steps
-        policy = TeaCachePolicy(0.0, (1.0, 0.0), (0.0, 1.0), negative=self.settings.negative)
-        least = macs_fraction(policy, self.profile.anatomy, always / self.profile.steps)  # all others skipped
-        low, high = least, 1.0
-        if self.max_macs is not None:  # the profile's runs foresee the cost of others to some hundredths
-            low, high = max(least, 0.8 * self.max_macs), min(1.0, 1.2 * self.max_macs)
-        if low >= high:
-            raise CalibrationError(
-                f"teacache: a share of {self.max_macs or 1:.3f} of the MACs cannot be reached in "
-                f"{self.profile.steps} steps; with all but {always} steps skipped it is {least:.3f}"
-            )
-        axes: dict[str, Axis] = {
-            "macs": Between(low, high),
-            "foretell": get_args(Foretell),
-            "fit_to": get_args(FitTo),
-            "degree": DEGREES,
-        }
-        fixed = {*self.fixed, *(("foretell",) if self.settings.signal != "modulated" else ())}
-        return {name: axis for name, axis in axes.items() if name not in fixed}
+    def free(self) -> Mapping[str, Axis]:
+        axes: dict[str, Axis] = {"macs": self.shares(), "fit_to": get_args(FitTo), "degree": DEGREES}
+        return axes if self.settings.signal != "modulated" else {**axes, "foretell": get_args(Foretell)}
 
     @property
-    def identity(self) -> Mapping[str, Any]:
-        signal = changes(self.profile, self.settings.signal)
-        measured = [signal, *(self.profile.relative_l1(name) for name in get_args(FitTo))]
-        settings = {**asdict(self.settings), "threshold": None, "target_speedup": None}  # what is searched for
-        profile = hashlib.sha256(np.stack(measured).tobytes()).hexdigest()[:16]
-        return {"method": "teacache", "settings": settings, "profile": profile}
-
-    def plain(self, max_macs: float | None) -> Mapping[str, Any]:
-        settings = {"macs": 1 / USUAL_SPEEDUP if max_macs is None else max_macs, **asdict(self.settings)}
-        return {name: settings[name] for name in self.axes}
-
-    def schedule(self, parameters: Mapping[str, Any]) -> Schedule:
-        settings = {name: value for name, value in parameters.items() if name != "macs"}
-        return replace(self.settings, threshold=None, target_speedup=1 / parameters["macs"], **settings).calibrate(
-            self.profile
-        )
+    def least(self) -> float:
+        always = self.settings.first_steps + self.settings.last_steps
+        policy = TeaCachePolicy(0.0, (1.0, 0.0), (0.0, 1.0), negative=self.settings.negative)
+        return macs_fraction(policy, self.profile.anatomy, always / self.profile.steps)  # all others skipped

@@ -1,13 +1,17 @@
 """T-GATE: cross-attention, and guidance with it, end at a gate; before it self-attention is computed now and then."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dicache.anatomy import Anatomy
-from dicache.calibrate.methods import CalibrationError, method
+from dicache.calibrate.methods import Axis, CalibrationError, method
+from dicache.calibrate.spaces import PlanSpace
 from dicache.schedules import Plan, Rule
 
 AfterGate = Literal["single", "guided"]
+LONGEST_INTERVAL = 6  # that a search tries; the published ones are 1 to 5
+LONGEST_WARM_UP = 4
 
 
 @method("tgate")
@@ -81,6 +85,22 @@ class TGate:
         if step >= self.gate:
             return step % self.fi_interval == 0
         return step <= self.warm_up or step == self.gate - 1 or step % self.sp_interval == 0
+
+
+@dataclass(frozen=True)
+class TGateSpace(PlanSpace):
+    """The gate, how often self-attention is computed before and behind it, and for how long everything is at first."""
+
+    saving = ("fi_interval", "sp_interval", "-gate")
+
+    def free(self) -> Mapping[str, Axis]:
+        longest = min(LONGEST_INTERVAL, self.steps - 1)
+        return {
+            "gate": range(1, self.steps),
+            "sp_interval": range(1, longest + 1),
+            "fi_interval": range(1, longest + 1),
+            "warm_up": range(min(LONGEST_WARM_UP, self.steps - 1) + 1),
+        }
 
 
 def _text_in(kinds: set[str]) -> str:

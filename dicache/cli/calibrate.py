@@ -8,15 +8,16 @@ import click
 
 from dicache.cli.calibrating import (
     output_option,
+    plan_space,
     planned_subject,
+    search_and_write,
     share_of,
-    subject_of,
     subject_options,
     target_options,
     write_schedule,
 )
 from dicache.cli.command import Group, json_option
-from dicache.cli.searching import Searching, given_options, search_for, search_options
+from dicache.cli.searching import Searching, search_options
 
 
 @click.group(cls=Group)
@@ -62,12 +63,9 @@ def fora(
     search, share = Searching(**searching), share_of(target_speedup, max_macs)
     kinds = tuple(part.strip() for part in branches.split(",")) if branches else ()
     if search.wanted:
-        goal = search.goal(share)
-        subject = subject_of(profile_file, model, steps, search.device)
         settings = Fora(interval or USUAL_INTERVAL, anchor, kinds, first, last)
-        space = ForaSpace(subject.anatomy, subject.target, subject.steps, settings, given_options())
-        output = output or Path("fora.json")
-        return write_schedule(*search_for(subject, space, goal, search, output), subject.model, output, as_json)
+        space = plan_space(ForaSpace, settings)
+        return search_and_write(search, "fora", space, profile_file, model, steps, output, as_json, share)
     if (interval is None) == (share is None):
         raise click.UsageError("give one of --interval, --target-speedup and --max-macs")
     settings = Fora(1 if interval is None else interval, anchor, kinds, first, last)

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dicache.cli.calibrating import output_option, profile_option, share_of, target_options, write_schedule
+from dicache.cli.calibrating import output_option, profile_and_write, profile_option, share_of, target_options
 from dicache.cli.command import Command, Numbers, json_option
-from dicache.cli.profiles import newest
+from dicache.cli.searching import search_options
 
 if TYPE_CHECKING:
     from dicache.schedules import Schedule
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--motion/--no-motion", default=True, show_default=True, help="Compute fast videos more often.")
 @click.option("--published-motion", is_flag=True, help="With the constants for Open-Sora, not those of the profile.")
 @profile_option
+@search_options
 @output_option
 @json_option
 def adacache(
@@ -52,32 +53,34 @@ def adacache(
     profile_file: Path | None,
     output: Path | None,
     as_json: bool,
+    **searching: Any,
 ) -> None:
     """Hold everything for some steps, by how much a block's output has changed (arXiv 2411.02397).
 
     With --target-speedup or --max-macs all limits of the codebook are scaled to reach it; without a codebook, those of
-    the published one that errs least. With nothing given it aims at 1.8 times fewer MACs.
+    the published one that errs least. With nothing given it aims at 1.8 times fewer MACs. With --search it tries
+    codebooks, what is measured and whether motion counts on real runs; what is given on the command line is kept.
     """
-    from dicache.calibrate.adacache import USUAL_SPEEDUP, AdaCache
-    from dicache.profiler.storage import load
+    from dicache.calibrate.adacache import USUAL_SPEEDUP, AdaCache, AdaCacheSpace
 
     share = share_of(target_speedup, max_macs)
     pairs = () if codebook is None else read_codebook(codebook)
-    if codebook is None and preset is None and share is None:
+    if codebook is None and preset is None and share is None and searching["min_psnr"] is None:
         share = 1 / USUAL_SPEEDUP
     if published_motion and not motion:
         raise click.UsageError("--published-motion goes with --motion")
+    speedup = target_speedup or (None if share is None else 1 / share)
+    if searching["wanted"]:
+        speedup = speedup or USUAL_SPEEDUP
     settings = AdaCache(
         pairs,
         preset,
-        target_speedup or (None if share is None else 1 / share),
+        speedup,
         decision_block or (),
         branch,
         "published" if published_motion else "profile" if motion else "none",
     )
-    profile = load(profile_file or newest())
-    schedule = settings.calibrate(profile)
-    write_schedule(schedule, told_of(schedule), profile.provenance.model, output, as_json)
+    profile_and_write(settings, AdaCacheSpace, searching, profile_file, output, as_json, told_of, share)
 
 
 def read_codebook(text: str) -> tuple[tuple[float, int], ...]:

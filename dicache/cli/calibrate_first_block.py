@@ -1,21 +1,27 @@
 """`dicache calibrate first-block`: skip what lies behind the first blocks, decided at run time."""
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dicache.cli.calibrating import (
     output_option,
+    plan_space,
     planned_subject,
+    profile_and_write,
+    search_and_write,
     share_of,
     subject_options,
     target_options,
     write_schedule,
 )
 from dicache.cli.command import Command, json_option
-from dicache.cli.profiles import newest
+from dicache.cli.searching import Searching, search_options
+
+if TYPE_CHECKING:
+    from dicache.schedules import Schedule
 
 
 @click.command("first-block", cls=Command)
@@ -35,6 +41,7 @@ from dicache.cli.profiles import newest
     help="What a change equal to the threshold does: compute as in ParaAttention and cache-dit, reuse as in diffusers.",
 )
 @subject_options
+@search_options
 @output_option
 @json_option
 def first_block(
@@ -53,6 +60,7 @@ def first_block(
     steps: int | None,
     output: Path | None,
     as_json: bool,
+    **searching: Any,
 ) -> None:
     """Skip all behind the first blocks while these add what they did at the last computed step (FirstBlockCache).
 
@@ -61,13 +69,25 @@ def first_block(
     first blocks (`dicache profile --first-blocks 1,8`). With --model instead of a profile it takes a --threshold, and
     does not know what to expect.
     """
-    from dicache.calibrate.first_block import FirstBlock
-    from dicache.profiler.storage import load
+    from dicache.calibrate.first_block import (
+        USUAL_SPEEDUP,
+        USUAL_THRESHOLD,
+        FirstBlock,
+        FirstBlockPlainSpace,
+        FirstBlockSpace,
+    )
 
-    share = share_of(target_speedup, max_macs)
-    if (threshold is None) == (share is None):
+    share, search = share_of(target_speedup, max_macs), Searching(**searching)
+    if search.wanted and threshold is not None:
+        raise click.UsageError("--search finds the threshold; leave --threshold out")
+    if (threshold is None) == (share is None) and not search.wanted:
         raise click.UsageError("give one of --threshold, --target-speedup and --max-macs")
-    speedup = None if share is None else target_speedup or 1 / share
+    if search.wanted and model is not None:
+        settings = FirstBlock(USUAL_THRESHOLD, None, first, last, max_continuous, max_cached, warm_up, last_steps)
+        settings = replace(settings, at_threshold=at_threshold)
+        space = plan_space(FirstBlockPlainSpace, settings)
+        return search_and_write(search, "first-block", space, profile_file, model, steps, output, as_json, share)
+    speedup = USUAL_SPEEDUP if search.wanted else None if share is None else target_speedup or 1 / share
     settings = FirstBlock(
         threshold, speedup, first, last, max_continuous, max_cached, warm_up, last_steps, at_threshold
     )
@@ -77,17 +97,14 @@ def first_block(
         raise click.UsageError("--steps goes with --model; a profile has its own")
     if model is not None:
         subject = planned_subject(profile_file, model, steps)
-        name, schedule = subject.model, settings.schedule(subject.anatomy, subject.target, subject.steps)
-    else:
-        profile = load(profile_file or newest())
-        name, schedule = profile.provenance.model, settings.calibrate(profile)
-    write_schedule(schedule, _told(schedule.measured), name, output, as_json)
+        schedule = settings.schedule(subject.anatomy, subject.target, subject.steps)
+        return write_schedule(schedule, "", subject.model, output, as_json)
+    return profile_and_write(settings, FirstBlockSpace, searching, profile_file, output, as_json, _told, share)
 
 
-def _told(measured: Mapping[str, Any]) -> str:
-    """Return what was found on a profile, if there was one."""
-    if not measured:
-        return ""
+def _told(schedule: "Schedule") -> str:
+    """Return what was found on a profile."""
+    measured = schedule.measured
     told = f"threshold {measured['threshold']:.4g}, {measured['computed_steps']:g} steps computed on average"
     if not measured["beyond_lags"]:
         return told

@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dicache.cli.calibrating import output_option, planned_subject, subject_of, subject_options, write_schedule
+from dicache.cli.calibrating import (
+    output_option,
+    plan_and_write,
+    plan_space,
+    planned_subject,
+    search_with_target_options,
+    subject_of,
+    subject_options,
+    write_schedule,
+)
 from dicache.cli.command import Command, json_option
 from dicache.cli.cost import in_words
-from dicache.cli.searching import Searching, Subject, given_options, search_for, search_options
+from dicache.cli.searching import Searching, Subject, search_for, search_options
 
 if TYPE_CHECKING:
     from dicache.anatomy import Anatomy
@@ -95,6 +104,7 @@ def mask(
 @click.option("--start", type=click.IntRange(0), help="With a number of blocks: the first of them.  [default: 0]")
 @click.option("--branch", type=int, help="Instead, of a U-Net: what lies inside this skip connection, 0 the outermost.")
 @subject_options
+@search_with_target_options
 @output_option
 @json_option
 def delta_cache(
@@ -107,15 +117,13 @@ def delta_cache(
     steps: int | None,
     output: Path | None,
     as_json: bool,
+    **searching: Any,
 ) -> None:
     """Skip a range of blocks at most steps, and add what it added at the last full one (arXiv 2406.01125)."""
-    from dicache.calibrate.delta_cache import DeltaCache
-    from dicache.calibrate.methods import planned_schedule
+    from dicache.calibrate.delta_cache import DeltaCache, DeltaCacheSpace
 
     settings = DeltaCache(interval, blocks, start, branch)
-    subject = planned_subject(profile_file, model, steps)
-    schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
-    write_schedule(schedule, "", subject.model, output, as_json)
+    plan_and_write(settings, DeltaCacheSpace, searching, profile_file, model, steps, output, as_json)
 
 
 @click.command("delta-dit", cls=Command)
@@ -182,9 +190,8 @@ def delta_dit(
     if order == "auto" or (order is None and model is None):
         settings, errors = ordered(settings, _profile(profile_file, model))
     if goal is not None:
-        space = DeltaDitSpace(subject.anatomy, subject.target, subject.steps, settings, given_options())
         output = output or Path("delta-dit.json")
-        schedule, told = search_for(subject, space, goal, search, output)
+        schedule, told = search_for(subject, plan_space(DeltaDitSpace, settings)(subject, goal), goal, search, output)
     else:
         schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
         schedule = replace(schedule, measured={**schedule.measured, "order": errors} if errors else {})

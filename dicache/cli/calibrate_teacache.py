@@ -10,15 +10,15 @@ from dicache.cli.calibrating import (
     output_option,
     planned_subject,
     profile_option,
+    search_and_write,
     share_of,
     subject_of,
-    subject_of_profile,
     target_options,
     write_schedule,
 )
 from dicache.cli.command import Command, json_option
 from dicache.cli.profiles import newest
-from dicache.cli.searching import Searching, given_options, search_for, search_options
+from dicache.cli.searching import Searching, given_options, search_options
 
 if TYPE_CHECKING:
     from dicache.calibrate.teacache import TeaCache
@@ -149,11 +149,18 @@ def _from_profile(
     model = profile.provenance.model
     if not search.wanted:
         return _write(settings.calibrate(profile), model, output, as_json)
-    goal = search.goal(share)
-    space = TeaCacheSpace(profile, settings, given_options(), goal.max_macs)
-    subject = subject_of_profile(profile.provenance, profile.runs)
-    output = output or Path("teacache.json")
-    return write_schedule(*search_for(subject, space, goal, search, output), model, output, as_json)
+    given = given_options()
+    return search_and_write(
+        search,
+        "teacache",
+        lambda _, goal: TeaCacheSpace(profile, settings, given, goal.max_macs),
+        file,
+        None,
+        None,
+        output,
+        as_json,
+        share,
+    )
 
 
 def _check_published(known: "Published", threshold: float | None, speedup: float | None, search: Searching) -> None:

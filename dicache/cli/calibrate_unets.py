@@ -1,10 +1,11 @@
 """`dicache calibrate deepcache`: what a U-Net's inside has made is held at most steps."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from dicache.cli.calibrating import output_option, planned_subject, subject_options, write_schedule
+from dicache.cli.calibrating import output_option, plan_and_write, search_with_target_options, subject_options
 from dicache.cli.command import Command, json_option
 
 
@@ -20,6 +21,7 @@ from dicache.cli.command import Command, json_option
 @click.option("--center", type=int, help="Uneven intervals: the step around which the full ones are close together.")
 @click.option("--power", type=float, help="With --center: how uneven, above 1.  [default: 1.2]")
 @subject_options
+@search_with_target_options
 @output_option
 @json_option
 def deepcache(
@@ -32,12 +34,10 @@ def deepcache(
     steps: int | None,
     output: Path | None,
     as_json: bool,
+    **searching: Any,
 ) -> None:
     """Run only the outermost part of a U-Net at most steps, and hold what the rest has made (arXiv 2312.00858)."""
-    from dicache.calibrate.deepcache import DeepCache
-    from dicache.calibrate.methods import planned_schedule
+    from dicache.calibrate.deepcache import DeepCache, DeepCacheSpace
 
     settings = DeepCache(interval, branch, center, power)
-    subject = planned_subject(profile_file, model, steps)
-    schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
-    write_schedule(schedule, "", subject.model, output, as_json)
+    plan_and_write(settings, DeepCacheSpace, searching, profile_file, model, steps, output, as_json)

@@ -9,9 +9,12 @@ import click
 
 from dicache.cli.command import show_json
 from dicache.cli.profiles import judged_in_words, newest
-from dicache.cli.searching import Subject
+from dicache.cli.searching import Searching, Subject, given_options, search_for, search_options
 
 if TYPE_CHECKING:
+    from dicache.calibrate.judging import Goal
+    from dicache.calibrate.methods import Space
+    from dicache.calibrate.spaces import PlanSpace, ProfileSpace
     from dicache.profiler import Provenance, Run
     from dicache.schedules import Schedule
 
@@ -35,12 +38,18 @@ def output_option(function: F) -> F:
     return click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help=text)(function)
 
 
-def target_options(function: F) -> F:
-    speedup = click.option("--target-speedup", type=click.FloatRange(1), help="How many times fewer MACs, such as 1.8.")
+def target_options(function: F, *, when: str = "") -> F:
+    text = f"{when}How many times fewer MACs, such as 1.8."
+    speedup = click.option("--target-speedup", type=click.FloatRange(1), help=text)
     share = click.option(
         "--max-macs", type=click.FloatRange(0, 1, min_open=True), help="Instead: the share of the MACs, such as 0.55."
     )
     return speedup(share(function))
+
+
+def search_with_target_options(function: F) -> F:
+    """Add the options of a search to a command that takes a target for nothing else."""
+    return target_options(search_options(function), when="With --search: ")
 
 
 def subject_options(function: F) -> F:
@@ -101,6 +110,91 @@ def subject_of(
     pipeline = load(model, device=device, dtype=dtype, scheduler=scheduler)
     sampling = Sampling(steps=steps).usual_for(model).resolved(pipeline)
     return Subject(model, *survey_pipeline(pipeline, sampling), sampling, pipeline=pipeline)
+
+
+def search_and_write(
+    search: Searching,
+    method: str,
+    space_of: "Callable[[Subject, Goal], Space]",
+    profile_file: Path | None,
+    model: str | None,
+    steps: int | None,
+    output: Path | None,
+    as_json: bool,
+    share: float | None = None,
+) -> None:
+    """Search a method's space, and write the best schedule of it.
+
+    Args:
+        search: The options.
+        method: Its name.
+        space_of: Makes the space.
+        share: Of the MACs; left out it is read from the options.
+    """
+    goal = search.goal(share_of(search.target_speedup, search.max_macs) if share is None else share)
+    subject = subject_of(profile_file, model, steps, search.device)
+    output = output or Path(f"{method}.json")
+    schedule, told = search_for(subject, space_of(subject, goal), goal, search, output)
+    guidance = subject.sampling.guidance
+    write_schedule(schedule, told, subject.model, output, as_json, guided=guidance is None or guidance > 1)
+
+
+def plan_space(kind: "type[PlanSpace]", settings: Any, **more: Any) -> "Callable[[Subject, Goal], Space]":
+    """Return what makes the space of a method that needs no measurement, with what is on the command line kept."""
+    given = given_options()
+    return lambda subject, goal: kind(subject.anatomy, subject.target, subject.steps, settings, given, **more)
+
+
+def plan_and_write(
+    settings: Any,
+    kind: "type[PlanSpace]",
+    searching: Mapping[str, Any],
+    profile_file: Path | None,
+    model: str | None,
+    steps: int | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Write the schedule of a method that needs no measurement, or search its space."""
+    from dicache.calibrate.methods import name_of, planned_schedule
+
+    search = Searching(**searching)
+    if search.wanted:
+        space, name = plan_space(kind, settings), name_of(type(settings))
+        return search_and_write(search, name, space, profile_file, model, steps, output, as_json)
+    subject = planned_subject(profile_file, model, steps)
+    schedule = planned_schedule(settings, subject.anatomy, subject.target, subject.steps)
+    guidance = subject.sampling.guidance
+    return write_schedule(schedule, "", subject.model, output, as_json, guided=guidance is None or guidance > 1)
+
+
+def profile_and_write(
+    settings: Any,
+    kind: "type[ProfileSpace]",
+    searching: Mapping[str, Any],
+    profile_file: Path | None,
+    output: Path | None,
+    as_json: bool,
+    told_of: "Callable[[Schedule], str]" = lambda _: "",
+    share: float | None = None,
+) -> None:
+    """Write the schedule that a profile gives, or search a method's space on it."""
+    from dicache.calibrate.methods import name_of
+    from dicache.calibrate.spaces import AimedSpace
+    from dicache.profiler.storage import load
+
+    search, file, given = Searching(**searching), profile_file or newest(), given_options()
+    profile = load(file)
+    if not search.wanted:
+        schedule = settings.calibrate(profile)
+        return write_schedule(schedule, told_of(schedule), profile.provenance.model, output, as_json)
+
+    def space_of(_: Subject, goal: "Goal") -> "Space":
+        if issubclass(kind, AimedSpace):
+            return kind(profile, settings, given, goal.max_macs)
+        return kind(profile, settings, given)
+
+    return search_and_write(search, name_of(type(settings)), space_of, file, None, None, output, as_json, share)
 
 
 def planned_subject(profile_file: Path | None, model: str | None, steps: int | None) -> Subject:

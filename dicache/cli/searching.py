@@ -1,6 +1,6 @@
 """`dicache calibrate METHOD --search`: the options, the runs that trials are judged by, and what is told at the end."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from dicache.cli.command import table
 from dicache.cli.evaluate import results_table
 
 if TYPE_CHECKING:
     from dicache.anatomy import Anatomy
+    from dicache.calibrate.judging import Goal
     from dicache.calibrate.methods import Space
-    from dicache.calibrate.search import Found, Goal
+    from dicache.calibrate.search import Found
     from dicache.evaluate.evaluation import Result
     from dicache.models.sampling import Sampling
     from dicache.schedules import Schedule, Target
@@ -25,7 +27,11 @@ OPTIONS = (
     click.option("--min-psnr", type=float, help="With --search: the fewest MACs for images this close, in dB."),
     click.option("--search", "wanted", is_flag=True, help="Try settings on real runs, with Optuna, and take the best."),
     click.option("--trials", type=click.IntRange(1), default=50, show_default=True, help="Of a search, in all."),
-    click.option("--storage", help="Optuna's URL of a database.  [default: OUTPUT.search.db; resumes what is there]"),
+    click.option(
+        "--storage",
+        help="Of the trials: sqlite:///FILE, journal:FILE or postgresql://..., which several processes and machines "
+        "may share, each with this same command. What is there is gone on with.  [default: sqlite:///OUTPUT.search.db]",
+    ),
     click.option("--runs", type=click.IntRange(1), default=8, show_default=True, help="Images a trial is judged by."),
     click.option(
         "--prompts", type=click.Path(dir_okay=False), help="Of a search: a file with a prompt or class a line."
@@ -44,7 +50,7 @@ def search_options(function: F) -> F:
 
 @dataclass(frozen=True)
 class Searching:
-    """The options of a search."""
+    """The options of a search; the last two are those of a command that takes them for nothing else."""
 
     min_psnr: float | None
     wanted: bool
@@ -54,15 +60,17 @@ class Searching:
     prompts: str | None
     seed: int
     device: str | None
+    target_speedup: float | None = None
+    max_macs: float | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in given_options() if name in vars(self) and name != "wanted"]
+        given = [n for n in given_options() if n != "wanted" and vars(self).get(n) is not None]
         if given and not self.wanted:
             raise click.UsageError(f"--{given[0].replace('_', '-')} goes with --search")
 
     def goal(self, max_macs: float | None) -> "Goal":
         """Return the goal, of which exactly one must be given."""
-        from dicache.calibrate.search import Goal
+        from dicache.calibrate.judging import Goal
 
         if (max_macs is None) == (self.min_psnr is None):
             raise click.UsageError("give one of --target-speedup, --max-macs and --min-psnr with --search")
@@ -111,7 +119,9 @@ def search_for(
     subject: Subject, space: "Space", goal: "Goal", options: Searching, output: Path
 ) -> tuple["Schedule", str]:
     """Search, judge what was found on runs that the search did not see, and return the schedule and what to tell."""
-    from dicache.calibrate.search import RealRuns, axes_json, search, versions
+    from dicache.calibrate.judging import RealRuns
+    from dicache.calibrate.search import search
+    from dicache.calibrate.studies import axes_json, versions
     from dicache.evaluate.evaluation import evaluate
     from dicache.evaluate.references import default_folder
 
@@ -150,7 +160,7 @@ def search_for(
         "runs": options.runs,
         "seeds": list(seeds[mine]),
         "held_out": {"seeds": list(seeds[others]), "results": [_summary(result) for result in (*results, *fewer)]},
-        "sampler": "TPESampler",
+        "sampler": "none" if found.enumerated else "TPESampler",
         "versions": versions(),
     }
     schedule = replace(found.schedule, measured={**found.schedule.measured, "search": told})
@@ -184,7 +194,7 @@ def _seeds(subject: Subject, options: Searching) -> range:
 def _compared(subject: Subject, space: "Space", goal: "Goal", found: "Found") -> "list[tuple[str, Schedule]]":
     """Return what was found, what the method gives without a search, and the plainest schedule, at one cost."""
     from dicache.calibrate import CalibrationError
-    from dicache.calibrate.search import evenly_spaced
+    from dicache.calibrate.judging import evenly_spaced
 
     cost = found.score.macs_fraction
     compared = [(FOUND, found.schedule)]
@@ -209,12 +219,16 @@ def _summary(result: "Result") -> dict[str, Any]:
 def _told(found: "Found", goal: "Goal", options: Searching, results: "Sequence[Result]") -> str:
     best, *others = results
     psnr, macs = found.score.psnr, found.score.macs_fraction
-    parameters = ", ".join(f"{name} {_short(value)}" for name, value in found.parameters.items())
     lines = [
         f"Searched for {goal}: {found.trials} trials, {found.feasible} of them within it"
-        + (f"; {found.not_run} more draws needed no run" if found.not_run else ""),
-        f"  best: {parameters}",
+        + (f", {found.pruned} stopped early" if found.pruned else "")
+        + (f"; {found.not_run} more points needed no run" if found.not_run else ""),
+        f"  {'each schedule that differs was tried' if found.enumerated else 'drawn by TPE'}; all trials computed "
+        f"as much as {found.spent:.1f} uncached images",
+        f"  best: {_in_words(found.parameters)}",
         f"  {psnr:.1f} dB at {macs:.3f} of the MACs on the {options.runs} runs of the search",
+        "What nothing beats in both, on these runs:",
+        front_table(found),
         f"On {options.runs} runs that the search did not see:",
         results_table(results),
     ]
@@ -230,6 +244,23 @@ def _told(found: "Found", goal: "Goal", options: Searching, results: "Sequence[R
     if better:
         lines.append(f"At no higher cost these are closer to the uncached images: {', '.join(better)}.")
     return "\n".join(lines)
+
+
+def front_table(found: "Found") -> str:
+    """Return the Pareto front as text, the cheapest first, with the best by the goal marked."""
+    rows = [
+        [
+            _in_words(tried.parameters) + (" (best)" if tried.parameters == found.parameters else ""),
+            f"{tried.score.macs_fraction:.3f}",
+            f"{tried.score.psnr:.1f}",
+        ]
+        for tried in found.front
+    ]
+    return table(["", "MACs", "PSNR dB"], rows)
+
+
+def _in_words(parameters: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_short(value)}" for name, value in parameters.items())
 
 
 def _short(value: Any) -> str:

@@ -8,8 +8,9 @@ import pytest
 from dicache.anatomy import Anatomy
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.delta_dit import DeltaDit, DeltaDitSpace, ordered, within_budget
+from dicache.calibrate.judging import Goal, Score
 from dicache.calibrate.methods import METHODS, planned_schedule
-from dicache.calibrate.search import Goal, Score, search
+from dicache.calibrate.search import search
 from dicache.profiler import Profile
 from dicache.schedules import Rows, Schedule, Target
 from tests.calibrate.test_delta_cache import PIXART, blocks_of
@@ -171,16 +172,20 @@ def test_a_search_begins_with_the_fewest_blocks_that_reach_the_target() -> None:
 
 
 def test_the_best_boundary_that_was_tried_is_taken(tmp_path: Path) -> None:
-    seen = []
+    seen: list[float] = []
 
-    def judge(schedule: Schedule) -> Score:
-        seen.append(40.0 - abs(schedule.settings["boundary"] - 3))
-        return Score(seen[-1], schedule.macs_fraction())
+    class Judge:
+        def __len__(self) -> int:
+            return 1
+
+        def __call__(self, schedule: Schedule, which: slice = slice(1)) -> Score:
+            seen.append(40.0 - abs(schedule.settings["boundary"] - 3))
+            return Score(seen[-1], schedule.macs_fraction(), (seen[-1],))
 
     found = search(
         space(TOY, 6, fixed=("interval", "order", "blocks"), blocks=3),
         Goal(max_macs=0.8),
-        judge,
+        Judge(),
         trials=4,
         storage=f"sqlite:///{tmp_path}/s.db",
         name="s",

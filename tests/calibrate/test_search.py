@@ -9,8 +9,9 @@ import pytest
 
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.fora import Fora, ForaSpace
+from dicache.calibrate.judging import Goal, Score, evenly_spaced
 from dicache.calibrate.methods import Axis, Between
-from dicache.calibrate.search import Found, Goal, Score, evenly_spaced, search
+from dicache.calibrate.search import Found, search
 from dicache.calibrate.teacache import TeaCache, TeaCacheSpace
 from dicache.schedules import Plan, Rule, Schedule, Target, TeaCachePolicy
 from tests.calibrate.test_fora import TWO_BLOCKS
@@ -35,18 +36,23 @@ class Skips:
 
 
 class Judge:
-    """Takes 1 dB for each skipped step; counts what it was asked for."""
+    """Takes 1 dB for each skipped step from all of 8 images; counts what it was asked for."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.seen: list[int] = []
         self._stop_at = stop_at
 
-    def __call__(self, schedule: Schedule) -> Score:
-        if len(self.seen) == self._stop_at:
-            raise KeyboardInterrupt
+    def __len__(self) -> int:
+        return 8
+
+    def __call__(self, schedule: Schedule, which: slice = slice(8)) -> Score:
         count = schedule.settings["count"]
-        self.seen.append(count)
-        return Score(50.0 - count, schedule.macs_fraction())
+        if not which.start:
+            if len(self.seen) == self._stop_at:
+                raise KeyboardInterrupt
+            self.seen.append(count)
+        images = len(range(8)[which])
+        return Score(50.0 - count, schedule.macs_fraction(), (50.0 - count,) * images)
 
 
 def find(folder: Path, judge: Judge, goal: Goal, trials: int = 8, **settings: Any) -> Found:
@@ -68,7 +74,7 @@ def macs(count: int) -> float:
 def test_the_best_images_within_a_share_of_the_macs_are_found(tmp_path: Path) -> None:
     judge = Judge()
     found = find(tmp_path, judge, Goal(max_macs=macs(6)), trials=6)
-    assert found.score == Score(44.0, macs(6))
+    assert found.score == Score(44.0, macs(6), (44.0,) * 8)
     assert found.schedule.settings["count"] == 6
     assert sorted(judge.seen) == [6, 7, 8, 9, 10, 11]  # each once, and none of which the plan shows that it is too much
     assert (found.trials, found.feasible) == (6, 6)
@@ -82,6 +88,8 @@ def test_the_fewest_macs_for_good_images_are_found(tmp_path: Path) -> None:
     assert found.parameters["count"] == 5
     assert sorted(judge.seen) == list(range(1, 12))
     assert found.feasible == 5
+    assert [tried.parameters["count"] for tried in found.front] == list(range(11, 0, -1))
+    assert found.spent == pytest.approx(8 * sum(macs(count) for count in range(1, 12)))
 
 
 def test_a_space_that_is_tried_out_ends_the_search(tmp_path: Path) -> None:
@@ -122,7 +130,8 @@ def test_optuna_is_told_what_breaks_the_limit(tmp_path: Path) -> None:
     study = optuna.load_study(storage=f"sqlite:///{tmp_path}/s.db", study_name="s")
     for trial in study.trials:
         assert trial.constraints["limit"] == 45.0 - trial.user_attrs["psnr"]
-    assert study.best_trial.params["count"] == 5
+    assert study.metric_names == ["macs_fraction", "psnr"]
+    assert {trial.params["count"] for trial in study.best_trials} == {1, 2, 3, 4, 5}
 
 
 @pytest.mark.parametrize(

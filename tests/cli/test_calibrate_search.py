@@ -24,7 +24,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before, cache = Path.cwd(), os.environ.get("XDG_CACHE_HOME")
     os.chdir(folder)
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-    dicache("profile", "--model", "digits", "--runs", 2, "--steps", 8)
+    dicache("calibrate", "fora", "--model", "digits", "--steps", 8, "--interval", 2, "-o", "base.json")
+    dicache("profile", "--model", "digits", "--runs", 2, "--steps", 8, "--priors-for", "base.json")
     yield folder
     os.chdir(before)
     os.environ.pop("XDG_CACHE_HOME")
@@ -74,6 +75,51 @@ def test_a_search_needs_no_profile_where_the_method_needs_none(workplace: Path) 
     assert schedule.settings["interval"] >= 2
 
 
+@pytest.mark.parametrize(
+    ("method", "words", "varied"),
+    [
+        ("adacache", ("--preset", "fast"), {"macs", "branch"}),
+        ("delta-cache", (), {"interval", "blocks", "start"}),
+        ("delta-dit", ("--order", "aligned"), {"interval", "blocks", "boundary"}),
+        ("eoc", ("--base", "base.json", "--form", "add"), {"weight", "threshold", "first_steps"}),
+        ("faster-diffusion", ("--interval", 2), {"blocks"}),
+        ("first-block", (), {"macs", "first", "last", "warm_up"}),
+        ("first-block", ("--model", "digits", "--steps", 6), {"threshold", "last", "warm_up"}),
+        ("magcache", ("--max-skip", 3), {"threshold", "retention"}),
+        ("pab", ("--window", "0-1000"), {"attn", "mlp"}),
+        ("smoothcache", (), {"alpha"}),
+        ("taylorseer", ("--model", "digits", "--steps", 6, "--order", 1), {"interval", "warm_up", "granularity"}),
+    ],
+)
+def test_every_method_can_be_searched(
+    workplace: Path, method: str, words: tuple[object, ...], varied: set[str]
+) -> None:
+    output = f"{method}-{'model' if '--model' in words else 'profile'}.json"
+    goal = {"min_psnr": 10.0} if method == "first-block" else {"max_macs": 1.0 if method == "eoc" else 0.9}
+    target = () if method == "eoc" else (f"--{next(iter(goal)).replace('_', '-')}", *goal.values())
+    said = dicache("calibrate", method, "--search", *words, *target, "--runs", 1, "--trials", 1, "-o", output, "--json")
+    found = json.loads(said.stdout)["search"]
+    assert set(found["axes"]) == set(found["parameters"]) == varied
+    assert found["goal"] == goal
+    assert found["trials"] == len(found["front"]) == 1
+    assert found["front"][0]["psnr"] == found["psnr"]
+    assert Schedule.load(output).method == method
+
+
+def test_a_search_says_what_nothing_beats_and_may_be_kept_in_a_journal(workplace: Path) -> None:
+    words = ("--model", "digits", "--steps", 6, "--max-macs", 0.9, "--runs", 4, "--trials", 8, "-o", "front.json")
+    text = dicache("calibrate", "fora", "--search", "--branches", "attn,mlp", *words, "--storage", "mine.log").stdout
+    assert "each schedule that differs was tried; all trials computed as much as" in text
+    table = text.partition("What nothing beats in both, on these runs:\n")[2].partition("\nOn 4 runs")[0]
+    front = Schedule.load("front.json").measured["search"]["front"]
+    shares = [row["macs_fraction"] for row in front]
+    assert shares == sorted(shares)
+    assert [row["psnr"] for row in front] == sorted(row["psnr"] for row in front)
+    assert len(table.splitlines()) == 2 + len(front)
+    assert table.count("(best)") == 1
+    assert Path("mine.log").exists()
+
+
 def test_the_fewest_macs_for_good_images_are_searched(workplace: Path) -> None:
     said = json.loads(
         dicache("calibrate", "teacache", "--search", "--min-psnr", 10, *SMALL, "-o", "q.json", "--json").stdout
@@ -108,6 +154,11 @@ def test_what_a_fit_is_worth_is_told_and_written(workplace: Path) -> None:
         (("fora", "--interval", 2, "--trials", 5), "--trials goes with --search"),
         (("teacache", "--min-psnr", 30), "--min-psnr goes with --search"),
         (("teacache", "--search", "--threshold", 0.1), "leave --threshold out"),
+        (("first-block", "--search", "--threshold", 0.1), "leave --threshold out"),
+        (("smoothcache", "--search", "--alpha", 0.1), "either --alpha or --search"),
+        (("smoothcache",), "either --alpha or --search"),
+        (("pab",), "give --ranges, or --search"),
+        (("taylorseer", "--max-macs", 0.5), "--max-macs goes with --search"),
         (("teacache", "--target-speedup", 2, "--max-macs", 0.5), "either --target-speedup or --max-macs"),
     ],
 )
