@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dicache.calibrate.judging import digest
+from dicache.calibrate.keeping import Kept
 from dicache.calibrate.sensitivity import Forecasts, numbers
 from dicache.evaluate.quality import psnr
 from dicache.evaluate.rerunning import Beginning, Made, Reruns
 from dicache.schedules import Schedule
 
+NOT_KEPT = Kept()
 NUDGE = 0.05  # of a weight, to see what it does to the images
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # how strongly the weights are held, as a share of what each one does
 
@@ -38,6 +41,10 @@ class Candidate:
     def decibels(self) -> float:
         return float(self.psnr.mean())
 
+    @property
+    def macs_fraction(self) -> float:
+        return self.made.spent / len(self.psnr)
+
 
 def tried(
     runs: Reruns,
@@ -51,7 +58,7 @@ def tried(
     return Candidate(name, schedule, made, psnr(made.images, runs.uncached.images), forecasts, make)
 
 
-def refined(runs: Reruns, found: Candidate, told: Callable[[], object]) -> Candidate:
+def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Kept = NOT_KEPT) -> Candidate:
     """Return a candidate with weights that bring its images nearer to the uncached ones, or itself.
 
     Each weight is nudged alone, and the newest output's is lowered by as much, so that their sum stays. From what this
@@ -62,8 +69,10 @@ def refined(runs: Reruns, found: Candidate, told: Callable[[], object]) -> Candi
         runs: That it was tried on.
         found: Has weights.
         told: Called after each replay.
+        kept: Where the images of nudged weights are kept.
     """
-    assert found.forecasts is not None and found.make is not None
+    assert found.forecasts is not None
+    assert found.make is not None
     moves = [(step, place) for step, weights in found.forecasts.items() for place in range(1, len(weights))]
     if not moves:
         return found
@@ -75,8 +84,9 @@ def refined(runs: Reruns, found: Candidate, told: Callable[[], object]) -> Candi
         nudged = _moved(found.forecasts, [(step, place)], [NUDGE])
         sources = {source for source, _ in found.forecasts[step]}
         beginning = Beginning(found.made, set(range(step)) - sources)
-        made = runs(found.make(nudged), beginning)
-        effects.append((numbers(made.images) - images) / NUDGE * scale)
+        schedule = found.make(nudged)
+        made = kept.get(digest(schedule.to_json()["plan"]), lambda: numbers(runs(schedule, beginning).images))  # noqa: B023 # called at once
+        effects.append((made - images) / NUDGE * scale)
         told()
     change = np.stack(effects)  # (moves, runs, numbers)
     by_run = np.einsum("ark,brk->rab", change, change)

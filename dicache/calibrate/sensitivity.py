@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from dicache.anatomy import Anatomy
+from dicache.calibrate.keeping import Kept
 from dicache.calibrate.methods import CalibrationError
 from dicache.evaluate.rerunning import Beginning, Reruns
 from dicache.schedules import Plan, Rule, Schedule, Target
@@ -181,7 +182,7 @@ def line(sources: Sequence[int], step: int) -> list[float]:
 
 
 def measure(
-    runs: Reruns, anatomy: Anatomy, target: Target, gram: np.ndarray, told: Callable[[], object]
+    runs: Reruns, anatomy: Anatomy, target: Target, gram: np.ndarray, told: Callable[[], object], kept: Kept
 ) -> Sensitivity:
     """Leave out each step alone, and see what that does.
 
@@ -191,6 +192,7 @@ def measure(
         target: What the schedules are for.
         gram: Products of all steps' guided body residuals with one another, (steps, steps).
         told: Called after each replay.
+        kept: Where the effects are kept.
 
     Raises:
         CalibrationError: If what comes out is not finite.
@@ -207,8 +209,11 @@ def measure(
             letters = "".join("." if place == step else "C" for place in range(steps))
             plan = Plan(steps, (Rule("skip", letters, predictor="forecast", weights={step: weights}),))
             schedule = Schedule("auto", {}, anatomy, target, steps, plan)
-            made = runs(schedule, Beginning(runs.uncached, range(sources[-1])))
-            change = numbers(made.images) - numbers(runs.uncached.images)
+            known = Beginning(runs.uncached, range(sources[-1]))
+            change = kept.get(
+                f"{step}-{more:g}",
+                lambda: numbers(runs(schedule, known).images) - numbers(runs.uncached.images),  # noqa: B023 # called at once
+            )
             if not np.isfinite(change).all():
                 raise CalibrationError(f"the images are not finite where step {step} is not computed")
             effects.append(Effect(step, weights, change))

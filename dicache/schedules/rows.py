@@ -1,6 +1,6 @@
 """Rows: what one step reads, keeps and releases, found by looking ahead in the plan."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 from dicache.anatomy.parts import Anatomy
@@ -94,6 +94,22 @@ class Rows:
     def held_from(self, site: str, step: int, since: int = 0) -> int:
         """Return the step that a site's last output before a step is of."""
         return self._sites[site].computed(step - 1, since)[0]
+
+
+def distinct_rows(plan: Plan, anatomy: Anatomy) -> int:
+    """Return how many rows of a plan do different things, whatever the weights of what they predict.
+
+    It is how many graphs a compiled replay needs for a guidance pass; of passes with rules of their own, the most.
+    """
+    return max(_distinct(Rows(plan, anatomy, context)) for context in (None, *plan.contexts))
+
+
+def _distinct(rows: Rows) -> int:
+    def does(row: Row) -> Hashable:
+        predicts = frozenset((key, len(coefficients)) for key, coefficients in row.predict)
+        return row.reuse, row.skip, row.keep, row.keep_delta, row.keep_older, row.features, predicts
+
+    return len({does(rows.row(step)) for step in range(rows.steps)})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,460 @@
+"""The best schedule for a budget: every method's, and plans of its own whose forecasts are fitted to real runs."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dicache.anatomy.parts import span
+from dicache.calibrate.delta_cache import DeltaCache, DeltaCacheSpace
+from dicache.calibrate.delta_dit import DeltaDit, DeltaDitSpace
+from dicache.calibrate.dp import Dp
+from dicache.calibrate.fora import Fora, ForaSpace
+from dicache.calibrate.judging import Goal, Score
+from dicache.calibrate.keeping import Kept
+from dicache.calibrate.magcache import MagCache, MagCacheSpace
+from dicache.calibrate.methods import CalibrationError
+from dicache.calibrate.refining import Candidate, refined, tried
+from dicache.calibrate.sensitivity import BACK, Forecasts, Sensitivity, measure
+from dicache.calibrate.smoothcache import SmoothCache, SmoothCacheSpace
+from dicache.calibrate.taylorseer import TaylorSeer, TaylorSeerSpace
+from dicache.calibrate.teacache import TeaCache, TeaCacheSpace
+from dicache.evaluate.rerunning import Reruns
+from dicache.models.sampling import Sampling
+from dicache.profiler import Profile
+from dicache.schedules import Plan, PlanError, Rule, Schedule
+from dicache.schedules.plan import Action
+from dicache.schedules.rows import distinct_rows
+
+RIDGES = (0.01, 0.1, 1.0)  # of the weights that the sensitivity gives: how much it is to be believed
+RIDGE = 0.1  # with which plans are compared
+FEWEST_ROWS = 4  # computed and kept, computed and not kept, held, and the first of a kind
+MEASURING = 0.35  # share of the budget for what each step alone does
+FORMS = 2  # of plans, that are refined
+ROUNDS = 2  # of refining
+FEWEST = 3  # runs to refine on: with fewer, weights fit what is by chance
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Settings.
+
+    Attributes:
+        goal: What is sought.
+        max_rows: Most rows of a plan that do different things: graphs of a compiled replay.
+        budget: What may be computed, as a number of uncached images; what is begun is finished.
+        outputs: Most computed outputs that a forecast is made of.
+    """
+
+    goal: Goal
+    max_rows: int = 6
+    budget: float = 300.0
+    outputs: int = 3
+
+    def __post_init__(self) -> None:
+        if self.max_rows < FEWEST_ROWS:
+            raise CalibrationError(f"auto: --max-rows must be {FEWEST_ROWS} or more, found {self.max_rows}")
+        if not self.budget > 0:
+            raise CalibrationError(f"auto: the budget must be above 0 images, found {self.budget:g}")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is skipped at the steps that are not computed.
+
+    Attributes:
+        name: In a few words.
+        action: Of the rule.
+        blocks: Of the rule.
+    """
+
+    name: str
+    action: Action
+    blocks: str = "*"
+
+    def plan(self, steps: int, computed: Sequence[int], forecasts: Forecasts) -> Plan:
+        letters = "".join("C" if step in computed else "." for step in range(steps))
+        rule = Rule(self.action, letters, self.blocks, predictor="forecast", weights=forecasts)
+        return Plan(steps, (rule,) if forecasts else ())
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One line of the report.
+
+    Attributes:
+        name: Of what was tried.
+        psnr: Mean over the runs in dB; None where it could not be made.
+        macs_fraction: Share of the multiply-accumulates.
+        spent: On all so far, in uncached images.
+        note: Why it could not be made, or how many steps it computes.
+    """
+
+    name: str
+    psnr: float | None
+    macs_fraction: float | None
+    spent: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Best:
+    """What was found.
+
+    Attributes:
+        schedule: With the report in `measured`.
+        psnr: On the runs of the search, in dB.
+        single: The best of the single methods, if one could be made.
+        single_psnr: Its PSNR.
+        report: All that was tried, in order.
+        spent: Uncached images' worth of computing.
+    """
+
+    schedule: Schedule
+    psnr: float
+    single: tuple[str, Schedule] | None
+    single_psnr: float
+    report: Sequence[Tried]
+    spent: float
+
+
+@dataclass
+class Searching:
+    """One search for one goal.
+
+    Args:
+        profile: Of the model, the sampler and the number of steps.
+        pipeline: A diffusers pipeline.
+        conditions: Prompts or classes to try schedules on, one an image; none of them judges the result.
+        seeds: One for each.
+        sampling: How the pipeline is called.
+        settings: What is sought.
+        kept: Folder of what was measured, so that a search that was broken off goes on; None keeps nothing.
+        progress: Whether to show a bar on standard error.
+    """
+
+    profile: Profile
+    pipeline: Any
+    conditions: Sequence[str]
+    seeds: Sequence[int]
+    sampling: Sampling
+    settings: Auto
+    kept: Path | None = None
+    progress: bool = True
+    report: list[Tried] = field(default_factory=list)
+    _few_spent: float = 0.0
+    _some: dict[int, Reruns] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.anatomy, self.target = self.profile.anatomy, self.profile.provenance.target
+        self.steps = self.profile.steps
+        self.gram = mean_gram(self.profile)
+        self.bar = tqdm(desc="auto", unit="replay", disable=not self.progress)
+        self.best: Candidate | None = None
+
+    @property
+    def spent(self) -> float:
+        return self.runs.spent + self._few_spent
+
+    def __call__(self) -> Best:
+        """Search.
+
+        Raises:
+            CalibrationError: If nothing keeps to the goal, or on Ctrl-C.
+        """
+        try:
+            with self.bar:
+                return self._search()
+        except KeyboardInterrupt:
+            told = f"what was measured is kept in {self.kept}; the same command goes on with it" if self.kept else ""
+            raise CalibrationError(f"auto: interrupted; {told or 'nothing is kept'}") from None
+
+    def _search(self) -> Best:
+        self.runs = Reruns(self.pipeline, self.conditions, self.seeds, self.sampling)
+        measured = self._measured()
+        if self.settings.goal.max_macs is not None:
+            found, single = self._for_share(measured, self.settings.goal.max_macs)
+        else:
+            found, single = self._for_quality(measured)
+        goal = self.settings.goal
+        if not found:
+            raise CalibrationError(f"auto: nothing was found with {goal}; ask for less")
+        best = max(found, key=lambda c: goal.rank(_score(c)))
+        told = {
+            "goal": {name: value for name, value in vars(goal).items() if value is not None},
+            "psnr": round(best.decibels, 3),
+            "macs_fraction": round(best.macs_fraction, 4),
+            "spent_images": round(self.spent, 1),
+            "runs": len(self.runs),
+            "seeds": list(self.seeds),
+            "rows": None if best.schedule.plan is None else distinct_rows(best.schedule.plan, self.anatomy),
+            "tried": [asdict(line) for line in self.report],
+        }
+        made = best.schedule
+        settings = {**asdict(replace(self.settings, goal=goal)), "form": best.name, "from": made.method}
+        schedule = replace(made, method="auto", settings=settings, measured={**made.measured, "auto": told})
+        return Best(
+            schedule,
+            best.decibels,
+            None if single is None else (single.name, single.schedule),
+            float("nan") if single is None else single.decibels,
+            tuple(self.report),
+            self.spent,
+        )
+
+    # What each step does
+
+    def _measured(self) -> Sensitivity:
+        replays = 2 * self.steps
+        each = (0.5 * self.steps + BACK) / self.steps  # what comes before a step is known
+        count = int(np.clip(MEASURING * self.settings.budget / (replays * each), 2, len(self.runs)))
+        few = self._fewer(count)
+        before = few.spent
+        self.bar.total = replays
+        measured = measure(few, self.anatomy, self.target, self.gram, self.bar.update, self._kept("effects", count))
+        self._few_spent += few.spent - before
+        self.report.append(Tried("each step alone", None, None, self.spent, f"{replays} replays of {count} runs"))
+        return measured
+
+    # A share of the multiply-accumulates is given
+
+    def _for_share(self, measured: Sensitivity, share: float) -> tuple[list[Candidate], Candidate | None]:
+        planned: list[Candidate] = []
+        ridges: Sequence[float] = RIDGES
+        for form in self._forms():
+            made = list(self._planned(measured, form, share, ridges))
+            planned += made
+            if made and len(ridges) > 1:  # what is best for the first form is taken for the others
+                ridges = (RIDGES[int(np.argmax([candidate.decibels for candidate in made]))],)
+        singles = [c for c in self._singles(share) if c.macs_fraction <= share + 1e-9]
+        single = max(singles, key=lambda c: c.decibels, default=None)
+        best: dict[str, Candidate] = {}
+        for candidate in planned:
+            known = best.setdefault(candidate.name, candidate)
+            best[candidate.name] = max(known, candidate, key=lambda c: c.decibels)
+        chosen = sorted(best.values(), key=lambda c: -c.decibels)[:FORMS]
+        finished = [better for candidate in chosen for better in self._refined(candidate)]
+        return [*planned, *singles, *finished], single
+
+    def _planned(self, measured: Sensitivity, form: Form, share: float, ridges: Sequence[float]) -> Iterator[Candidate]:
+        """Try the steps and weights that are foretold to be best, where that fits the budget."""
+        count = self._computed(form, share)
+        if count is None:
+            self.report.append(Tried(form.name, None, None, self.spent, "even skipping all steps computes more"))
+            return
+        if count == self.steps:
+            return
+        computed = self._steps(measured, count)
+        for ridge in ridges:
+            yield self._try(form, computed, self._weights(measured, form, computed, ridge))
+
+    def _try(self, form: Form, computed: Sequence[int], forecasts: Forecasts) -> Candidate:
+        make = partial(self._schedule, form, tuple(computed))
+        candidate = tried(self.runs, form.name, make(forecasts), forecasts, make)
+        self._told(candidate, ", ".join(map(str, computed)))
+        return candidate
+
+    def _refined(self, candidate: Candidate) -> Iterator[Candidate]:
+        """Improve the weights as often as the budget allows, on as many runs as it allows."""
+        for _ in range(ROUNDS):
+            moves = sum(len(weights) - 1 for weights in (candidate.forecasts or {}).values())
+            share = candidate.macs_fraction
+            each = moves * (0.5 * share + BACK / self.steps) + 3 * share  # of a run: what is before a nudge is known
+            count = min(len(self.runs), int((self.settings.budget - self.spent) / each))
+            if count < min(FEWEST, len(self.runs)) or not moves:
+                return
+            self.bar.total = self.bar.n + moves
+            better = self._refined_on(candidate, count)
+            if better is None or better.decibels <= candidate.decibels:
+                return
+            candidate = better
+            yield better
+
+    def _refined_on(self, candidate: Candidate, count: int) -> Candidate | None:
+        assert candidate.make is not None
+        kept = self._kept("nudges", count)
+        if count == len(self.runs):
+            better = refined(self.runs, candidate, self.bar.update, kept)
+        else:
+            few = self._fewer(count)
+            before = few.spent
+            base = tried(few, candidate.name, candidate.schedule, candidate.forecasts, candidate.make)
+            found = refined(few, base, self.bar.update, kept)
+            self._few_spent += few.spent - before
+            if found is base:
+                return None
+            better = tried(self.runs, found.name, found.schedule, found.forecasts, found.make)
+        if better is candidate:
+            return None
+        self._told(better, f"refined on {count} runs")
+        return better
+
+    def _fewer(self, count: int) -> Reruns:
+        """Return the first of the runs."""
+        if count not in self._some:
+            self._some[count] = Reruns(self.pipeline, self.conditions[:count], self.seeds[:count], self.sampling)
+            self._few_spent += self._some[count].spent
+        return self._some[count]
+
+    # A quality is given
+
+    def _for_quality(self, measured: Sensitivity) -> tuple[list[Candidate], Candidate | None]:
+        wanted = self.settings.goal.min_psnr
+        assert wanted is not None
+        form = self._forms()[0]
+        kept: list[Candidate] = []
+        count, tested = self._foretold(measured, wanted), set[int]()
+        while 0 < count < self.steps and count not in tested:
+            tested.add(count)
+            computed = self._steps(measured, count)
+            weights = (self._weights(measured, form, computed, ridge) for ridge in RIDGES)
+            best = max((self._try(form, computed, given) for given in weights), key=lambda c: c.decibels)
+            if best.decibels < wanted:
+                best = max((best, *self._refined(best)), key=lambda c: c.decibels)
+            if best.decibels >= wanted:
+                kept.append(best)
+            count += -1 if best.decibels >= wanted else 1
+        share = min((c.macs_fraction for c in kept), default=1.0)
+        singles = [c for c in self._singles(share) if c.decibels >= wanted]
+        return [*kept, *singles], max(singles, key=lambda c: c.decibels, default=None)
+
+    def _foretold(self, measured: Sensitivity, wanted: float) -> int:
+        """Return the fewest computed steps that are foretold to give a quality."""
+        for count in range(2, self.steps):
+            computed = self._steps(measured, count)
+            if measured.decibels(measured.forecasts(computed, self.settings.outputs, RIDGE)[1]) >= wanted:
+                return count
+        return self.steps - 1
+
+    # What is tried
+
+    def _forms(self) -> list[Form]:
+        last = len(self.anatomy.blocks) - 1
+        forms = [Form("forecast of the body", "skip"), Form("forecast of the branches", "reuse")]
+        if len(self.anatomy.segments) == 1 and last > 3:
+            forms.append(Form("forecast of all but the last block", "skip", span(0, last - 1)))
+            forms.append(Form("forecast of all but the last two blocks", "skip", span(0, last - 2)))
+        return forms
+
+    def _computed(self, form: Form, share: float) -> int | None:
+        """Return how many steps can be computed for a share of the multiply-accumulates."""
+        for count in range(self.steps, 0, -1):
+            if self._schedule(form, range(count), _held(self.steps, count)).macs_fraction() <= share + 1e-9:
+                return count
+        return None
+
+    def _steps(self, measured: Sensitivity, count: int) -> list[int]:
+        even = [place * self.steps // count for place in range(count)]
+        ends = sorted({*np.round(np.linspace(0, self.steps - 1, count)).astype(int).tolist()})
+        starts = [even, ends] if len(ends) == count else [even]
+        error = lambda steps: measured.forecasts(steps, self.settings.outputs, RIDGE)[1]  # noqa: E731
+        return measured.best_steps(starts, error)[0]
+
+    def _weights(self, measured: Sensitivity, form: Form, computed: Sequence[int], ridge: float) -> Forecasts:
+        """Return the weights, of as many outputs as the rows allow."""
+        for outputs in range(self.settings.outputs, 0, -1):
+            forecasts, _ = measured.forecasts(computed, outputs, ridge)
+            if distinct_rows(form.plan(self.steps, computed, forecasts), self.anatomy) <= self.settings.max_rows:
+                return forecasts
+        raise CalibrationError(f"auto: no plan has {self.settings.max_rows} different rows or fewer; raise --max-rows")
+
+    def _schedule(self, form: Form, computed: Sequence[int], forecasts: Forecasts) -> Schedule:
+        return Schedule("auto", {}, self.anatomy, self.target, self.steps, form.plan(self.steps, computed, forecasts))
+
+    def _singles(self, share: float) -> Iterator[Candidate]:
+        """Try what every method gives for a share of the multiply-accumulates without a search."""
+        for name, make in self._methods(share).items():
+            try:
+                schedule = make()
+            except (CalibrationError, PlanError) as error:
+                self.report.append(Tried(name, None, None, self.spent, str(error)))
+                continue
+            if schedule.plan is not None and distinct_rows(schedule.plan, self.anatomy) > self.settings.max_rows:
+                self.report.append(Tried(name, None, None, self.spent, f"more than {self.settings.max_rows} rows"))
+                continue
+            candidate = tried(self.runs, name, schedule)
+            self._told(candidate, "")
+            yield candidate
+
+    def _methods(self, share: float) -> Mapping[str, Callable[[], Schedule]]:
+        profile = self.profile
+        on_plan, on_profile = (self.anatomy, self.target, self.steps), (profile,)
+        spaces: dict[str, Callable[[], Any]] = {
+            "fora": lambda: ForaSpace(*on_plan, Fora(2)),
+            "delta-cache": lambda: DeltaCacheSpace(*on_plan, DeltaCache()),
+            "delta-dit": lambda: DeltaDitSpace(*on_plan, DeltaDit()),
+            "smoothcache": lambda: SmoothCacheSpace(*on_profile, SmoothCache(0.1)),
+            "magcache": lambda: MagCacheSpace(*on_profile, MagCache()),
+            "teacache": lambda: TeaCacheSpace(*on_profile, TeaCache(target_speedup=1 / share), (), share),
+        }
+        for granularity in ("body", "branch"):
+            for order in (1, 2):
+                settings = TaylorSeer(2, order, 1, granularity=granularity)
+                fixed = ("order", "warm_up", "granularity")
+                spaces[f"taylorseer {granularity} {order}"] = partial(TaylorSeerSpace, *on_plan, settings, fixed)
+
+        def calibrated(space: Callable[[], Any]) -> Schedule:
+            made = space()
+            schedule: Schedule = made.schedule(made.plain(share))
+            return schedule
+
+        methods = {name: partial(calibrated, space) for name, space in spaces.items()}
+        for order in (0, 1, 2):
+            methods[f"dp {order}"] = partial(Dp(max_macs=share, order=order).calibrate, profile)
+        return methods
+
+    # What is told and kept
+
+    def _told(self, candidate: Candidate, note: str) -> None:
+        self.bar.update()
+        self.report.append(Tried(candidate.name, candidate.decibels, candidate.macs_fraction, self.spent, note))
+        if self.best is None or candidate.decibels > self.best.decibels:
+            self.best = candidate
+        self.bar.set_postfix_str(f"best {self.best.decibels:.1f} dB: {self.best.name}")
+
+    def _kept(self, name: str, runs: int) -> Kept:
+        content = {
+            "target": self.target.to_json(),
+            "sampling": asdict(self.sampling),
+            "conditions": list(self.conditions[:runs]),
+            "seeds": list(self.seeds[:runs]),
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return Kept(None if self.kept is None else self.kept / f"{name}-{digest}")
+
+
+def mean_gram(profile: Profile) -> np.ndarray:
+    """Return the products of all steps' guided body residuals with one another, a mean over runs of equal weight.
+
+    Raises:
+        CalibrationError: If the profile does not have them at every step.
+    """
+    grams = profile.arrays["body/gram"]
+    known = grams[np.isfinite(grams).all(axis=(1, 2))]
+    if not len(known):
+        raise CalibrationError(
+            "auto: the profile has no products of the body's residuals of all steps: what the sampler was given is no "
+            "weighted sum of the guidance passes at some step. Profile without what changes it"
+        )
+    sizes = np.trace(known, axis1=1, axis2=2)[:, None, None]
+    mean: np.ndarray = (known / sizes).mean(axis=0)
+    return mean
+
+
+def _held(steps: int, count: int) -> Forecasts:
+    return dict.fromkeys(range(count, steps), ((count - 1, 1.0),))
+
+
+def _score(candidate: Candidate) -> Score:
+    return Score(candidate.decibels, candidate.macs_fraction)
+
+
+def default_folder(output: Path) -> Path:
+    """Return where a search keeps what it measured: beside the schedule that it writes."""
+    return output.with_name(output.name.removesuffix(".json") + ".auto")
