@@ -27,6 +27,9 @@ JOURNAL = "journal:"
 JOURNAL_ENDINGS = (".log", ".journal")
 LOCK_PATIENCE = 10  # seconds after which the lock of a process that was killed is broken; appending takes milliseconds
 ATTEMPTS = 5  # at a database whose tables another worker is making just now
+HALF_MADE = (
+    "already exists|duplicate key|UNIQUE constraint|no such table|relation .* does not exist|table schema|locked"
+)
 POSTGRES = "postgresql+psycopg:"
 
 
@@ -82,7 +85,7 @@ def _created(storage: str, name: str) -> optuna.Study:
                 sampler=optuna.samplers.RandomSampler(),  # what is tried is decided elsewhere: see `drawing`
             )
         except Exception as error:
-            making = re.search("already exists|duplicate key|database is locked", str(error))
+            making = re.search(HALF_MADE, str(error))
             if making is None or attempt == ATTEMPTS - 1:
                 raise
             time.sleep(1)

@@ -148,6 +148,7 @@ def test_a_worker_goes_on_with_what_one_that_was_killed_left(tmp_path: Path) -> 
     storage = f"sqlite:///{tmp_path}/s.db"
     slow = begin(storage, tmp_path / "slow", delay=60)
     while not (tmp_path / "s.db").exists() or not _running(storage):
+        assert slow.is_alive()
         time.sleep(0.05)
     quick = begin(storage, tmp_path / "quick", trials=3, delay=0)
     time.sleep(0.5)
