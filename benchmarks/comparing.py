@@ -214,4 +214,4 @@ def trials_of(tried: Sequence[Settings], rows: Sequence[Mapping[str, Any]]) -> t
         for settings, row in pairs
         if "error" not in row
     ]
-    return trials, "" if trials else str(rows[0]["error"])
+    return trials, "" if trials else str(rows[0]["error"] if rows else "nothing to try on this model")

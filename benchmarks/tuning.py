@@ -23,6 +23,8 @@ from dicache.calibrate.teacache import TeaCache
 from dicache.calibrate.tgate import TGate
 from dicache.schedules import Schedule
 
+MOST_FIRST = 4  # blocks that always run, as of the peers
+
 
 @dataclass(frozen=True)
 class Method:
@@ -79,6 +81,7 @@ def methods(bench: Bench, steps: int, budgets: Sequence[float]) -> list[Method]:
         return Schedule("pab", {}, anatomy, target, steps, plan)
 
     intervals, targets = range(2, 8), [x / budget for budget in budgets for x in (1.0, 1.05, 1.15)]
+    firsts = [count for count in profile.provenance.first_blocks if count <= MOST_FIRST]
     limits = [0.01 * 1.17**i for i in range(26)]
     expanded: dict[str, Sequence[Any]] = {"interval": intervals, "order": (1, 2, 3), "warm_up": (1, 2, 3, 4)}
     windows = ((100, 800), (100, 950), (0, 1000), (0, 800), (200, 1000))
@@ -93,7 +96,7 @@ def methods(bench: Bench, steps: int, budgets: Sequence[float]) -> list[Method]:
         Method("MagCache", grid(threshold=limits, max_skip=(1, 2, 3, 5), retention=(0.05, 0.1, 0.2)), of(MagCache)),
         Method(
             "first-block",
-            grid(target_speedup=targets, first=profile.provenance.first_blocks, max_continuous=(None, 2)),
+            grid(target_speedup=targets, first=firsts, max_continuous=(None, 2)),
             of(FirstBlock),
         ),
         Method("AdaCache", grid(target_speedup=targets), of(AdaCache)),
