@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENT = ROOT / "build" / "peers"
 PINNED = ("cache-dit==1.5.3", "tgate==1.0.0", "DeepCache==0.1.1")  # tgate imports the last of them
 
+THRESHOLDS = (0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
+
 Settings = Mapping[str, Any]
 
 
@@ -60,11 +62,10 @@ def masks(steps: int) -> list[list[int] | str]:
 
 def peers(steps: int) -> list[Peer]:
     """Return all of them, for a number of steps."""
-    thresholds = (0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
     blocks: dict[str, Sequence[Any]] = {"Fn_compute_blocks": (1, 2, 4), "Bn_compute_blocks": (0,)}
     dynamic: dict[str, Sequence[Any]] = {
         **blocks,
-        "residual_diff_threshold": thresholds,
+        "residual_diff_threshold": THRESHOLDS,
         "max_warmup_steps": (1, 3),
         "max_continuous_cached_steps": (-1, 2),
     }
@@ -75,7 +76,7 @@ def peers(steps: int) -> list[Peer]:
         "steps_computation_policy": ("static",),
     }
     taylor = ("taylor 1", "taylor 2")
-    expanded: dict[str, Sequence[Any]] = {"interval": range(2, 8), "order": (0, 1, 2, 3), "warm_up": (1, 2, 3, 4)}
+    expanded: dict[str, Sequence[Any]] = {"interval": range(2, 7), "order": (1, 2, 3), "warm_up": (1, 2, 3)}
     windows = ((100, 800), (100, 950), (0, 1000), (0, 800), (200, 1000))
     return [
         Peer("cache-dit DBCache", "cache_dit", grid(calibrator=("none",), **dynamic), adaptive=True),
@@ -89,9 +90,9 @@ def peers(steps: int) -> list[Peer]:
         Peer(
             "diffusers MagCache",
             "magcache",
-            grid(threshold=thresholds, max_skip_steps=(1, 2, 3, 5), retention_ratio=(0.05, 0.1, 0.2)),
+            grid(threshold=THRESHOLDS, max_skip_steps=(1, 2, 3, 5), retention_ratio=(0.05, 0.1, 0.2)),
         ),
-        Peer("diffusers FirstBlockCache", "first_block", grid(threshold=thresholds), adaptive=True),
+        Peer("diffusers FirstBlockCache", "first_block", grid(threshold=THRESHOLDS), adaptive=True),
         Peer("diffusers PAB", "pab", grid(attn=(2, 3, 5), cross=(2, 4, 8), temporal=(2, 4), window=windows)),
         Peer(
             "T-GATE",

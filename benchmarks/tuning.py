@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.bench import Bench
-from benchmarks.peers import Settings, grid
+from benchmarks.peers import THRESHOLDS, Settings, grid
 from dicache.calibrate.adacache import AdaCache
 from dicache.calibrate.delta_cache import DeltaCache
 from dicache.calibrate.delta_dit import DeltaDit
@@ -80,20 +80,20 @@ def methods(bench: Bench, steps: int, budgets: Sequence[float]) -> list[Method]:
         plan = Pab(ranges, settings["window"]).plan(anatomy, steps, profile.provenance.target.timesteps)
         return Schedule("pab", {}, anatomy, target, steps, plan)
 
-    intervals, targets = range(2, 8), [x / budget for budget in budgets for x in (1.0, 1.05, 1.15)]
+    intervals, targets = range(2, 7), [x / budget for budget in budgets for x in (1.0, 1.05, 1.15)]
     firsts = [count for count in profile.provenance.first_blocks if count <= MOST_FIRST]
     limits = [0.01 * 1.17**i for i in range(26)]
-    expanded: dict[str, Sequence[Any]] = {"interval": intervals, "order": (1, 2, 3), "warm_up": (1, 2, 3, 4)}
+    expanded: dict[str, Sequence[Any]] = {"interval": intervals, "order": (1, 2, 3), "warm_up": (1, 2, 3)}
     windows = ((100, 800), (100, 950), (0, 1000), (0, 800), (200, 1000))
     found = [
-        Method("FORA", grid(interval=intervals, anchor=("end", "start"), first=(0, 2, 4), last=(None, 15)), of(Fora)),
+        Method("FORA", grid(interval=intervals, anchor=("end", "start"), first=(0, 2, 4)), of(Fora)),
         Method("SmoothCache", grid(alpha=limits), of(SmoothCache)),
         Method(
             "TeaCache",
-            grid(target_speedup=targets, degree=(1, 2, 4), fit_to=("output", "residual")),
+            grid(target_speedup=targets, degree=(1, 4), fit_to=("output", "residual")),
             of(TeaCache),
         ),
-        Method("MagCache", grid(threshold=limits, max_skip=(1, 2, 3, 5), retention=(0.05, 0.1, 0.2)), of(MagCache)),
+        Method("MagCache", grid(threshold=THRESHOLDS, max_skip=(1, 2, 3, 5), retention=(0.05, 0.1, 0.2)), of(MagCache)),
         Method(
             "first-block",
             grid(target_speedup=targets, first=firsts, max_continuous=(None, 2)),
@@ -104,15 +104,16 @@ def methods(bench: Bench, steps: int, budgets: Sequence[float]) -> list[Method]:
         Method("TaylorSeer, body", grid(granularity=("body",), **expanded), of(TaylorSeer)),
     ]
     if len(anatomy.segments) == 1:
-        spans = [
-            f"{first}-{first + count - 1}" for count in range(3, blocks + 1) for first in range(blocks - count + 1)
-        ]
-        many, few = range(3, blocks + 1), [round(steps * share / 5) for share in range(6)]
+        counts = sorted({max(1, round(blocks * share / 6)) for share in range(2, 7)})
+        spans = sorted(
+            {f"{first}-{first + n - 1}" for n in counts for first in (0, 1, blocks - n) if first + n <= blocks}
+        )
+        boundaries = [round(steps * share / 5) for share in range(6)]
         found += [
             Method("Delta-Cache", grid(interval=intervals, blocks=spans), of(DeltaCache)),
             Method(
                 "Delta-DiT",
-                grid(interval=intervals, blocks=many, boundary=few, order=("aligned", "reversed")),
+                grid(interval=intervals, blocks=counts, boundary=boundaries, order=("aligned", "reversed")),
                 of(DeltaDit),
             ),
         ]

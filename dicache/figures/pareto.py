@@ -174,10 +174,8 @@ def pareto(measured: Measured) -> Figure:
     timed = any(point.speedup is not None for point in points)
     of = f"{measured.model}, " if measured.model else ""
     many = f"{measured.runs} images, " if measured.runs else ""
-    detail = (
-        f"{of}{many}bars: 95 % intervals over prompts. Solid: dicache; dashed and hollow: other projects. "
-        "Grey: what no other point betters in both."
-    )
+    told = "Solid: dicache; dashed and hollow: other projects. " if "peer" in {one.source for one in ordered} else ""
+    detail = f"{of}{many}bars: 95 % intervals over prompts. {told}Grey: what no other point betters in both."
     high = max(4.6, 0.185 * (len(ordered) + 4))
     figure = new_page(12.0 if timed else 8.4, high, "How close images stay to the uncached ones, at what cost", detail)
     panels = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
