@@ -64,6 +64,7 @@ class Comparison:
         measured = hashlib.sha256(self.bench.profile_file(self.steps).read_bytes()).hexdigest()
         identity = (options.model, asdict(self.sampling), torch.__version__, diffusers.__version__, measured)
         self.identity = [*map(str, identity), *peers.PINNED]
+        self.folder = KEPT / f"peers.{os.getpid()}"  # of this process alone: another one may compare at the same time
 
     def _reference(self, runs: Runs) -> np.ndarray:
         return reference_run(self.bench.pipeline, *runs, self.sampling, BUILD / "references").images
@@ -130,7 +131,7 @@ class Comparison:
     def of_peers(self, wanted: Sequence[tuple[Peer, Settings]], runs: Runs) -> list[dict[str, Any]]:
         """Return a row for each peer and settings; those that are not kept are run in one go."""
         files = [self.file("peer", peer.name, settings, runs) for peer, settings in wanted]
-        folder = KEPT / "peers"
+        folder = self.folder
         jobs = [
             {
                 "key": str(file),
@@ -140,7 +141,7 @@ class Comparison:
                 "seeds": runs[1],
                 "batch": 1 if peer.adaptive else BATCH,
                 "most": max(self.budgets) if runs is self.tuning else np.inf,
-                "file": str(folder / "images.npy"),
+                "file": str(folder / f"{file.stem}.npy"),
             }
             for (peer, settings), file in zip(wanted, files, strict=True)
             if not file.exists()
@@ -148,8 +149,10 @@ class Comparison:
         if jobs:
             for answer in tqdm(self._answers(jobs=jobs), total=len(jobs), desc="peers", leave=False):
                 told = answer
+                images = folder / f"{Path(answer['key']).stem}.npy"
                 if "error" not in answer:
-                    told = self.told(np.load(folder / "images.npy"), answer["macs_fraction"], runs)
+                    told = self.told(np.load(images), answer["macs_fraction"], runs)
+                images.unlink(missing_ok=True)
                 self.keep(Path(answer["key"]), {key: value for key, value in told.items() if key != "key"})
         return [json.loads(file.read_text()) for file in files]
 
@@ -162,7 +165,7 @@ class Comparison:
             "timed": list(timed),
             "rounds": self.rounds,
         }
-        return peers.answers(request, KEPT / "peers")
+        return peers.answers(request, self.folder)
 
     def tuned_methods(self) -> list[tuple[Method, list[Trial], str]]:
         """Return each method with its trials, and why there is none where all were refused."""

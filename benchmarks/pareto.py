@@ -14,6 +14,7 @@ Rows that are done are kept in `build/pareto` and are not run again. Writes a ta
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -239,6 +240,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     comparison = Comparison(options)
     rows, failed = compare(comparison, options.schedule)
+    shutil.rmtree(comparison.folder, ignore_errors=True)
     rows.sort(key=lambda row: (-row.budget, -float(np.mean(row.made["psnr"]))))
     told = results(comparison, rows)
     text = results_text(comparison, rows, told, failed)
