@@ -117,6 +117,7 @@ def evaluate(
         show_json(
             {
                 "model": model,
+                "prompts": conditions,
                 "results": [result.to_json() for result in results],
                 "fewer_steps": [result.to_json() for result in fewer],
                 "uncached": uncached.to_json(),
@@ -134,7 +135,7 @@ def evaluate(
 
 
 def results_table(results: "Sequence[Result]") -> str:
-    """Return results as text, one a line; intervals are the 95 % bootstrap ones over images.
+    """Return results as text, one a line; intervals are the 95 % bootstrap ones over prompts.
 
     The gain is the PSNR minus that of fewer steps at the same cost, image by image.
     """

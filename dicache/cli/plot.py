@@ -108,3 +108,20 @@ def spectrum(folders: tuple[Path, ...], output: Path) -> None:
             )
     save(spectra([(f.name, np.stack(list(images.values()))) for f, images in zip(folders, read, strict=True)]), output)
     click.echo(f"Wrote {output}")
+
+
+@plot.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@picture_option
+def pareto(files: tuple[Path, ...], output: Path) -> None:
+    """How close images stay to the uncached ones, at what cost.
+
+    Files that `dicache evaluate --json` wrote, with fewer steps as they have them; schedules that a search found, with
+    its front, as its own runs have it; and those of benchmarks/pareto.py.
+    """
+    from dicache.figures import save
+    from dicache.figures.pareto import pareto as draw
+    from dicache.figures.pareto import read_series
+
+    save(draw(read_series(files)), output)
+    click.echo(f"Wrote {output}")

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from dicache.anatomy import StepClock
-from dicache.evaluate.quality import Mean, mean_with_interval, psnr, ssim
+from dicache.evaluate.quality import Mean, mean_with_interval, paired_difference, psnr, ssim
 from dicache.evaluate.references import Trajectory, key_of, latent_error, read, write
 from dicache.evaluate.timing import Variant as Timed
 from dicache.evaluate.timing import interleaved, speedup
@@ -45,6 +45,7 @@ class Result:
         distances: From the uncached images by other measures, by name.
         judged: What the judges say, by name.
         computed_each: The steps at which everything was computed, image by image; empty where all have the same.
+        psnr_each: The PSNR of each image, for `paired_difference` with another result of the same conditions and seeds.
         images: What was made, (n, h, w, 3).
     """
 
@@ -60,6 +61,7 @@ class Result:
     distances: Mapping[str, Mean] = field(default_factory=dict)
     judged: Mapping[str, float] = field(default_factory=dict)
     computed_each: tuple[float, ...] = ()
+    psnr_each: tuple[float, ...] = field(default=(), repr=False)
     images: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -73,6 +75,7 @@ class Result:
             "psnr": self.psnr.to_json(),
             "ssim": self.ssim.to_json(),
             "psnr_gain": None if self.psnr_gain is None else self.psnr_gain.to_json(),
+            "psnr_each": [round(value, 4) for value in self.psnr_each],
             "latent_error": list(self.latent_error),
             **{name: value.to_json() for name, value in self.distances.items()},
             **self.judged,
@@ -191,16 +194,17 @@ def evaluate(
             computed_steps=computed,
             macs_fraction=fraction,
             speedup=speedup(seconds[UNCACHED], timed) if timed else None,
-            psnr=mean_with_interval(decibels),
-            ssim=mean_with_interval(ssim(images, reference.images)),
-            psnr_gain=None if rival is None else mean_with_interval(decibels - rival),
+            psnr=mean_with_interval(decibels, prompts=conditions),
+            ssim=mean_with_interval(ssim(images, reference.images), prompts=conditions),
+            psnr_gain=None if rival is None else paired_difference(decibels, rival, conditions),
             latent_error=tuple(latent_error(made.latents, reference.latents).tolist()) if same_steps else (),
             distances={
-                name: mean_with_interval(distance(images, reference.images))
+                name: mean_with_interval(distance(images, reference.images), prompts=conditions)
                 for name, distance in (distances or {}).items()
             },
             judged={name: judge(images) for name, judge in judges.items()},
             computed_each=each,
+            psnr_each=tuple(decibels.tolist()),
             images=images,
         )
 

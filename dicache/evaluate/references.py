@@ -36,19 +36,30 @@ def default_folder() -> Path:
 
 
 def key_of(pipeline: Any, conditions: Sequence[str], seeds: Sequence[int], sampling: Sampling) -> str:
-    """Return a name for an uncached run that is equal only where all that decides its images is."""
+    """Return a name for an uncached run that is equal only where all that decides its images is.
+
+    Of a GPU also its name: another one rounds otherwise.
+    """
     parts = {name: fingerprint(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     reference = next(part for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
+    device = torch.device(str(reference.device))
+    configs = {
+        name: {key: value for key, value in dict(part.config).items() if not key.startswith("_")}
+        for name, part in pipeline.components.items()
+        if isinstance(part, diffusers.ConfigMixin)
+    }
+    tokenizers = {name: part.get_vocab() for name, part in pipeline.components.items() if hasattr(part, "get_vocab")}
     content = {
         "pipeline": type(pipeline).__name__,
         "weights": parts,
         "scheduler": type(pipeline.scheduler).__name__,
-        "scheduler_config": {k: v for k, v in dict(pipeline.scheduler.config).items() if not k.startswith("_")},
+        "configs": configs,
+        "tokenizers": tokenizers,
         "sampling": asdict(sampling),
         "conditions": list(conditions),
         "seeds": list(seeds),
         "dtype": str(reference.dtype),
-        "device": str(reference.device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "versions": [torch.__version__, diffusers.__version__],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -112,6 +112,7 @@ def test_an_evaluation_has_a_result_a_schedule_and_the_baseline(workplace: Path)
     assert fora["schedule"] == "fora"
     assert fora["runs"] == 2
     assert fora["computed_steps"] == 6
+    assert len(said["prompts"]) == len(fora["psnr_each"]) == 2
     assert set(fora["psnr"]) == {"mean", "low", "high"}
     assert fora["speedup"] > 0
     assert 2 <= teacache["computed_steps"] < 10

@@ -3,7 +3,7 @@ import pytest
 
 from dicache.anatomy import survey
 from dicache.evaluate.evaluation import evaluate
-from dicache.evaluate.quality import psnr
+from dicache.evaluate.quality import paired_difference, psnr
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling
 from dicache.schedules import Plan, Rule, Schedule, ScheduleError, Target, TeaCachePolicy
@@ -40,6 +40,9 @@ def test_computing_all_is_identical_and_caching_lies_between_it_and_nonsense() -
     paired = psnr(half.images, uncached.images) - psnr(fewer[0].images, uncached.images)
     assert half.psnr_gain is not None
     assert half.psnr_gain.mean == pytest.approx(paired.mean())
+    assert half.psnr_each == pytest.approx(psnr(half.images, uncached.images))
+    afterwards = paired_difference(half.psnr_each, fewer[0].psnr_each, CONDITIONS)
+    assert afterwards == half.psnr_gain
     assert paired.min() <= half.psnr_gain.low <= half.psnr_gain.mean <= half.psnr_gain.high <= paired.max()
 
 

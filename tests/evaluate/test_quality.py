@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dicache.evaluate.quality import mean_with_interval, precision_recall, psnr, ssim
+from dicache.evaluate.quality import mean_with_interval, paired_difference, precision_recall, psnr, ssim
 from dicache.evaluate.timing import speedup
 
 
@@ -36,6 +36,33 @@ def test_the_interval_holds_the_mean_and_narrows_with_more_images() -> None:
     assert few.low < few.mean < few.high
     assert many.high - many.low < few.high - few.low
     assert many.high - many.low == pytest.approx(2 * 1.96 * 2 / 20, rel=0.15)
+
+
+def test_images_of_one_prompt_are_drawn_together() -> None:
+    values = np.array([30.0, 30.0, 50.0, 50.0])
+    together = mean_with_interval(values, prompts=["a", "a", "b", "b"])
+    # Both draws of two prompts are the same one in half of all sets, so that the interval reaches to both ends.
+    assert (together.mean, together.low, together.high) == (40, 30, 50)
+    alone = mean_with_interval(np.repeat(values, 10))
+    assert 30 < alone.low < alone.mean < alone.high < 50
+    assert mean_with_interval(np.repeat(values, 10), prompts=["a"] * 40) == alone  # one prompt: its images are drawn
+
+
+def test_a_prompt_with_more_images_weighs_more() -> None:
+    values = np.array([10.0, 20.0, 20.0, 20.0])
+    found = mean_with_interval(values, prompts=["a", "b", "b", "b"])
+    assert (found.mean, found.low, found.high) == (17.5, 10, 20)
+    assert mean_with_interval(values, prompts=list("abcd")) == mean_with_interval(values)
+    with pytest.raises(ValueError, match="found 4 values and 2 prompts"):
+        mean_with_interval(values, prompts=["a", "b"])
+
+
+def test_a_constant_gain_is_certain_however_much_images_differ() -> None:
+    others = np.random.default_rng(0).normal(40, 5, size=50)
+    gain = paired_difference(others + 3, others, ["a", "b"] * 25)
+    assert [gain.mean, gain.low, gain.high] == pytest.approx([3, 3, 3])
+    with pytest.raises(ValueError, match="found 50 and 49 values"):
+        paired_difference(others, others[1:])
 
 
 def test_the_speedup_is_the_median_over_rounds() -> None:

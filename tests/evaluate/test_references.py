@@ -45,7 +45,9 @@ def test_the_key_changes_with_all_that_decides_the_images() -> None:
     ]
     pipeline.transformer.proj_out_2.bias.data += 1
     others.append(key_of(pipeline, ["1"], [0], SAMPLING))
-    assert len({key, *others}) == 6
+    pipeline.vae.register_to_config(scaling_factor=2.0)
+    others.append(key_of(pipeline, ["1"], [0], SAMPLING))
+    assert len({key, *others}) == 7
 
 
 def test_an_evaluation_uses_the_kept_run_and_tells_the_error_of_each_step(tmp_path: Path) -> None:

@@ -1,0 +1,263 @@
+"""dicache beside other projects' caches and fewer steps, at equal cost: `python -m benchmarks.pareto --model digits`.
+
+Every method and every peer is tuned alike: the settings that are tried of it, as many of each at most, make the same 8
+images, and at each budget, a share of the uncached run's multiply-accumulates, the best one within it is taken. What it
+makes of other prompts and seeds, which neither the profile nor the tuning saw, is told: PSNR against the uncached
+images, what the model's judge says, and the time of single images beside the uncached run in the same process. Fewer
+steps are of the model's own solver and of DPM-Solver++. There are only ten classes, so that of `digits` the seeds
+differ.
+
+Peers run in an environment and a process of their own; see `benchmarks.peers`. SmoothCache's rule is run by dicache,
+and so is T-GATE's, whose package knows PixArt alone of the bundled models. What does not run is told below the table.
+Rows that are done are kept in `build/pareto` and are not run again. Writes a table, JSON and a figure to `results/`.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.bench import RESULTS
+from benchmarks.comparing import Comparison
+from benchmarks.peers import Peer, Settings
+from benchmarks.tuning import Method, Trial, best
+from dicache.cli.command import table
+from dicache.evaluate.quality import mean_with_interval, paired_difference
+from dicache.figures import save
+from dicache.figures.pareto import pareto, read_series
+from dicache.models.sampling import Sampling
+from dicache.schedules import Schedule
+
+OWN_STEPS, OTHER_STEPS = "fewer steps", "DPM-Solver++"
+SLACK = 0.005  # of a share of the MACs
+
+
+@dataclass
+class Row:
+    """One method or peer at one budget.
+
+    Attributes:
+        name: Of the method.
+        source: As figures have it: `dicache`, `peer` or `steps`.
+        budget: Share of the MACs that it is not to exceed.
+        settings: All of them.
+        told: Those that were tuned.
+        made: What it made of the judged runs; see `Comparison.row`.
+        speedup: Measured, once it was.
+    """
+
+    name: str
+    source: str
+    budget: float
+    settings: Mapping[str, Any]
+    told: Mapping[str, Any]
+    made: Mapping[str, Any]
+    speedup: float | None = None
+
+    @property
+    def key(self) -> str:
+        """The same where the same thing was chosen at two budgets."""
+        return f"{self.name} {json.dumps(self.settings, sort_keys=True, default=str)}"
+
+
+def varied(grid: Sequence[Settings], settings: Settings) -> dict[str, Any]:
+    """Return those settings that differ over a grid."""
+    return {name: value for name, value in settings.items() if any(other[name] != value for other in grid)}
+
+
+def tuned(
+    comparison: Comparison, failed: list[str]
+) -> tuple[list[tuple[float, Method, Trial]], list[tuple[float, Peer, Trial]]]:
+    """Return what is chosen of every method and every peer at every budget; what is not to be had is told."""
+    with ThreadPoolExecutor(1) as beside:  # the peers have a process of their own
+        promised = beside.submit(comparison.tuned_peers)
+        methods, peers = comparison.tuned_methods(), promised.result()
+
+    def chosen(one: Any, trials: Sequence[Trial], why: str) -> Iterator[tuple[float, Any, Trial]]:
+        if why:
+            failed.append(f"{one.name}: {why}")
+            return
+        for budget in comparison.budgets:
+            found = best(trials, budget)
+            if found is not None:
+                yield budget, one, found
+            else:
+                least = min(trial.macs_fraction for trial in trials)
+                failed.append(f"{one.name}: {budget:g} not reached; {least:.3f} is the least that was tried")
+
+    return [each for one in methods for each in chosen(*one)], [each for one in peers for each in chosen(*one)]
+
+
+def compare(comparison: Comparison, extra: Sequence[tuple[str, Schedule]]) -> tuple[list[Row], list[str]]:
+    """Return the rows of the table, and what could not be had."""
+    failed: list[str] = []
+    methods, peers = tuned(comparison, failed)
+    runs, budgets = comparison.judged, comparison.budgets
+    local: dict[str, tuple[Any, Sampling, Schedule | None]] = {}
+    rows: list[Row] = []
+
+    def add(row: Row, *variant: Any) -> None:
+        if "error" in row.made:
+            failed.append(f"{row.name} at {row.budget:g}: {row.made['error']}")
+            return
+        rows.append(row)
+        if variant:
+            local[row.key] = variant  # a pipeline, how it is called, and a schedule
+
+    with ThreadPoolExecutor(1) as beside:
+        promised = beside.submit(comparison.of_peers, [(peer, found.settings) for _, peer, found in peers], runs)
+        for name, schedule in extra:
+            made = comparison.extra(name, schedule, runs)
+            budget = min((b for b in budgets if b >= made.get("macs_fraction", 1.0) - SLACK), default=1.0)
+            settings = {"settings": schedule.settings, "number": len(rows)}
+            add(
+                Row(name, "dicache", budget, settings, schedule.settings, made),
+                comparison.bench.pipeline,
+                comparison.sampling,
+                schedule,
+            )
+        for budget, method, found in methods:
+            told, made = varied(method.grid, found.settings), comparison.ours(method, found.settings, runs)
+            schedule = method.schedule(found.settings)
+            add(
+                Row(method.name, "dicache", budget, found.settings, told, made),
+                comparison.bench.pipeline,
+                comparison.sampling,
+                schedule,
+            )
+        for name, pipeline in ((OWN_STEPS, comparison.bench.pipeline), (OTHER_STEPS, comparison.dpm)):
+            for budget in budgets:
+                count = {"steps": int(budget * comparison.steps + 1e-9)}
+                made = comparison.fewer(name, pipeline, count["steps"], runs)
+                sampling = replace(comparison.sampling, **count)
+                add(Row(name, "steps", budget, count, count, made), pipeline, sampling, None)
+        made_by_peers = promised.result()
+    jobs = {}
+    for (budget, peer, found), made in zip(peers, made_by_peers, strict=True):
+        row = Row(peer.name, "peer", budget, found.settings, varied(peer.grid, found.settings), made)
+        add(row)
+        if "error" not in made:
+            jobs[row.key] = {"key": row.key, "peer": peer.kind, "settings": found.settings}
+    if comparison.rounds:
+        speedups = {**comparison.timed(local), **comparison.timed_peers(list(jobs.values()))}
+        for row in rows:
+            row.speedup = speedups[row.key]
+    return rows, failed
+
+
+def results(comparison: Comparison, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return rows as `dicache evaluate --json` has them, with the gain over fewer steps of the same budget."""
+    prompts, steps = comparison.judged[0], {row.budget: row for row in rows if row.name == OWN_STEPS}
+
+    def told(row: Row) -> dict[str, Any]:
+        each, rival = row.made["psnr"], steps.get(row.budget)
+        gain = None if rival in (None, row) else paired_difference(each, rival.made["psnr"], prompts).to_json()
+        return {
+            "schedule": row.name,
+            "source": row.source,
+            "budget": row.budget,
+            "settings": row.settings,
+            "runs": len(each),
+            "macs_fraction": row.made["macs_fraction"],
+            "speedup": row.speedup,
+            "psnr": mean_with_interval(np.array(each), prompts=prompts).to_json(),
+            "psnr_gain": gain,
+            "psnr_each": [round(value, 3) for value in each],
+            **{name: row.made[name] for name in comparison.judges},
+        }
+
+    return [told(row) for row in rows]
+
+
+def results_text(
+    comparison: Comparison, rows: Sequence[Row], told: Sequence[Mapping[str, Any]], failed: Sequence[str]
+) -> str:
+    judges = list(comparison.judges)
+    header = ["budget", "", "MACs", "speed-up", "PSNR dB", "95 %", "to fewer steps", "95 %", *judges, "settings"]
+    cells = []
+    for row, result in zip(rows, told, strict=True):
+        mean, gain = result["psnr"], result["psnr_gain"]
+        over = "!" if result["macs_fraction"] > row.budget + SLACK else ""  # as these runs' own latents decided
+        cells.append(
+            [
+                f"{row.budget:g}",
+                row.name,
+                f"{result['macs_fraction']:.3f}{over}",
+                "-" if row.speedup is None else f"{row.speedup:.2f}",
+                f"{mean['mean']:.1f}",
+                f"{mean['low']:.1f} to {mean['high']:.1f}",
+                "-" if gain is None else f"{gain['mean']:+.1f}",
+                "-" if gain is None else f"{gain['low']:+.1f} to {gain['high']:+.1f}",
+                *(f"{result[name]:.3f}" for name in judges),
+                in_words(row.told),
+            ]
+        )
+    about = (
+        f"pareto: {comparison.bench.model}, {comparison.steps} steps, guidance {comparison.sampling.guidance:g}, "
+        f"{len(comparison.judged[0])} held-out images; tuned on {len(comparison.tuning[0])}, at most "
+        f"{comparison.trials} settings of each. MACs are shares of the uncached run's."
+    )
+    lost = ["\n".join(["Not in the table", *failed])] if failed else []
+    return "\n\n".join([about, table(header, cells), *lost])
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    def said(value: Any) -> str:
+        if isinstance(value, list) and value and set(value) <= {0, 1}:
+            return "".join("C" if computed else "." for computed in value)
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{name} {said(value)}" for name, value in settings.items() if value is not None)
+
+
+def named_schedule(text: str) -> tuple[str, Schedule]:
+    name, _, file = text.partition("=")
+    if not file:
+        raise argparse.ArgumentTypeError(f"found {text!r}; needed NAME=FILE.json")
+    return name, Schedule.load(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", choices=("digits", "scenes", "clips", "flow"), default="digits")
+    parser.add_argument("--images", type=int, default=200, help="that are judged [default: 200]")
+    parser.add_argument(
+        "--budgets", type=lambda text: [float(part) for part in text.split(",")], default="0.7,0.5,0.4,0.3"
+    )
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--trials", type=int, default=50, help="settings of each method at most [default: 50]")
+    parser.add_argument("--rounds", type=int, default=7, help="of timing; 0 times nothing")
+    parser.add_argument(
+        "--schedule", action="append", type=named_schedule, default=[], metavar="NAME=FILE", help="another row"
+    )
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    comparison = Comparison(options)
+    rows, failed = compare(comparison, options.schedule)
+    shutil.rmtree(comparison.folder, ignore_errors=True)
+    rows.sort(key=lambda row: (-row.budget, -float(np.mean(row.made["psnr"]))))
+    told = results(comparison, rows)
+    text = results_text(comparison, rows, told, failed)
+    print(text)  # noqa: T201
+    output = RESULTS / f"pareto-{options.model}"
+    output.with_suffix(".txt").write_text(text + "\n")
+    content = {
+        "model": options.model,
+        "steps": options.steps,
+        "guidance": comparison.sampling.guidance,
+        "prompts": comparison.judged[0],
+        "results": told,
+        "failed": failed,
+    }
+    output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    save(pareto(read_series([output.with_suffix(".json")])), output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
