@@ -21,7 +21,7 @@ from dicache.calibrate.keeping import Kept
 from dicache.calibrate.magcache import MagCache, MagCacheSpace
 from dicache.calibrate.methods import CalibrationError
 from dicache.calibrate.refining import Candidate, refined, tried
-from dicache.calibrate.sensitivity import BACK, Forecasts, Sensitivity, measure
+from dicache.calibrate.sensitivity import BACK, Forecasts, Sensitivity, before, measure
 from dicache.calibrate.smoothcache import SmoothCache, SmoothCacheSpace
 from dicache.calibrate.taylorseer import TaylorSeer, TaylorSeerSpace
 from dicache.calibrate.teacache import TeaCache, TeaCacheSpace
@@ -29,7 +29,8 @@ from dicache.evaluate.rerunning import Reruns
 from dicache.models.sampling import Sampling
 from dicache.profiler import Profile
 from dicache.schedules import Plan, PlanError, Rule, Schedule
-from dicache.schedules.plan import Action
+from dicache.schedules.plan import Action, Weights
+from dicache.schedules.predicting import taylor_coefficients
 from dicache.schedules.rows import distinct_rows
 
 RIDGES = (0.01, 0.1, 1.0)  # of the weights that the sensitivity gives: how much it is to be believed
@@ -37,8 +38,8 @@ RIDGE = 0.1  # with which plans are compared
 FEWEST_ROWS = 4  # computed and kept, computed and not kept, held, and the first of a kind
 MEASURING = 0.35  # share of the budget for what each step alone does
 FORMS = 2  # of plans, that are refined
-ROUNDS = 2  # of refining
-FEWEST = 3  # runs to refine on: with fewer, weights fit what is by chance
+ROUNDS = 2  # of refining, where a quality is asked for
+FEWEST = 4  # runs to refine on: with fewer, weights fit what is by chance
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,15 @@ class Tried:
         psnr: Mean over the runs in dB; None where it could not be made.
         macs_fraction: Share of the multiply-accumulates.
         spent: On all so far, in uncached images.
-        note: Why it could not be made, or how many steps it computes.
+        steps: A letter a step, where it has a plan: C all computed, `.` not all.
+        note: What was done, or why it could not be made.
     """
 
     name: str
     psnr: float | None
     macs_fraction: float | None
     spent: float
+    steps: str = ""
     note: str = ""
 
 
@@ -185,10 +188,11 @@ class Searching:
         goal = self.settings.goal
         if not found:
             raise CalibrationError(f"auto: nothing was found with {goal}; ask for less")
-        best = max(found, key=lambda c: goal.rank(_score(c)))
+        best = max(found, key=lambda c: goal.rank(Score(c.expected, c.macs_fraction)))
         told = {
             "goal": {name: value for name, value in vars(goal).items() if value is not None},
             "psnr": round(best.decibels, 3),
+            "expected_psnr": round(best.expected, 3),
             "macs_fraction": round(best.macs_fraction, 4),
             "spent_images": round(self.spent, 1),
             "runs": len(self.runs),
@@ -219,7 +223,7 @@ class Searching:
         self.bar.total = replays
         measured = measure(few, self.anatomy, self.target, self.gram, self.bar.update, self._kept("effects", count))
         self._few_spent += few.spent - before
-        self.report.append(Tried("each step alone", None, None, self.spent, f"{replays} replays of {count} runs"))
+        self.report.append(Tried("each step alone", None, None, self.spent, note=f"{replays} replays of {count} runs"))
         return measured
 
     # A share of the multiply-accumulates is given
@@ -239,42 +243,47 @@ class Searching:
             known = best.setdefault(candidate.name, candidate)
             best[candidate.name] = max(known, candidate, key=lambda c: c.decibels)
         chosen = sorted(best.values(), key=lambda c: -c.decibels)[:FORMS]
-        finished = [better for candidate in chosen for better in self._refined(candidate)]
+        finished: list[Candidate] = []
+        for place, candidate in enumerate(chosen):  # each once, then the best again
+            if (better := self._refined(candidate, 1 / (FORMS + 1 - place))) is not None:
+                finished.append(better)
+        again = max([*chosen, *finished], key=lambda c: c.expected, default=None)
+        if again is not None and (better := self._refined(again, 1.0)) is not None:
+            finished.append(better)
         return [*planned, *singles, *finished], single
 
     def _planned(self, measured: Sensitivity, form: Form, share: float, ridges: Sequence[float]) -> Iterator[Candidate]:
         """Try the steps and weights that are foretold to be best, where that fits the budget."""
         count = self._computed(form, share)
         if count is None:
-            self.report.append(Tried(form.name, None, None, self.spent, "even skipping all steps computes more"))
+            self.report.append(Tried(form.name, None, None, self.spent, note="even skipping all steps computes more"))
             return
         if count == self.steps:
             return
         computed = self._steps(measured, count)
         for ridge in ridges:
-            yield self._try(form, computed, self._weights(measured, form, computed, ridge))
+            yield self._try(form, computed, self._weights(measured, form, computed, ridge), f"weights held {ridge:g}")
+        if form.action == "reuse":  # what was measured is of the body
+            for steps in (computed, even(count, self.steps)):
+                yield self._try(form, steps, self._expansions(form, steps), "weights of Taylor expansions")
 
-    def _try(self, form: Form, computed: Sequence[int], forecasts: Forecasts) -> Candidate:
+    def _try(self, form: Form, computed: Sequence[int], forecasts: Forecasts, note: str) -> Candidate:
         make = partial(self._schedule, form, tuple(computed))
         candidate = tried(self.runs, form.name, make(forecasts), forecasts, make)
-        self._told(candidate, ", ".join(map(str, computed)))
+        self._told(candidate, note)
         return candidate
 
-    def _refined(self, candidate: Candidate) -> Iterator[Candidate]:
-        """Improve the weights as often as the budget allows, on as many runs as it allows."""
-        for _ in range(ROUNDS):
-            moves = sum(len(weights) - 1 for weights in (candidate.forecasts or {}).values())
-            share = candidate.macs_fraction
-            each = moves * (0.5 * share + BACK / self.steps) + 3 * share  # of a run: what is before a nudge is known
-            count = min(len(self.runs), int((self.settings.budget - self.spent) / each))
-            if count < min(FEWEST, len(self.runs)) or not moves:
-                return
-            self.bar.total = self.bar.n + moves
-            better = self._refined_on(candidate, count)
-            if better is None or better.decibels <= candidate.decibels:
-                return
-            candidate = better
-            yield better
+    def _refined(self, candidate: Candidate, part: float) -> Candidate | None:
+        """Improve the weights on as many runs as a part of what is left of the budget allows."""
+        moves = sum(len(weights) - 1 for weights in (candidate.forecasts or {}).values())
+        share = candidate.macs_fraction
+        each = moves * (0.5 * share + BACK / self.steps) + 3 * share  # of a run: what is before a nudge is known
+        count = min(len(self.runs), int(part * (self.settings.budget - self.spent) / each))
+        if count < min(FEWEST, len(self.runs)) or not moves:
+            return None
+        self.bar.total = self.bar.n + moves
+        better = self._refined_on(candidate, count)
+        return better if better is not None and better.expected > candidate.expected else None
 
     def _refined_on(self, candidate: Candidate, count: int) -> Candidate | None:
         assert candidate.make is not None
@@ -290,6 +299,7 @@ class Searching:
             if found is base:
                 return None
             better = tried(self.runs, found.name, found.schedule, found.forecasts, found.make)
+            better = replace(better, optimism=found.optimism * count / len(self.runs))
         if better is candidate:
             return None
         self._told(better, f"refined on {count} runs")
@@ -313,13 +323,14 @@ class Searching:
         while 0 < count < self.steps and count not in tested:
             tested.add(count)
             computed = self._steps(measured, count)
-            weights = (self._weights(measured, form, computed, ridge) for ridge in RIDGES)
-            best = max((self._try(form, computed, given) for given in weights), key=lambda c: c.decibels)
-            if best.decibels < wanted:
-                best = max((best, *self._refined(best)), key=lambda c: c.decibels)
-            if best.decibels >= wanted:
+            weights = [(self._weights(measured, form, computed, ridge), f"weights held {ridge:g}") for ridge in RIDGES]
+            best = max((self._try(form, computed, *given) for given in weights), key=lambda c: c.expected)
+            for _ in range(ROUNDS):
+                if best.expected < wanted and (better := self._refined(best, 1.0)) is not None:
+                    best = better
+            if best.expected >= wanted:
                 kept.append(best)
-            count += -1 if best.decibels >= wanted else 1
+            count += -1 if best.expected >= wanted else 1
         share = min((c.macs_fraction for c in kept), default=1.0)
         singles = [c for c in self._singles(share) if c.decibels >= wanted]
         return [*kept, *singles], max(singles, key=lambda c: c.decibels, default=None)
@@ -350,9 +361,8 @@ class Searching:
         return None
 
     def _steps(self, measured: Sensitivity, count: int) -> list[int]:
-        even = [place * self.steps // count for place in range(count)]
         ends = sorted({*np.round(np.linspace(0, self.steps - 1, count)).astype(int).tolist()})
-        starts = [even, ends] if len(ends) == count else [even]
+        starts = [even(count, self.steps), *([ends] if len(ends) == count else [])]
         error = lambda steps: measured.forecasts(steps, self.settings.outputs, RIDGE)[1]  # noqa: E731
         return measured.best_steps(starts, error)[0]
 
@@ -360,6 +370,18 @@ class Searching:
         """Return the weights, of as many outputs as the rows allow."""
         for outputs in range(self.settings.outputs, 0, -1):
             forecasts, _ = measured.forecasts(computed, outputs, ridge)
+            if distinct_rows(form.plan(self.steps, computed, forecasts), self.anatomy) <= self.settings.max_rows:
+                return forecasts
+        raise CalibrationError(f"auto: no plan has {self.settings.max_rows} different rows or fewer; raise --max-rows")
+
+    def _expansions(self, form: Form, computed: Sequence[int]) -> Forecasts:
+        """Return the weights of Taylor expansions of the second order, or of a lower one where rows are few."""
+        for outputs in range(min(self.settings.outputs, 3), 0, -1):
+            forecasts = {
+                step: expansion(before(computed, step, outputs), step)
+                for step in range(self.steps)
+                if step not in computed
+            }
             if distinct_rows(form.plan(self.steps, computed, forecasts), self.anatomy) <= self.settings.max_rows:
                 return forecasts
         raise CalibrationError(f"auto: no plan has {self.settings.max_rows} different rows or fewer; raise --max-rows")
@@ -373,10 +395,10 @@ class Searching:
             try:
                 schedule = make()
             except (CalibrationError, PlanError) as error:
-                self.report.append(Tried(name, None, None, self.spent, str(error)))
+                self.report.append(Tried(name, None, None, self.spent, note=str(error)))
                 continue
             if schedule.plan is not None and distinct_rows(schedule.plan, self.anatomy) > self.settings.max_rows:
-                self.report.append(Tried(name, None, None, self.spent, f"more than {self.settings.max_rows} rows"))
+                self.report.append(Tried(name, None, None, self.spent, note=f"more than {self.settings.max_rows} rows"))
                 continue
             candidate = tried(self.runs, name, schedule)
             self._told(candidate, "")
@@ -413,8 +435,10 @@ class Searching:
 
     def _told(self, candidate: Candidate, note: str) -> None:
         self.bar.update()
-        self.report.append(Tried(candidate.name, candidate.decibels, candidate.macs_fraction, self.spent, note))
-        if self.best is None or candidate.decibels > self.best.decibels:
+        steps = "" if candidate.schedule.plan is None else candidate.schedule.expected_steps
+        share = candidate.macs_fraction
+        self.report.append(Tried(candidate.name, candidate.decibels, share, self.spent, steps, note))
+        if self.best is None or candidate.expected > self.best.expected:
             self.best = candidate
         self.bar.set_postfix_str(f"best {self.best.decibels:.1f} dB: {self.best.name}")
 
@@ -447,12 +471,22 @@ def mean_gram(profile: Profile) -> np.ndarray:
     return mean
 
 
+def even(count: int, steps: int) -> list[int]:
+    """Return so many steps, evenly spread from the first."""
+    return [place * steps // count for place in range(count)]
+
+
+def expansion(sources: Sequence[int], step: int) -> Weights:
+    """Return the weights of the outputs in TaylorSeer's expansion."""
+    weights = [1.0, *[0.0] * (len(sources) - 1)]
+    for place, coefficient in enumerate(taylor_coefficients(sources, step) if len(sources) > 1 else ()):
+        weights[place] += coefficient
+        weights[place + 1] -= coefficient
+    return tuple(zip(sources, weights, strict=True))
+
+
 def _held(steps: int, count: int) -> Forecasts:
     return dict.fromkeys(range(count, steps), ((count - 1, 1.0),))
-
-
-def _score(candidate: Candidate) -> Score:
-    return Score(candidate.decibels, candidate.macs_fraction)
 
 
 def default_folder(output: Path) -> Path:

@@ -1,7 +1,7 @@
 """The weights of a plan's forecasts, improved on the finished images of real runs by Gauss-Newton steps."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Candidate:
         schedule: Itself.
         made: What it made of the runs.
         psnr: Of each image against the uncached one, in dB.
+        optimism: In dB, how much better these runs are foretold to be than others, because its weights were fitted to
+            them.
         forecasts: Its weights, if it has any.
         make: Makes a schedule of the same plan with other weights.
     """
@@ -34,12 +36,18 @@ class Candidate:
     schedule: Schedule
     made: Made
     psnr: np.ndarray
+    optimism: float = 0.0
     forecasts: Forecasts | None = None
     make: Callable[[Forecasts], Schedule] | None = None
 
     @property
     def decibels(self) -> float:
         return float(self.psnr.mean())
+
+    @property
+    def expected(self) -> float:
+        """The PSNR to expect of other runs, in dB."""
+        return self.decibels - self.optimism
 
     @property
     def macs_fraction(self) -> float:
@@ -55,7 +63,7 @@ def tried(
 ) -> Candidate:
     """Run with a schedule, and say how close the images are to the uncached ones."""
     made = runs(schedule)
-    return Candidate(name, schedule, made, psnr(made.images, runs.uncached.images), forecasts, make)
+    return Candidate(name, schedule, made, psnr(made.images, runs.uncached.images), 0.0, forecasts, make)
 
 
 def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Kept = NOT_KEPT) -> Candidate:
@@ -93,21 +101,24 @@ def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Ke
     toward = np.einsum("ark,rk->ra", change, wanted * scale)
     square = (wanted * scale)[:, None, :] @ (wanted * scale)[:, :, None]
 
-    def left_out(ridge: float) -> float:
-        """Return the mean logarithm of each image's error with the weights that the others give."""
+    def error(ridge: float, *, left_out: bool) -> float:
+        """Return the mean logarithm of each image's squared error, with the weights of all images or of the others."""
         errors = []
         for run in range(len(images)):
-            move = _solved(by_run.sum(0) - by_run[run], toward.sum(0) - toward[run], ridge)
+            others = by_run.sum(0) - left_out * by_run[run], toward.sum(0) - left_out * toward[run]
+            move = _solved(*others, ridge)
             left = square[run, 0, 0] - 2 * move @ toward[run] + move @ by_run[run] @ move
             errors.append(np.log(max(left, 1e-300)))
         return float(np.mean(errors))
 
-    ridge = min(RIDGES, key=left_out) if len(images) > 2 else RIDGES[-1]
+    ridge = min(RIDGES, key=lambda ridge: error(ridge, left_out=True)) if len(images) > 2 else RIDGES[-1]
     for held in (ridge, 10 * ridge, 100 * ridge):  # smaller steps, where the errors do not add up
         forecasts = _moved(found.forecasts, moves, _solved(by_run.sum(0), toward.sum(0), held))
         other = tried(runs, found.name, found.make(forecasts), forecasts, found.make)
         told()
-        if other.decibels > found.decibels:
+        apart = error(held, left_out=True) - error(held, left_out=False) if len(images) > 2 else 0.0
+        other = replace(other, optimism=max(0.0, 10 / np.log(10) * apart))
+        if other.expected > found.expected:
             return other
     return found
 

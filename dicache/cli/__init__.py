@@ -5,6 +5,7 @@ import click
 from dicache import __version__
 from dicache.cli.calibrate import calibrate
 from dicache.cli.calibrate_adacache import adacache
+from dicache.cli.calibrate_auto import auto
 from dicache.cli.calibrate_dp import dp
 from dicache.cli.calibrate_first_block import first_block
 from dicache.cli.calibrate_l2c import l2c
@@ -40,5 +41,18 @@ for command in (demo, models, zoo, doctor, profile, profiles, calibrate, schedul
     main.add_command(command)
 for method in (teacache, mask, delta_cache, delta_dit, deepcache):
     calibrate.add_command(method)
-for method in (taylorseer, faster_diffusion, smoothcache, magcache, pab, adacache, first_block, tgate, l2c, eoc, dp):
+for method in (
+    taylorseer,
+    faster_diffusion,
+    smoothcache,
+    magcache,
+    pab,
+    adacache,
+    first_block,
+    tgate,
+    l2c,
+    eoc,
+    dp,
+    auto,
+):
     calibrate.add_command(method)

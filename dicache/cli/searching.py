@@ -126,8 +126,8 @@ def search_for(
     from dicache.evaluate.references import default_folder
 
     pipeline = subject.loaded(options.device)
-    conditions = _conditions(pipeline, subject, options)
-    seeds = _seeds(subject, options)
+    conditions = fresh_conditions(pipeline, subject, options.prompts, options.runs, options.runs)
+    seeds = fresh_seeds(subject, options.seed, 2 * options.runs)
     mine, others = slice(options.runs), slice(options.runs, None)
     kept = default_folder()
     runs = RealRuns.of(pipeline, conditions[mine], seeds[mine], subject.sampling, references=kept)
@@ -167,27 +167,29 @@ def search_for(
     return schedule, _told(found, goal, options, [*results, *fewer])
 
 
-def _conditions(pipeline: Any, subject: Subject, options: Searching) -> list[str]:
-    """Return twice as many conditions as runs, of those that the profile does not have if there are any.
+def fresh_conditions(pipeline: Any, subject: Subject, prompts: str | None, runs: int, others: int) -> list[str]:
+    """Return conditions for so many runs of a search, and behind them for others, which the search does not see.
 
-    Every other one of what there is goes to the runs of the search, the rest to the runs that it does not see.
+    They are spread over what there is, and are not among the profile's if there are any others.
     """
     from dicache.models.sampling import default_conditions, read_conditions
 
-    every = read_conditions(options.prompts) if options.prompts else default_conditions(pipeline, 10_000)
+    every = read_conditions(prompts) if prompts else default_conditions(pipeline, 10_000)
     known = list(dict.fromkeys(every))
     fresh = [condition for condition in known if condition not in subject.prompts] or known
-    stride = max(1, len(fresh) // (2 * options.runs))
-    chosen = [fresh[i * stride % len(fresh)] for i in range(2 * options.runs)]
-    return chosen[0::2] + chosen[1::2]
+    total = runs + others
+    stride = max(1, len(fresh) // total)
+    chosen = [fresh[i * stride % len(fresh)] for i in range(total)]
+    mine = [i * total // runs for i in range(runs)]
+    return [chosen[i] for i in mine] + [chosen[i] for i in range(total) if i not in mine]
 
 
-def _seeds(subject: Subject, options: Searching) -> range:
+def fresh_seeds(subject: Subject, first: int, count: int) -> range:
     """Return a seed for each image, none of them of the profile's runs."""
-    seeds = range(options.seed, options.seed + 2 * options.runs)
+    seeds = range(first, first + count)
     if set(seeds) & set(subject.seeds):
         start = max(subject.seeds) + 1
-        return range(start, start + len(seeds))
+        return range(start, start + count)
     return seeds
 
 
