@@ -19,6 +19,8 @@ from benchmarks import peers
 from benchmarks.bench import BUILD, RUNS, Bench
 from benchmarks.peers import Peer, Settings
 from benchmarks.tuning import Method, Trial, methods, thinned
+from dicache.calibrate.auto import Auto, Searching
+from dicache.calibrate.judging import Goal
 from dicache.calibrate.methods import CalibrationError
 from dicache.evaluate.evaluation import reference_run, replay
 from dicache.evaluate.quality import psnr
@@ -32,6 +34,7 @@ from dicache.schedules import PlanError, Schedule
 KEPT = BUILD.parent / "pareto"
 TUNING_IMAGES, TUNING_SEED, SEED = 8, 500_000, 1_000_000  # far from a profile's, which count from 0
 BATCH = 8
+AUTO_RUNS, AUTO_BUDGET = 16, 600.0
 Runs = tuple[list[str], list[int]]  # prompts or classes, and seeds
 
 
@@ -121,6 +124,20 @@ class Comparison:
         """Return the row of a schedule from a file."""
         file = self.file("extra", name, schedule.to_json(), runs)
         return self.row(file, runs, lambda: self.replayed(schedule, runs))
+
+    def auto(self, budget: float) -> Schedule:
+        """Return what `dicache calibrate auto` finds on the prompts that everything is tuned on, with more seeds."""
+        prompts, seeds = self.tuning
+        conditions = [prompts[i % len(prompts)] for i in range(AUTO_RUNS)]
+        file = self.file("auto", "auto", [budget, AUTO_BUDGET], (conditions, seeds))
+        if not file.exists():
+            profile = self.bench.profile(self.steps)
+            several = [seeds[0] + i for i in range(AUTO_RUNS)]
+            settings = Auto(Goal(budget), budget=AUTO_BUDGET)
+            kept = KEPT / f"auto-{self.bench.model}-{self.steps}"
+            search = Searching(profile, self.bench.pipeline, conditions, several, self.sampling, settings, kept)
+            search().schedule.save(file)
+        return Schedule.load(file)
 
     def ours(self, method: Method, settings: Settings, runs: Runs) -> dict[str, Any]:
         def make() -> tuple[np.ndarray, float]:

@@ -7,6 +7,9 @@ images, what the model's judge says, and the time of single images beside the un
 steps are of the model's own solver and of DPM-Solver++. There are only ten classes, so that of `digits` the seeds
 differ.
 
+`auto` may try more than single settings, on seeds of its own of the prompts that all are tuned on; what it computed for
+that is told as `spent`, in uncached images. The 50 settings that a method may try are up to 400 images.
+
 Peers run in an environment and a process of their own; see `benchmarks.peers`. SmoothCache's rule is run by dicache,
 and so is T-GATE's, whose package knows PixArt alone of the bundled models. What does not run is told below the table.
 Rows that are done are kept in `build/pareto` and are not run again. Writes a table, JSON and a figure to `results/`.
@@ -112,6 +115,22 @@ def compare(comparison: Comparison, extra: Sequence[tuple[str, Schedule]]) -> tu
 
     with ThreadPoolExecutor(1) as beside:
         promised = beside.submit(comparison.of_peers, [(peer, found.settings) for _, peer, found in peers], runs)
+        for budget in budgets:
+            schedule = comparison.auto(budget)
+            settings = {"form": schedule.settings["form"], "spent": schedule.measured["auto"]["spent_images"]}
+            add(
+                Row(
+                    "auto",
+                    "dicache",
+                    budget,
+                    {**settings, "budget": budget},
+                    settings,
+                    comparison.extra("auto", schedule, runs),
+                ),
+                comparison.bench.pipeline,
+                comparison.sampling,
+                schedule,
+            )
         for name, schedule in extra:
             made = comparison.extra(name, schedule, runs)
             budget = min((b for b in budgets if b >= made.get("macs_fraction", 1.0) - SLACK), default=1.0)
