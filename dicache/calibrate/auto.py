@@ -37,7 +37,6 @@ RIDGES = (0.01, 0.1, 1.0)  # of the weights that the sensitivity gives: how much
 RIDGE = 0.1  # with which plans are compared
 FEWEST_ROWS = 4  # computed and kept, computed and not kept, held, and the first of a kind
 MEASURING = 0.35  # share of the budget for what each step alone does
-FORMS = 2  # of plans, that are refined
 ROUNDS = 2  # of refining, where a quality is asked for
 FEWEST = 4  # runs to refine on: with fewer, weights fit what is by chance
 
@@ -238,14 +237,14 @@ class Searching:
                 ridges = (RIDGES[int(np.argmax([candidate.decibels for candidate in made]))],)
         singles = [c for c in self._singles(share) if c.macs_fraction <= share + 1e-9]
         single = max(singles, key=lambda c: c.decibels, default=None)
-        best: dict[str, Candidate] = {}
+        best: dict[Action, Candidate] = {}
         for candidate in planned:
-            known = best.setdefault(candidate.name, candidate)
-            best[candidate.name] = max(known, candidate, key=lambda c: c.decibels)
-        chosen = sorted(best.values(), key=lambda c: -c.decibels)[:FORMS]
+            action = self._form(candidate).action
+            best[action] = max(best.get(action, candidate), candidate, key=lambda c: c.expected)
+        chosen = sorted(best.values(), key=lambda c: -c.expected)
         finished: list[Candidate] = []
         for place, candidate in enumerate(chosen):  # each once, then the best again
-            if (better := self._refined(candidate, 1 / (FORMS + 1 - place))) is not None:
+            if (better := self._refined(candidate, 1 / (len(chosen) + 1 - place))) is not None:
                 finished.append(better)
         again = max([*chosen, *finished], key=lambda c: c.expected, default=None)
         if again is not None and (better := self._refined(again, 1.0)) is not None:
@@ -352,6 +351,9 @@ class Searching:
             forms.append(Form("forecast of all but the last block", "skip", span(0, last - 1)))
             forms.append(Form("forecast of all but the last two blocks", "skip", span(0, last - 2)))
         return forms
+
+    def _form(self, candidate: Candidate) -> Form:
+        return next(form for form in self._forms() if form.name == candidate.name)
 
     def _computed(self, form: Form, share: float) -> int | None:
         """Return how many steps can be computed for a share of the multiply-accumulates."""

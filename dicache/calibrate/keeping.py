@@ -4,8 +4,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
+
+from dicache.evaluate.rerunning import Reruns
 
 
 @dataclass(frozen=True)
@@ -18,24 +21,32 @@ class Kept:
 
     folder: Path | None = None
 
-    def get(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    def get(self, name: str, runs: Reruns, make: Callable[[], np.ndarray]) -> np.ndarray:
         """Return an array that is kept, or make it and keep it; whoever reads sees all of it or nothing.
+
+        What an array cost is kept with it and counted again, so that a search that goes on does what an undisturbed one
+        does.
 
         Args:
             name: Without an ending.
+            runs: That it is made with.
             make: Called if there is none that can be read.
         """
         if self.folder is None:
             return make()
-        file = self.folder / f"{name}.npy"
+        file = self.folder / f"{name}.npz"
         try:
-            kept: np.ndarray = np.load(file, allow_pickle=False)
-            return kept
-        except (OSError, ValueError, EOFError):
-            made = make()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f".{name}.{os.getpid()}.part"
-        with part.open("wb") as opened:
-            np.save(opened, made, allow_pickle=False)
-        os.replace(part, file)
-        return made
+            with np.load(file, allow_pickle=False) as kept:
+                array: np.ndarray = kept["array"]
+                spent = float(kept["spent"])
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            before = runs.spent
+            array = make()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            part = self.folder / f".{name}.{os.getpid()}.part"
+            with part.open("wb") as opened:
+                np.savez(opened, array=array, spent=runs.spent - before)
+            os.replace(part, file)
+        else:
+            runs.spent += spent
+        return array

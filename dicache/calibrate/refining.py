@@ -7,7 +7,7 @@ import numpy as np
 
 from dicache.calibrate.judging import digest
 from dicache.calibrate.keeping import Kept
-from dicache.calibrate.sensitivity import Forecasts, numbers
+from dicache.calibrate.sensitivity import FLOOR, Forecasts, numbers
 from dicache.evaluate.quality import psnr
 from dicache.evaluate.rerunning import Beginning, Made, Reruns
 from dicache.schedules import Schedule
@@ -93,7 +93,7 @@ def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Ke
         sources = {source for source, _ in found.forecasts[step]}
         beginning = Beginning(found.made, set(range(step)) - sources)
         schedule = found.make(nudged)
-        made = kept.get(digest(schedule.to_json()["plan"]), lambda: numbers(runs(schedule, beginning).images))  # noqa: B023 # called at once
+        made = kept.get(digest(schedule.to_json()["plan"]), runs, lambda: numbers(runs(schedule, beginning).images))  # noqa: B023 # called at once
         effects.append((made - images) / NUDGE * scale)
         told()
     change = np.stack(effects)  # (moves, runs, numbers)
@@ -124,7 +124,7 @@ def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Ke
 
 
 def _solved(square: np.ndarray, toward: np.ndarray, ridge: float) -> np.ndarray:
-    held = square + np.diag((ridge + 1e-9) * np.diag(square) + 1e-300)
+    held = square + np.diag(ridge * np.diag(square) + FLOOR * np.diag(square).max() + 1e-300)
     solved: np.ndarray = np.linalg.solve(held, toward)
     return solved
 

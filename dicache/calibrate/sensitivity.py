@@ -17,6 +17,7 @@ from dicache.schedules.predicting import taylor_coefficients
 BACK = 3  # how many steps back a line is drawn from: it and its slope span nearly all outputs that lie between
 NUDGE = 0.25  # of the line's slope, to see what that does
 NUMBERS = 1 << 16  # of an image or video that are compared; larger ones are projected to as many
+FLOOR = 1e-4  # of what the weight that does most does: weights that do next to nothing stay
 TINY = 1e-9  # of the mean square, that keeps equations solvable
 
 Forecasts = dict[int, Weights]  # for each step that is not computed, the weights of those it is made of
@@ -135,7 +136,7 @@ class Sensitivity:
             grow, shrink = np.array(moves).T
             change = products[grow] - products[shrink]  # (moves, pairs)
             square = change[:, grow] - change[:, shrink]
-            held = square + np.diag((ridge + TINY) * np.diag(square) + 1e-300)
+            held = square + np.diag(ridge * np.diag(square) + FLOOR * np.diag(square).max() + 1e-300)
             found = np.linalg.solve(held, -change @ weights)
             np.add.at(weights, grow, found)
             np.add.at(weights, shrink, -found)
@@ -212,6 +213,7 @@ def measure(
             known = Beginning(runs.uncached, range(sources[-1]))
             change = kept.get(
                 f"{step}-{more:g}",
+                runs,
                 lambda: numbers(runs(schedule, known).images) - numbers(runs.uncached.images),  # noqa: B023 # called at once
             )
             if not np.isfinite(change).all():
