@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,26 +11,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dicache.anatomy.parts import span
-from dicache.calibrate.delta_cache import DeltaCache, DeltaCacheSpace
-from dicache.calibrate.delta_dit import DeltaDit, DeltaDitSpace
-from dicache.calibrate.dp import Dp
-from dicache.calibrate.fora import Fora, ForaSpace
+from dicache.calibrate.forms import Form, even, expansions_of, forms_of
 from dicache.calibrate.judging import Goal, Score
 from dicache.calibrate.keeping import Kept
-from dicache.calibrate.magcache import MagCache, MagCacheSpace
 from dicache.calibrate.methods import CalibrationError
 from dicache.calibrate.refining import Candidate, refined, tried
-from dicache.calibrate.sensitivity import BACK, Forecasts, Sensitivity, before, measure
-from dicache.calibrate.smoothcache import SmoothCache, SmoothCacheSpace
-from dicache.calibrate.taylorseer import TaylorSeer, TaylorSeerSpace
-from dicache.calibrate.teacache import TeaCache, TeaCacheSpace
+from dicache.calibrate.sensitivity import BACK, Forecasts, Sensitivity, mean_gram, measure
+from dicache.calibrate.singles import singles_of
 from dicache.evaluate.rerunning import Reruns
 from dicache.models.sampling import Sampling
 from dicache.profiler import Profile
-from dicache.schedules import Plan, PlanError, Rule, Schedule
-from dicache.schedules.plan import Action, Weights
-from dicache.schedules.predicting import taylor_coefficients
+from dicache.schedules import PlanError, Schedule
+from dicache.schedules.plan import Action
 from dicache.schedules.rows import distinct_rows
 
 RIDGES = (0.01, 0.1, 1.0)  # of the weights that the sensitivity gives: how much it is to be believed
@@ -62,26 +54,6 @@ class Auto:
             raise CalibrationError(f"auto: --max-rows must be {FEWEST_ROWS} or more, found {self.max_rows}")
         if not self.budget > 0:
             raise CalibrationError(f"auto: the budget must be above 0 images, found {self.budget:g}")
-
-
-@dataclass(frozen=True)
-class Form:
-    """What is skipped at the steps that are not computed.
-
-    Attributes:
-        name: In a few words.
-        action: Of the rule.
-        blocks: Of the rule.
-    """
-
-    name: str
-    action: Action
-    blocks: str = "*"
-
-    def plan(self, steps: int, computed: Sequence[int], forecasts: Forecasts) -> Plan:
-        letters = "".join("C" if step in computed else "." for step in range(steps))
-        rule = Rule(self.action, letters, self.blocks, predictor="forecast", weights=forecasts)
-        return Plan(steps, (rule,) if forecasts else ())
 
 
 @dataclass(frozen=True)
@@ -157,6 +129,7 @@ class Searching:
         self.anatomy, self.target = self.profile.anatomy, self.profile.provenance.target
         self.steps = self.profile.steps
         self.gram = mean_gram(self.profile)
+        self.forms = forms_of(self.anatomy)
         self.bar = tqdm(desc="auto", unit="replay", disable=not self.progress)
         self.best: Candidate | None = None
 
@@ -230,7 +203,7 @@ class Searching:
     def _for_share(self, measured: Sensitivity, share: float) -> tuple[list[Candidate], Candidate | None]:
         planned: list[Candidate] = []
         ridges: Sequence[float] = RIDGES
-        for form in self._forms():
+        for form in self.forms:
             made = list(self._planned(measured, form, share, ridges))
             planned += made
             if made and len(ridges) > 1:  # what is best for the first form is taken for the others
@@ -253,7 +226,7 @@ class Searching:
 
     def _planned(self, measured: Sensitivity, form: Form, share: float, ridges: Sequence[float]) -> Iterator[Candidate]:
         """Try the steps and weights that are foretold to be best, where that fits the budget."""
-        count = self._computed(form, share)
+        count = form.most_computed(self.anatomy, self.target, self.steps, share)
         if count is None:
             self.report.append(Tried(form.name, None, None, self.spent, note="even skipping all steps computes more"))
             return
@@ -264,7 +237,8 @@ class Searching:
             yield self._try(form, computed, self._weights(measured, form, computed, ridge), f"weights held {ridge:g}")
         if form.action == "reuse":  # what was measured is of the body
             for steps in (computed, even(count, self.steps)):
-                yield self._try(form, steps, self._expansions(form, steps), "weights of Taylor expansions")
+                expansions = self._within_rows(form, steps, lambda outputs: expansions_of(steps, self.steps, outputs))  # noqa: B023 # called at once
+                yield self._try(form, steps, expansions, "weights of Taylor expansions")
 
     def _try(self, form: Form, computed: Sequence[int], forecasts: Forecasts, note: str) -> Candidate:
         make = partial(self._schedule, form, tuple(computed))
@@ -316,7 +290,7 @@ class Searching:
     def _for_quality(self, measured: Sensitivity) -> tuple[list[Candidate], Candidate | None]:
         wanted = self.settings.goal.min_psnr
         assert wanted is not None
-        form = self._forms()[0]
+        form = self.forms[0]
         kept: list[Candidate] = []
         count, tested = self._foretold(measured, wanted), set[int]()
         while 0 < count < self.steps and count not in tested:
@@ -344,23 +318,8 @@ class Searching:
 
     # What is tried
 
-    def _forms(self) -> list[Form]:
-        last = len(self.anatomy.blocks) - 1
-        forms = [Form("forecast of the body", "skip"), Form("forecast of the branches", "reuse")]
-        if len(self.anatomy.segments) == 1 and last > 3:
-            forms.append(Form("forecast of all but the last block", "skip", span(0, last - 1)))
-            forms.append(Form("forecast of all but the last two blocks", "skip", span(0, last - 2)))
-        return forms
-
     def _form(self, candidate: Candidate) -> Form:
-        return next(form for form in self._forms() if form.name == candidate.name)
-
-    def _computed(self, form: Form, share: float) -> int | None:
-        """Return how many steps can be computed for a share of the multiply-accumulates."""
-        for count in range(self.steps, 0, -1):
-            if self._schedule(form, range(count), _held(self.steps, count)).macs_fraction() <= share + 1e-9:
-                return count
-        return None
+        return next(form for form in self.forms if form.name == candidate.name)
 
     def _steps(self, measured: Sensitivity, count: int) -> list[int]:
         ends = sorted({*np.round(np.linspace(0, self.steps - 1, count)).astype(int).tolist()})
@@ -369,21 +328,12 @@ class Searching:
         return measured.best_steps(starts, error)[0]
 
     def _weights(self, measured: Sensitivity, form: Form, computed: Sequence[int], ridge: float) -> Forecasts:
-        """Return the weights, of as many outputs as the rows allow."""
-        for outputs in range(self.settings.outputs, 0, -1):
-            forecasts, _ = measured.forecasts(computed, outputs, ridge)
-            if distinct_rows(form.plan(self.steps, computed, forecasts), self.anatomy) <= self.settings.max_rows:
-                return forecasts
-        raise CalibrationError(f"auto: no plan has {self.settings.max_rows} different rows or fewer; raise --max-rows")
+        return self._within_rows(form, computed, lambda outputs: measured.forecasts(computed, outputs, ridge)[0])
 
-    def _expansions(self, form: Form, computed: Sequence[int]) -> Forecasts:
-        """Return the weights of Taylor expansions of the second order, or of a lower one where rows are few."""
-        for outputs in range(min(self.settings.outputs, 3), 0, -1):
-            forecasts = {
-                step: expansion(before(computed, step, outputs), step)
-                for step in range(self.steps)
-                if step not in computed
-            }
+    def _within_rows(self, form: Form, computed: Sequence[int], make: Callable[[int], Forecasts]) -> Forecasts:
+        """Return forecasts of as many outputs as the rows allow."""
+        for outputs in range(self.settings.outputs, 0, -1):
+            forecasts = make(outputs)
             if distinct_rows(form.plan(self.steps, computed, forecasts), self.anatomy) <= self.settings.max_rows:
                 return forecasts
         raise CalibrationError(f"auto: no plan has {self.settings.max_rows} different rows or fewer; raise --max-rows")
@@ -393,7 +343,7 @@ class Searching:
 
     def _singles(self, share: float) -> Iterator[Candidate]:
         """Try what every method gives for a share of the multiply-accumulates without a search."""
-        for name, make in self._methods(share).items():
+        for name, make in singles_of(self.profile, share).items():
             try:
                 schedule = make()
             except (CalibrationError, PlanError) as error:
@@ -405,33 +355,6 @@ class Searching:
             candidate = tried(self.runs, name, schedule)
             self._told(candidate, "")
             yield candidate
-
-    def _methods(self, share: float) -> Mapping[str, Callable[[], Schedule]]:
-        profile = self.profile
-        on_plan, on_profile = (self.anatomy, self.target, self.steps), (profile,)
-        spaces: dict[str, Callable[[], Any]] = {
-            "fora": lambda: ForaSpace(*on_plan, Fora(2)),
-            "delta-cache": lambda: DeltaCacheSpace(*on_plan, DeltaCache()),
-            "delta-dit": lambda: DeltaDitSpace(*on_plan, DeltaDit()),
-            "smoothcache": lambda: SmoothCacheSpace(*on_profile, SmoothCache(0.1)),
-            "magcache": lambda: MagCacheSpace(*on_profile, MagCache()),
-            "teacache": lambda: TeaCacheSpace(*on_profile, TeaCache(target_speedup=1 / share), (), share),
-        }
-        for granularity in ("body", "branch"):
-            for order in (1, 2):
-                settings = TaylorSeer(2, order, 1, granularity=granularity)
-                fixed = ("order", "warm_up", "granularity")
-                spaces[f"taylorseer {granularity} {order}"] = partial(TaylorSeerSpace, *on_plan, settings, fixed)
-
-        def calibrated(space: Callable[[], Any]) -> Schedule:
-            made = space()
-            schedule: Schedule = made.schedule(made.plain(share))
-            return schedule
-
-        methods = {name: partial(calibrated, space) for name, space in spaces.items()}
-        for order in (0, 1, 2):
-            methods[f"dp {order}"] = partial(Dp(max_macs=share, order=order).calibrate, profile)
-        return methods
 
     # What is told and kept
 
@@ -453,42 +376,6 @@ class Searching:
         }
         digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
         return Kept(None if self.kept is None else self.kept / f"{name}-{digest}")
-
-
-def mean_gram(profile: Profile) -> np.ndarray:
-    """Return the products of all steps' guided body residuals with one another, a mean over runs of equal weight.
-
-    Raises:
-        CalibrationError: If the profile does not have them at every step.
-    """
-    grams = profile.arrays["body/gram"]
-    known = grams[np.isfinite(grams).all(axis=(1, 2))]
-    if not len(known):
-        raise CalibrationError(
-            "auto: the profile has no products of the body's residuals of all steps: what the sampler was given is no "
-            "weighted sum of the guidance passes at some step. Profile without what changes it"
-        )
-    sizes = np.trace(known, axis1=1, axis2=2)[:, None, None]
-    mean: np.ndarray = (known / sizes).mean(axis=0)
-    return mean
-
-
-def even(count: int, steps: int) -> list[int]:
-    """Return so many steps, evenly spread from the first."""
-    return [place * steps // count for place in range(count)]
-
-
-def expansion(sources: Sequence[int], step: int) -> Weights:
-    """Return the weights of the outputs in TaylorSeer's expansion."""
-    weights = [1.0, *[0.0] * (len(sources) - 1)]
-    for place, coefficient in enumerate(taylor_coefficients(sources, step) if len(sources) > 1 else ()):
-        weights[place] += coefficient
-        weights[place + 1] -= coefficient
-    return tuple(zip(sources, weights, strict=True))
-
-
-def _held(steps: int, count: int) -> Forecasts:
-    return dict.fromkeys(range(count, steps), ((count - 1, 1.0),))
 
 
 def default_folder(output: Path) -> Path:

@@ -10,6 +10,7 @@ from dicache.anatomy import Anatomy
 from dicache.calibrate.keeping import Kept
 from dicache.calibrate.methods import CalibrationError
 from dicache.evaluate.rerunning import Beginning, Reruns
+from dicache.profiler import Profile
 from dicache.schedules import Plan, Rule, Schedule, Target
 from dicache.schedules.plan import Weights
 from dicache.schedules.predicting import taylor_coefficients
@@ -180,6 +181,24 @@ def line(sources: Sequence[int], step: int) -> list[float]:
     """Return the weights of a line through the last two outputs, at a step; the others have none."""
     (slope,) = taylor_coefficients(sources[:2], step) if len(sources) > 1 else (0.0,)
     return [1 + slope, -slope, *[0.0] * (len(sources) - 2)][: len(sources)]
+
+
+def mean_gram(profile: Profile) -> np.ndarray:
+    """Return the products of all steps' guided body residuals with one another, a mean over runs of equal weight.
+
+    Raises:
+        CalibrationError: If the profile does not have them at every step.
+    """
+    grams = profile.arrays["body/gram"]
+    known = grams[np.isfinite(grams).all(axis=(1, 2))]
+    if not len(known):
+        raise CalibrationError(
+            "auto: the profile has no products of the body's residuals of all steps: what the sampler was given is no "
+            "weighted sum of the guidance passes at some step. Profile without what changes it"
+        )
+    sizes = np.trace(known, axis1=1, axis2=2)[:, None, None]
+    mean: np.ndarray = (known / sizes).mean(axis=0)
+    return mean
 
 
 def measure(

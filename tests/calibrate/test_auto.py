@@ -9,8 +9,10 @@ import pytest
 
 from dicache import apply
 from dicache.calibrate import CalibrationError
-from dicache.calibrate.auto import Auto, Best, Searching, even, expansion, mean_gram
+from dicache.calibrate.auto import Auto, Best, Searching
+from dicache.calibrate.forms import even, expansion
 from dicache.calibrate.judging import Goal
+from dicache.calibrate.sensitivity import mean_gram
 from dicache.evaluate.quality import psnr
 from dicache.evaluate.rerunning import Reruns
 from dicache.models.loading import load

@@ -1,0 +1,69 @@
+"""Plans of one rule: some steps are computed; at the others forecasts stand in for all blocks or a part of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dicache.anatomy import Anatomy
+from dicache.anatomy.parts import span
+from dicache.calibrate.sensitivity import Forecasts, before
+from dicache.schedules import Plan, Rule, Schedule, Target
+from dicache.schedules.plan import Action, Weights
+from dicache.schedules.predicting import taylor_coefficients
+
+
+@dataclass(frozen=True)
+class Form:
+    """What is skipped at the steps that are not computed.
+
+    Attributes:
+        name: In a few words.
+        action: Of the rule.
+        blocks: Of the rule.
+    """
+
+    name: str
+    action: Action
+    blocks: str = "*"
+
+    def plan(self, steps: int, computed: Sequence[int], forecasts: Forecasts) -> Plan:
+        letters = "".join("C" if step in computed else "." for step in range(steps))
+        rule = Rule(self.action, letters, self.blocks, predictor="forecast", weights=forecasts)
+        return Plan(steps, (rule,) if forecasts else ())
+
+    def most_computed(self, anatomy: Anatomy, target: Target, steps: int, share: float) -> int | None:
+        """Return how many steps can be computed for a share of the multiply-accumulates; None if none can."""
+        for count in range(steps, 0, -1):
+            held: Forecasts = dict.fromkeys(range(count, steps), ((count - 1, 1.0),))
+            plan = self.plan(steps, range(count), held)
+            if Schedule("auto", {}, anatomy, target, steps, plan).macs_fraction() <= share + 1e-9:
+                return count
+        return None
+
+
+def forms_of(anatomy: Anatomy) -> list[Form]:
+    """Return the forms that a model's plans may have, that of all blocks first."""
+    last = len(anatomy.blocks) - 1
+    forms = [Form("forecast of the body", "skip"), Form("forecast of the branches", "reuse")]
+    if len(anatomy.segments) == 1 and last > 3:
+        forms.append(Form("forecast of all but the last block", "skip", span(0, last - 1)))
+        forms.append(Form("forecast of all but the last two blocks", "skip", span(0, last - 2)))
+    return forms
+
+
+def even(count: int, steps: int) -> list[int]:
+    """Return so many steps, evenly spread from the first."""
+    return [place * steps // count for place in range(count)]
+
+
+def expansions_of(computed: Sequence[int], steps: int, outputs: int) -> Forecasts:
+    """Return Taylor expansions of the last outputs at all steps that are not computed."""
+    return {s: expansion(before(computed, s, outputs), s) for s in range(steps) if s not in computed}
+
+
+def expansion(sources: Sequence[int], step: int) -> Weights:
+    """Return the weights of the outputs in TaylorSeer's expansion."""
+    weights = [1.0, *[0.0] * (len(sources) - 1)]
+    for place, coefficient in enumerate(taylor_coefficients(sources, step) if len(sources) > 1 else ()):
+        weights[place] += coefficient
+        weights[place + 1] -= coefficient
+    return tuple(zip(sources, weights, strict=True))
