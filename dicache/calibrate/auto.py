@@ -272,7 +272,8 @@ class Searching:
             if found is base:
                 return None
             better = tried(self.runs, found.name, found.schedule, found.forecasts, found.make)
-            better = replace(better, optimism=found.optimism * count / len(self.runs))
+            fitted = found.optimism * count / len(self.runs)  # the other runs were not fitted to
+            better = replace(better, optimism=candidate.optimism + fitted)
         if better is candidate:
             return None
         self._told(better, f"refined on {count} runs")

@@ -117,7 +117,7 @@ def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Ke
         other = tried(runs, found.name, found.make(forecasts), forecasts, found.make)
         told()
         apart = error(held, left_out=True) - error(held, left_out=False) if len(images) > 2 else 0.0
-        other = replace(other, optimism=max(0.0, 10 / np.log(10) * apart))
+        other = replace(other, optimism=found.optimism + max(0.0, 10 / np.log(10) * apart))
         if other.expected > found.expected:
             return other
     return found
