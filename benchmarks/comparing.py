@@ -19,7 +19,7 @@ from benchmarks import peers
 from benchmarks.bench import BUILD, RUNS, Bench
 from benchmarks.peers import Peer, Settings
 from benchmarks.tuning import Method, Trial, methods, thinned
-from dicache.calibrate.auto import Auto, Searching
+from dicache.calibrate.auto import Auto, AutoSearch
 from dicache.calibrate.judging import Goal
 from dicache.calibrate.methods import CalibrationError
 from dicache.evaluate.evaluation import reference_run, replay
@@ -135,7 +135,7 @@ class Comparison:
             several = [seeds[0] + i for i in range(AUTO_RUNS)]
             settings = Auto(Goal(budget), budget=AUTO_BUDGET)
             kept = KEPT / f"auto-{self.bench.model}-{self.steps}"
-            search = Searching(profile, self.bench.pipeline, conditions, several, self.sampling, settings, kept)
+            search = AutoSearch(profile, self.bench.pipeline, conditions, several, self.sampling, settings, kept)
             search().schedule.save(file)
         return Schedule.load(file)
 

@@ -99,7 +99,7 @@ class Best:
 
 
 @dataclass
-class Searching:
+class AutoSearch:
     """One search for one goal.
 
     Args:

@@ -61,7 +61,7 @@ def auto(
     really do. What was found is judged on runs that nothing was tried on. What is measured is kept in a folder beside
     the schedule, so that the same command goes on after Ctrl-C.
     """
-    from dicache.calibrate.auto import Auto, Searching, default_folder
+    from dicache.calibrate.auto import Auto, AutoSearch, default_folder
     from dicache.calibrate.judging import Goal
     from dicache.evaluate.evaluation import evaluate
     from dicache.evaluate.references import default_folder as kept_references
@@ -77,7 +77,7 @@ def auto(
     pipeline = subject.loaded(device)
     conditions = fresh_conditions(pipeline, subject, prompts, runs, held_out)
     seeds = fresh_seeds(subject, seed, runs + held_out)
-    best = Searching(
+    best = AutoSearch(
         profile,
         pipeline,
         conditions[:runs],

@@ -9,7 +9,7 @@ import pytest
 
 from dicache import apply
 from dicache.calibrate import CalibrationError
-from dicache.calibrate.auto import Auto, Best, Searching
+from dicache.calibrate.auto import Auto, Best, AutoSearch
 from dicache.calibrate.forms import even, expansion
 from dicache.calibrate.judging import Goal
 from dicache.calibrate.sensitivity import mean_gram
@@ -39,9 +39,9 @@ def profile(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Profile:
     return storage.load(file)
 
 
-def searching(pipeline: Any, profile: Profile, settings: Auto, kept: Path | None = None) -> Searching:
+def searching(pipeline: Any, profile: Profile, settings: Auto, kept: Path | None = None) -> AutoSearch:
     sampling = SAMPLING.resolved(pipeline)
-    return Searching(profile, pipeline, CONDITIONS, SEEDS, sampling, settings, kept, progress=False)
+    return AutoSearch(profile, pipeline, CONDITIONS, SEEDS, sampling, settings, kept, progress=False)
 
 
 @pytest.fixture(scope="module")
