@@ -9,7 +9,7 @@ import pytest
 
 from dicache import apply
 from dicache.calibrate import CalibrationError
-from dicache.calibrate.auto import Auto, Best, AutoSearch
+from dicache.calibrate.auto import Auto, AutoSearch, Best
 from dicache.calibrate.forms import even, expansion
 from dicache.calibrate.judging import Goal
 from dicache.calibrate.sensitivity import mean_gram
