@@ -30,6 +30,7 @@ RIDGE = 0.1  # with which plans are compared
 FEWEST_ROWS = 4  # computed and kept, computed and not kept, held, and the first of a kind
 MEASURING = 0.35  # share of the budget for what each step alone does
 ROUNDS = 2  # of refining, where a quality is asked for
+GLANCE, FAR_BEHIND, KEPT = 2, 6.0, 3  # runs that show who is behind, by how many dB, and how many are tried even so
 FEWEST = 4  # runs to refine on: with fewer, weights fit what is by chance
 
 
@@ -343,7 +344,27 @@ class AutoSearch:
         return Schedule("auto", {}, self.anatomy, self.target, self.steps, form.plan(self.steps, computed, forecasts))
 
     def _singles(self, share: float) -> Iterator[Candidate]:
-        """Try what every method gives for a share of the multiply-accumulates without a search."""
+        """Try what every method gives for a share of the multiply-accumulates without a search.
+
+        The first runs come first: who is far behind on each of them is not tried on the others, but for the best few.
+        """
+        few = self._fewer(min(GLANCE, len(self.runs)))
+        before = few.spent
+        seen = [tried(few, name, schedule) for name, schedule in self._calibrated(share)]
+        self._few_spent += few.spent - before
+        self.bar.update(len(seen))
+        ahead = None if self.best is None else self.best.psnr[: len(few)] - FAR_BEHIND
+        for place, glance in enumerate(sorted(seen, key=lambda c: -c.decibels)):
+            if place >= KEPT and ahead is not None and (glance.psnr < ahead).all():
+                found = f"{glance.decibels:.1f} dB on {len(few)} runs, on each {FAR_BEHIND:g} dB or more behind"
+                self.report.append(Tried(glance.name, None, glance.macs_fraction, self.spent, note=found))
+                continue
+            candidate = tried(self.runs, glance.name, glance.schedule)
+            self._told(candidate, "")
+            yield candidate
+
+    def _calibrated(self, share: float) -> Iterator[tuple[str, Schedule]]:
+        """Make every method's schedule, and report those that cannot be had."""
         for name, make in singles_of(self.profile, share).items():
             try:
                 schedule = make()
@@ -353,9 +374,7 @@ class AutoSearch:
             if schedule.plan is not None and distinct_rows(schedule.plan, self.anatomy) > self.settings.max_rows:
                 self.report.append(Tried(name, None, None, self.spent, note=f"more than {self.settings.max_rows} rows"))
                 continue
-            candidate = tried(self.runs, name, schedule)
-            self._told(candidate, "")
-            yield candidate
+            yield name, schedule
 
     # What is told and kept
 
