@@ -24,12 +24,14 @@ class Solver:
     Attributes:
         outputs: (steps, steps), lower triangular; off the diagonal where a multistep solver keeps outputs.
         latents: The same of the latents that each step was given.
-        response: d output / d latents at each step, (steps,), of an exact model of Gaussian data of unit variance.
+        response: d output / d latents at each step, (steps,), of an exact model of Gaussian data.
+        sharpest: The same of data that do not vary at all, the most that an exact model responds.
     """
 
     outputs: np.ndarray
     latents: np.ndarray
     response: np.ndarray
+    sharpest: np.ndarray
 
     def carried(self, reaction: float = 1.0) -> np.ndarray:
         """Return d latents behind step t / d error in the output of step s, (steps, steps), lower triangular.
@@ -49,8 +51,12 @@ class Solver:
         return total
 
 
-def solver_of(profile: Profile) -> Solver:
+def solver_of(profile: Profile, variance: float = 1.0) -> Solver:
     """Return the solver that a profile was made with.
+
+    Args:
+        profile: Of it the settings of the scheduler and the target are read.
+        variance: Of the Gaussian data whose exact model stands for the model.
 
     Raises:
         CalibrationError: If the profile does not say how the scheduler was configured, the scheduler cannot be set to
@@ -68,10 +74,10 @@ def solver_of(profile: Profile) -> Solver:
     scheduler = kind.from_config(dict(config))
     levels = np.asarray(target.noise_levels)
     _set_timesteps(scheduler, target.num_inference_steps or len(levels), np.asarray(target.timesteps), levels)
-    return measured(scheduler, levels)
+    return measured(scheduler, levels, variance)
 
 
-def measured(scheduler: Any, levels: np.ndarray) -> Solver:
+def measured(scheduler: Any, levels: np.ndarray, variance: float = 1.0) -> Solver:
     """Return the coefficients of a scheduler, found by giving it unit outputs and unit latents, one at a time.
 
     No network is run: all probes are channels of one small tensor, as a scheduler treats all elements alike.
@@ -79,6 +85,7 @@ def measured(scheduler: Any, levels: np.ndarray) -> Solver:
     Args:
         scheduler: A diffusers scheduler with its timesteps set; it is left as it is.
         levels: Logarithm of the noise-to-signal ratio at each step, (steps,).
+        variance: Of the Gaussian data whose exact model stands for the model.
 
     Raises:
         CalibrationError: If what it gives is not linear in what it is given, as with thresholding or clipping.
@@ -98,7 +105,7 @@ def measured(scheduler: Any, levels: np.ndarray) -> Solver:
             f"{type(scheduler).__name__} is not linear in the model's output at step {step} (thresholding and clipping "
             "are not), so that errors cannot be added up. Switch that off and profile again, or weigh all steps alike"
         )
-    return Solver(outputs, latents, _response(scheduler, levels))
+    return Solver(outputs, latents, *(_response(scheduler, levels, each) for each in (variance, 0.0)))
 
 
 def _run(scheduler: Any, outputs: Tensor, latents: Tensor) -> np.ndarray:
@@ -127,8 +134,8 @@ def _set_timesteps(scheduler: Any, count: int, timesteps: np.ndarray, levels: np
     found = scheduler.timesteps.double().numpy()
     if found.shape != timesteps.shape or not np.allclose(found, timesteps, rtol=1e-3, atol=1e-3):
         raise CalibrationError(
-            f"{type(scheduler).__name__} with {count} steps has the timesteps {_ends(found)}, but the profile's run had "
-            f"{_ends(timesteps)}: its pipeline sets them itself. Weigh all steps alike"
+            f"{type(scheduler).__name__} with {count} steps has the timesteps {_ends(found)}, but the profile's run "
+            f"had {_ends(timesteps)}: its pipeline sets them itself. Weigh all steps alike"
         )
 
 
@@ -136,10 +143,11 @@ def _ends(timesteps: np.ndarray) -> str:
     return f"{timesteps[0]:g} to {timesteps[-1]:g} ({len(timesteps)})"
 
 
-def _response(scheduler: Any, levels: np.ndarray) -> np.ndarray:
-    """Return how the expected output depends on the latents, for Gaussian data x of unit variance and noise e.
+def _response(scheduler: Any, levels: np.ndarray, variance: float) -> np.ndarray:
+    """Return how the expected output depends on the latents, for Gaussian data x of a variance v.
 
-    The latents are alpha x + sigma e, so that they hold alpha / (alpha^2 + sigma^2) of x and sigma / (...) of e.
+    The latents are alpha x + sigma e with noise e, so that they tell v alpha / (v alpha^2 + sigma^2) of x and
+    sigma / (v alpha^2 + sigma^2) of e.
     """
     ratio = np.exp(levels)
     flow = is_flow(scheduler)
@@ -148,11 +156,13 @@ def _response(scheduler: Any, levels: np.ndarray) -> np.ndarray:
     noise = ratio * signal
     predicted = "flow" if flow else scheduler.config.get("prediction_type", "epsilon")
     parts = {  # of the noise and of the data in what is predicted
-        "epsilon": noise,
-        "sample": signal,
-        "v_prediction": np.zeros(len(ratio)),  # alpha e - sigma x does not depend on the latents
-        "flow": noise - signal,
+        "epsilon": (1.0, 0.0),
+        "sample": (0.0, 1.0),
+        "v_prediction": (1 / np.sqrt(1 + ratio**2), -ratio / np.sqrt(1 + ratio**2)),
+        "flow": (1.0, -1.0),
     }
     if predicted not in parts:
         raise CalibrationError(f"what a model predicts must be {', '.join(parts)}, found {predicted}; weigh all alike")
-    return np.asarray(parts[predicted] / (signal**2 + noise**2))
+    of_noise, of_data = parts[predicted]
+    told = of_noise * noise + of_data * variance * signal
+    return np.asarray(told / (variance * signal**2 + noise**2))

@@ -26,8 +26,8 @@ def ready(scheduler: Any, steps: int = STEPS, **shifting: Any) -> Any:
     return scheduler
 
 
-def found(scheduler: Any) -> Any:
-    return measured(scheduler, np.array(noise_levels(scheduler)))
+def found(scheduler: Any, variance: float = 1.0) -> Any:
+    return measured(scheduler, np.array(noise_levels(scheduler)), variance)
 
 
 def profiled(sampler: Any, steps: int = STEPS, **changes: Any) -> Profile:
@@ -95,11 +95,14 @@ def test_an_euler_step_of_a_flow_is_a_difference_of_sigmas() -> None:
         ("FlowMatchHeunDiscreteScheduler", {}),
     ],
 )
+@pytest.mark.parametrize("variance", [1.0, 0.1])
 @pytest.mark.filterwarnings("ignore")
-def test_errors_are_carried_as_a_model_of_gaussian_data_carries_them(kind: str, settings: dict[str, Any]) -> None:
+def test_errors_are_carried_as_a_model_of_gaussian_data_carries_them(
+    kind: str, settings: dict[str, Any], variance: float
+) -> None:
     """The exact model of Gaussian data is run, and one of its outputs is changed by one."""
     scheduler = ready(getattr(diffusers, kind)(**settings))
-    solver, count = found(scheduler), len(scheduler.timesteps)
+    solver, count = found(scheduler, variance), len(scheduler.timesteps)
     ratio = np.exp(noise_levels(scheduler))
 
     def run(changed: int | None) -> np.ndarray:
@@ -113,7 +116,7 @@ def test_errors_are_carried_as_a_model_of_gaussian_data_carries_them(kind: str, 
                 signal, noise = 1 / (1 + n), n / (1 + n)
             else:
                 signal, noise = 1 / np.sqrt(1 + n**2), n / np.sqrt(1 + n**2)
-            data, e = (part * scaled / (signal**2 + noise**2) for part in (signal, noise))
+            data, e = (part * scaled / (variance * signal**2 + noise**2) for part in (variance * signal, noise))
             predicted = "flow" if is_flow(sampler) else sampler.config.prediction_type
             output = {"epsilon": e, "sample": data, "v_prediction": signal * e - noise * data, "flow": e - data}[
                 predicted
@@ -148,5 +151,5 @@ def test_a_profile_that_does_not_tell_its_solver_is_refused() -> None:
     scheduler = ready(DDIMScheduler(clip_sample=False))
     with pytest.raises(CalibrationError, match="how its scheduler NoneScheduler was configured"):
         solver_of(profiled(scheduler, scheduler="NoneScheduler"))
-    with pytest.raises(CalibrationError, match="but the profile's run had .*sets them itself"):
+    with pytest.raises(CalibrationError, match=r"but the profile's run had .*sets them itself"):
         solver_of(profiled(scheduler, timesteps=tuple(range(STEPS, 0, -1))))
