@@ -44,12 +44,21 @@ if TYPE_CHECKING:
     show_default=True,
     help="What is added up over the steps: relative errors, or their squares.",
 )
+@click.option(
+    "--weigh",
+    type=click.Choice(["none", "solver"]),
+    default="none",
+    show_default=True,
+    help="Of hold and taylor: weigh each step's error by what the solver makes of it.",
+)
 @click.option("--warm-up", type=int, default=1, show_default=True, help="Steps at the start that are computed.")
 @click.option("--force-last/--no-force-last", default=False, show_default=True, help="Compute the last step.")
 @click.option("--max-gap", type=int, help="Most steps from a computed one to the next.  [default: no limit]")
 @click.option("--own", type=float, default=0.1, show_default=True, help="Of a forecast: weight of each step's error.")
 @click.option("--reaction", type=float, default=1.0, show_default=True, help="Of a forecast: how far outputs held err.")
-@click.option("--variance", type=float, default=0.1, show_default=True, help="Of a forecast: of the data assumed.")
+@click.option(
+    "--variance", type=float, default=0.1, show_default=True, help="Of the data that the solver's effects assume."
+)
 @profile_option
 @output_option
 @json_option
@@ -62,6 +71,7 @@ def dp(
     granularity: Any,
     together: bool,
     aggregate: Any,
+    weigh: Any,
     warm_up: int,
     force_last: bool,
     max_gap: int | None,
@@ -93,6 +103,7 @@ def dp(
         granularity,
         together,
         aggregate,
+        weigh,
         warm_up,
         force_last,
         max_gap,
@@ -108,6 +119,7 @@ def dp(
 def _told(schedule: "Schedule") -> str:
     """Return what was chosen, and what error it is expected to make, a line for each chain."""
     forecast = schedule.settings["predictor"] == "forecast"
+    weighed = "weighed " if schedule.settings["weigh"] == "solver" and not forecast else ""
     unit = "relative error" if forecast or schedule.settings["aggregate"] == "norms" else "relative squared error"
     lines = []
     for kind, errors in schedule.measured["expected_errors"].items():
@@ -115,7 +127,9 @@ def _told(schedule: "Schedule") -> str:
         told = f"{kind}: {computed} of {schedule.steps} steps computed"
         if left := schedule.steps - computed:
             step = max(range(schedule.steps), key=errors.__getitem__)
-            told += f"; expected {unit} {sum(errors) / left:.3g} at the others, {errors[step]:.3g} at step {step}"
+            told += (
+                f"; expected {weighed}{unit} {sum(errors) / left:.3g} at the others, {errors[step]:.3g} at step {step}"
+            )
         if forecast:
             told += f"; accumulated {schedule.measured['expected_accumulated'][kind][-1]:.3g} in the last latents"
         lines.append(told)

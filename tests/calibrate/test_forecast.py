@@ -12,6 +12,7 @@ from dicache.anatomy.clock import noise_levels, timesteps
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.dp import Dp
 from dicache.calibrate.forecast import Forecaster, agreement, best_choice
+from dicache.calibrate.solvers import solver_of
 from dicache.profiler import Profile
 from dicache.schedules import Schedule, Target
 from tests.calibrate.profiled import profile
@@ -178,6 +179,16 @@ def test_a_share_of_the_macs_takes_as_many_steps_as_fit() -> None:
         assert count == STEPS or Dp(steps_computed=count + 1).calibrate(found).macs_fraction() > share
     with pytest.raises(CalibrationError, match=r"0\.01 of the MACs cannot be reached.*the least is"):
         Dp(max_macs=0.01, predictor="forecast").calibrate(found)
+
+
+def test_an_expansion_can_be_planned_with_the_weights_of_the_solver() -> None:
+    found = measured(walk(3))
+    effects = solver_of(found, 0.2).carried()[-1]
+    weighed = Dp(steps_computed=5, weigh="solver", variance=0.2).calibrate(found)
+    assert weighed.plan == Dp(steps_computed=5).calibrate(found, effects**2).plan
+    assert weighed.plan != Dp(steps_computed=5).calibrate(found).plan
+    with pytest.raises(CalibrationError, match="not by both"):
+        Dp(steps_computed=5, weigh="solver").calibrate(found, effects)
 
 
 @pytest.mark.parametrize(
