@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 @target_options
 @click.option(
     "--predictor",
-    type=click.Choice(["taylor", "hold"]),
+    type=click.Choice(["taylor", "hold", "forecast"]),
     default="taylor",
     show_default=True,
     help="What stands in for what is not computed.",
 )
-@click.option("--order", type=int, help="Of the Taylor expansion, 0 to 2.  [default: 1]")
+@click.option("--order", type=int, help="Of the Taylor expansion, 0 to 2, or of the forecast, 1 to 4.  [default: 1, 3]")
 @click.option(
     "--granularity",
     type=click.Choice(["body", "branch"]),
@@ -44,9 +44,21 @@ if TYPE_CHECKING:
     show_default=True,
     help="What is added up over the steps: relative errors, or their squares.",
 )
+@click.option(
+    "--weigh",
+    type=click.Choice(["none", "solver"]),
+    default="none",
+    show_default=True,
+    help="Of hold and taylor: weigh each step's error by what the solver makes of it.",
+)
 @click.option("--warm-up", type=int, default=1, show_default=True, help="Steps at the start that are computed.")
 @click.option("--force-last/--no-force-last", default=False, show_default=True, help="Compute the last step.")
 @click.option("--max-gap", type=int, help="Most steps from a computed one to the next.  [default: no limit]")
+@click.option("--own", type=float, default=0.1, show_default=True, help="Of a forecast: weight of each step's error.")
+@click.option("--reaction", type=float, default=1.0, show_default=True, help="Of a forecast: how far outputs held err.")
+@click.option(
+    "--variance", type=float, default=0.1, show_default=True, help="Of the data that the solver's effects assume."
+)
 @profile_option
 @output_option
 @json_option
@@ -59,9 +71,13 @@ def dp(
     granularity: Any,
     together: bool,
     aggregate: Any,
+    weigh: Any,
     warm_up: int,
     force_last: bool,
     max_gap: int | None,
+    own: float,
+    reaction: float,
+    variance: float,
     profile_file: Path | None,
     output: Path | None,
     as_json: bool,
@@ -70,6 +86,8 @@ def dp(
 
     The profile foretells the error of every step after any choice of computed steps, by holding or by a Taylor
     expansion; dynamic programming takes the best of all choices for a number of steps or a share of the MACs.
+    A forecast is a sum of the last outputs with weights that keep small what all skipped steps together leave in the
+    latents, by the solver's own coefficients; its steps are found by local search.
     """
     from dicache.calibrate.dp import Dp
     from dicache.profiler.storage import load
@@ -78,7 +96,20 @@ def dp(
     if (steps_computed is None) == (share is None):
         raise click.UsageError("give one of --steps-computed, --target-speedup and --max-macs")
     settings = Dp(
-        steps_computed, share, predictor, order, granularity, together, aggregate, warm_up, force_last, max_gap
+        steps_computed,
+        share,
+        predictor,
+        order,
+        granularity,
+        together,
+        aggregate,
+        weigh,
+        warm_up,
+        force_last,
+        max_gap,
+        own,
+        reaction,
+        variance,
     )
     profile = load(profile_file or newest())
     schedule = settings.calibrate(profile)
@@ -87,13 +118,19 @@ def dp(
 
 def _told(schedule: "Schedule") -> str:
     """Return what was chosen, and what error it is expected to make, a line for each chain."""
-    unit = "relative error" if schedule.settings["aggregate"] == "norms" else "relative squared error"
+    forecast = schedule.settings["predictor"] == "forecast"
+    weighed = "weighed " if schedule.settings["weigh"] == "solver" and not forecast else ""
+    unit = "relative error" if forecast or schedule.settings["aggregate"] == "norms" else "relative squared error"
     lines = []
     for kind, errors in schedule.measured["expected_errors"].items():
         computed = schedule.measured["computed_steps"][kind]
         told = f"{kind}: {computed} of {schedule.steps} steps computed"
         if left := schedule.steps - computed:
             step = max(range(schedule.steps), key=errors.__getitem__)
-            told += f"; expected {unit} {sum(errors) / left:.3g} at the others, {errors[step]:.3g} at step {step}"
+            told += (
+                f"; expected {weighed}{unit} {sum(errors) / left:.3g} at the others, {errors[step]:.3g} at step {step}"
+            )
+        if forecast:
+            told += f"; accumulated {schedule.measured['expected_accumulated'][kind][-1]:.3g} in the last latents"
         lines.append(told)
     return "\n".join(lines)

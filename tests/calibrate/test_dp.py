@@ -8,7 +8,8 @@ import pytest
 from dicache.anatomy import Site
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.chains import step_costs
-from dicache.calibrate.dp import Dp, gap_costs
+from dicache.calibrate.dp import Dp
+from dicache.calibrate.gaps import gap_costs
 from dicache.calibrate.methods import METHODS
 from dicache.profiler import Profile
 from dicache.schedules import Plan, Rule, Schedule

@@ -57,6 +57,22 @@ def test_branches_share_a_budget(workplace: Path) -> None:
     assert result["psnr"]["mean"] > 20
 
 
+def test_a_forecast_has_its_weights_in_the_schedule(workplace: Path) -> None:
+    told = dicache("calibrate", "dp", "--steps-computed", 5, "--predictor", "forecast", "-o", "forecast.json").stdout
+    schedule = Schedule.load("forecast.json")
+    assert schedule.plan is not None
+    (rule,) = schedule.plan.rules
+    assert (rule.action, rule.predictor, rule.steps.count("C"), len(rule.weights)) == ("skip", "forecast", 5, 5)
+    (errors,), (accumulated,) = (schedule.measured[f"expected_{x}"].values() for x in ("errors", "accumulated"))
+    assert f"body: 5 of 10 steps computed; expected relative error {sum(errors) / 5:.3g} at the others" in told
+    assert f"accumulated {accumulated[-1]:.3g} in the last latents" in told
+    words = ("--model", "digits", "--guidance", 4, "--runs", 2, "--timing-rounds", 0, "--references", "references")
+    made = json.loads(dicache("evaluate", "--schedule", "forecast.json", *words, "--json").stdout)
+    (result,) = (each for each in made["results"] if each["schedule"].startswith("forecast"))
+    assert result["computed_steps"] == 5
+    assert result["psnr"]["mean"] > 25
+
+
 def test_one_budget_is_given_and_can_be_met(workplace: Path) -> None:
     for words in ((), ("--steps-computed", 3, "--max-macs", 0.5)):
         said = dicache("calibrate", "dp", *words, fails=True)
