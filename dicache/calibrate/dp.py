@@ -37,10 +37,10 @@ class Dp:
         steps_computed: How many steps are computed; None takes as many as `max_macs` allows.
         max_macs: Largest share of the model's multiply-accumulates, instead.
         predictor: What stands in: `hold`, the last one computed; `taylor`; or `forecast`, a sum of the last ones with
-            weights that the profile gives, for which the plan is the best that a local search finds and not exact. On
-            32 images of the bundled digits and scenes it gave 47.5 and 51.5 dB with 11 of 20 steps of all blocks
-            computed, and 39.4 and 40.7 dB with 8; Taylor expansions of order 1 or 2 at evenly spread steps at most
-            45.5 and 47.1 dB, and 38.8 and 27.4 dB.
+            weights that the profile gives, for which the plan is the best that a local search finds and not exact. Its
+            defaults were chosen on the bundled digits and scenes. On 32 images of other seeds, beside the better of
+            Taylor orders 1 and 2 at evenly spread steps, it gave 2.4 and 4.7 dB more with 11 of 20 steps of all
+            blocks computed, 0.3 less and 12.1 more with 8, and no clear difference with 6.
         order: Of the Taylor expansion, 0 to 2; as at run time, it is lower until `order + 1` steps are computed. None
             takes 1. A forecast adds up `order + 1` outputs; up to 4, None takes 3.
         granularity: `body` plans at which steps all blocks run, `branch` at which steps their branches do. The error
@@ -53,7 +53,8 @@ class Dp:
             `squares`, their squares.
         weigh: Of hold and Taylor, what each step's squared error is multiplied with: `none`, nothing; `solver`, the
             square of what an error of its output is expected to change in the last latents. A forecast has it always.
-            Of these models the latter gave 0 to 9 dB more with 8 or 11 of 20 steps, and up to 1.4 dB less with 6.
+            Of these models the latter gave 0.1 to 9 dB more with 8 or 11 of 20 steps, and with 6 between 1.4 less and
+            0.2 more; evenly spread steps were mostly better still.
         warm_up: Steps at the start that are computed.
         force_last: Whether the last step is.
         max_gap: Most steps from a computed one to the next, or to the end; None sets no limit.
