@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dicache.calibrate.forms import Form, even, expansions_of, forms_of
+from dicache.calibrate.dp import Dp, Granularity
+from dicache.calibrate.forms import Form, even, expansions_of, forms_of, together
 from dicache.calibrate.judging import Goal, Score
 from dicache.calibrate.keeping import Kept
 from dicache.calibrate.methods import CalibrationError
@@ -21,12 +22,13 @@ from dicache.calibrate.singles import singles_of
 from dicache.evaluate.rerunning import Reruns
 from dicache.models.sampling import Sampling
 from dicache.profiler import Profile
-from dicache.schedules import PlanError, Schedule
+from dicache.schedules import Plan, PlanError, Schedule
 from dicache.schedules.plan import Action
 from dicache.schedules.rows import distinct_rows
 
 RIDGES = (0.01, 0.1, 1.0)  # of the weights that the sensitivity gives: how much it is to be believed
 RIDGE = 0.1  # with which plans are compared
+GRANULARITIES: tuple[Granularity, ...] = ("body", "branch")  # as the first two forms are
 FEWEST_ROWS = 4  # computed and kept, computed and not kept, held, and the first of a kind
 MEASURING = 0.35  # share of the budget for what each step alone does
 ROUNDS = 2  # of refining, where a quality is asked for
@@ -209,6 +211,7 @@ class AutoSearch:
             planned += made
             if made and len(ridges) > 1:  # what is best for the first form is taken for the others
                 ridges = (RIDGES[int(np.argmax([candidate.decibels for candidate in made]))],)
+        planned += self._from_profile(share)
         singles = [c for c in self._singles(share) if c.macs_fraction <= share + 1e-9]
         single = max(singles, key=lambda c: c.decibels, default=None)
         best: dict[Action, Candidate] = {}
@@ -240,6 +243,29 @@ class AutoSearch:
             for steps in (computed, even(count, self.steps)):
                 expansions = self._within_rows(form, steps, lambda outputs: expansions_of(steps, self.steps, outputs))  # noqa: B023 # called at once
                 yield self._try(form, steps, expansions, "weights of Taylor expansions")
+
+    def _from_profile(self, share: float) -> Iterator[Candidate]:
+        """Try the steps and weights that the profile and the solver alone foretell to be best."""
+        for form, granularity in zip(self.forms, GRANULARITIES, strict=False):
+            for order in range(self.settings.outputs - 1, 0, -1):
+                settings = Dp(max_macs=share, predictor="forecast", order=order, granularity=granularity)
+                try:
+                    found = settings.calibrate(self.profile).plan
+                except CalibrationError as error:
+                    self.report.append(Tried(form.name, None, None, self.spent, note=str(error)))
+                    break
+                assert found is not None
+                if not found.rules or distinct_rows(found, self.anatomy) > self.settings.max_rows:
+                    continue
+                forecasts, plan_of = together(found)
+                make = partial(self._of_plan, plan_of)
+                candidate = tried(self.runs, form.name, make(forecasts), forecasts, make)
+                self._told(candidate, "weights of the profile and the solver")
+                yield candidate
+                break
+
+    def _of_plan(self, plan_of: Callable[[Forecasts], Plan], forecasts: Forecasts) -> Schedule:
+        return Schedule("auto", {}, self.anatomy, self.target, self.steps, plan_of(forecasts))
 
     def _try(self, form: Form, computed: Sequence[int], forecasts: Forecasts, note: str) -> Candidate:
         make = partial(self._schedule, form, tuple(computed))

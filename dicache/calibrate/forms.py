@@ -1,7 +1,7 @@
 """Plans of one rule: some steps are computed; at the others forecasts stand in for all blocks or a part of them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from dicache.anatomy import Anatomy
 from dicache.anatomy.parts import span
@@ -48,6 +48,33 @@ def forms_of(anatomy: Anatomy) -> list[Form]:
         forms.append(Form("forecast of all but the last block", "skip", span(0, last - 1)))
         forms.append(Form("forecast of all but the last two blocks", "skip", span(0, last - 2)))
     return forms
+
+
+def together(plan: Plan) -> tuple[Forecasts, Callable[[Forecasts], Plan]]:
+    """Return forecasts that stand for those of all rules of a plan, and what makes the plan with others.
+
+    Args:
+        plan: Its rules forecast the same steps from the same outputs, each with weights of its own.
+
+    Returns:
+        The mean over the rules; from such a mean to the plan, in which each rule differs from it as it did.
+    """
+    rules = plan.rules
+
+    def mean(step: int) -> Weights:
+        weights = zip(*(rule.weights[step] for rule in rules), strict=True)
+        return tuple((same[0][0], sum(weight for _, weight in same) / len(rules)) for same in weights)
+
+    middle = {step: mean(step) for step in rules[0].weights}
+
+    def with_mean(forecasts: Forecasts) -> Plan:
+        def moved(rule: Rule, step: int) -> Weights:
+            trios = zip(rule.weights[step], forecasts[step], middle[step], strict=True)
+            return tuple((source, own + new - old) for (source, own), (_, new), (_, old) in trios)
+
+        return replace(plan, rules=tuple(replace(rule, weights={s: moved(rule, s) for s in middle}) for rule in rules))
+
+    return middle, with_mean
 
 
 def even(count: int, steps: int) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 from dicache import apply
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.auto import Auto, AutoSearch, Best
-from dicache.calibrate.forms import even, expansion
+from dicache.calibrate.forms import even, expansion, together
 from dicache.calibrate.judging import Goal
 from dicache.calibrate.sensitivity import mean_gram
 from dicache.evaluate.quality import psnr
@@ -19,6 +19,7 @@ from dicache.models.loading import load
 from dicache.models.sampling import Sampling, sample
 from dicache.profiler import Profile, storage
 from dicache.profiler.profiling import profile_pipeline
+from dicache.schedules import Plan, Rule
 from dicache.schedules.predicting import taylor_coefficients
 from dicache.schedules.rows import distinct_rows
 
@@ -124,6 +125,19 @@ def test_a_profile_without_guided_residuals_is_refused(profile: Profile) -> None
     blank = {**profile.arrays, "body/gram": np.full_like(profile.arrays["body/gram"], np.nan)}
     with pytest.raises(CalibrationError, match="no products of the body's residuals"):
         mean_gram(replace(profile, arrays=blank))
+
+
+def test_rules_with_weights_of_their_own_are_moved_together() -> None:
+    attn, mlp = ({1: ((0, 1.0),), 3: ((2, 1.0 + by), (0, -by))} for by in (0.2, 0.6))
+    rules = [
+        Rule("reuse", "C.C.", branch=k, predictor="forecast", weights=w) for k, w in (("attn", attn), ("mlp", mlp))
+    ]
+    plan = Plan(4, tuple(rules))
+    middle, with_mean = together(plan)
+    assert dict(middle[3]) == pytest.approx({2: 1.4, 0: -0.4})
+    assert [dict(rule.weights[3])[2] for rule in with_mean(middle).rules] == pytest.approx([1.2, 1.6])
+    moved = with_mean({**middle, 3: ((2, 1.5), (0, -0.5))})
+    assert [dict(rule.weights[3])[2] for rule in moved.rules] == pytest.approx([1.3, 1.7])
 
 
 def test_an_expansion_has_the_weights_of_taylors_differences() -> None:
