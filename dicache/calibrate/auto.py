@@ -1,7 +1,5 @@
 """The best schedule for a budget: every method's, and plans of its own whose forecasts are fitted to real runs."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -19,10 +17,12 @@ from dicache.calibrate.methods import CalibrationError
 from dicache.calibrate.refining import Candidate, refined, tried
 from dicache.calibrate.sensitivity import BACK, Forecasts, Sensitivity, mean_gram, measure
 from dicache.calibrate.singles import singles_of
+from dicache.evaluate.references import key_of
 from dicache.evaluate.rerunning import Reruns
 from dicache.models.sampling import Sampling
 from dicache.profiler import Profile
-from dicache.schedules import Plan, PlanError, Schedule
+from dicache.runtime import CacheError
+from dicache.schedules import Plan, PlanError, Schedule, ScheduleError
 from dicache.schedules.plan import Action
 from dicache.schedules.rows import distinct_rows
 
@@ -125,7 +125,6 @@ class AutoSearch:
     kept: Path | None = None
     progress: bool = True
     report: list[Tried] = field(default_factory=list)
-    _few_spent: float = 0.0
     _some: dict[int, Reruns] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -138,7 +137,7 @@ class AutoSearch:
 
     @property
     def spent(self) -> float:
-        return self.runs.spent + self._few_spent
+        return self.runs.spent + sum(some.spent for some in self._some.values())
 
     def __call__(self) -> Best:
         """Search.
@@ -176,7 +175,7 @@ class AutoSearch:
             "tried": [asdict(line) for line in self.report],
         }
         made = best.schedule
-        settings = {**asdict(replace(self.settings, goal=goal)), "form": best.name, "from": made.method}
+        settings = {**asdict(self.settings), "form": best.name, "from": made.method}
         schedule = replace(made, method="auto", settings=settings, measured={**made.measured, "auto": told})
         return Best(
             schedule,
@@ -194,10 +193,8 @@ class AutoSearch:
         each = (0.5 * self.steps + BACK) / self.steps  # what comes before a step is known
         count = int(np.clip(MEASURING * self.settings.budget / (replays * each), 2, len(self.runs)))
         few = self._fewer(count)
-        before = few.spent
         self.bar.total = replays
         measured = measure(few, self.anatomy, self.target, self.gram, self.bar.update, self._kept("effects", count))
-        self._few_spent += few.spent - before
         self.report.append(Tried("each step alone", None, None, self.spent, note=f"{replays} replays of {count} runs"))
         return measured
 
@@ -292,10 +289,8 @@ class AutoSearch:
             better = refined(self.runs, candidate, self.bar.update, kept)
         else:
             few = self._fewer(count)
-            before = few.spent
             base = tried(few, candidate.name, candidate.schedule, candidate.forecasts, candidate.make)
             found = refined(few, base, self.bar.update, kept)
-            self._few_spent += few.spent - before
             if found is base:
                 return None
             better = tried(self.runs, found.name, found.schedule, found.forecasts, found.make)
@@ -310,7 +305,6 @@ class AutoSearch:
         """Return the first of the runs."""
         if count not in self._some:
             self._some[count] = Reruns(self.pipeline, self.conditions[:count], self.seeds[:count], self.sampling)
-            self._few_spent += self._some[count].spent
         return self._some[count]
 
     # A quality is given
@@ -375,9 +369,12 @@ class AutoSearch:
         The first runs come first: who is far behind on each of them is not tried on the others, but for the best few.
         """
         few = self._fewer(min(GLANCE, len(self.runs)))
-        before = few.spent
-        seen = [tried(few, name, schedule) for name, schedule in self._calibrated(share)]
-        self._few_spent += few.spent - before
+        seen: list[Candidate] = []
+        for name, schedule in self._calibrated(share):
+            try:
+                seen.append(tried(few, name, schedule))
+            except (ScheduleError, CacheError) as error:  # it does not fit how the pipeline calls its model
+                self.report.append(Tried(name, None, None, self.spent, note=str(error)))
         self.bar.update(len(seen))
         ahead = None if self.best is None else self.best.psnr[: len(few)] - FAR_BEHIND
         for place, glance in enumerate(sorted(seen, key=lambda c: -c.decibels)):
@@ -414,14 +411,11 @@ class AutoSearch:
         self.bar.set_postfix_str(f"best {self.best.decibels:.1f} dB: {self.best.name}")
 
     def _kept(self, name: str, runs: int) -> Kept:
-        content = {
-            "target": self.target.to_json(),
-            "sampling": asdict(self.sampling),
-            "conditions": list(self.conditions[:runs]),
-            "seeds": list(self.seeds[:runs]),
-        }
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        return Kept(None if self.kept is None else self.kept / f"{name}-{digest}")
+        """Return where what some of the runs gave is kept, under all that decides their images."""
+        if self.kept is None:
+            return Kept()
+        key = key_of(self.pipeline, self.conditions[:runs], self.seeds[:runs], self.sampling)
+        return Kept(self.kept / f"{name}-{key[:16]}")
 
 
 def default_folder(output: Path) -> Path:

@@ -1,6 +1,6 @@
 """The exact planner: which steps to compute so that what is predicted in between errs least, under a budget."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -145,6 +145,18 @@ class Dp:
         }
         chosen = self._chosen(chains, profile)
         rules = tuple(self._rule(kind, chain.steps, profile) for kind, chain in chosen.items())
+        told = {
+            "computed_steps": {kind: len(chain.steps) for kind, chain in chosen.items()},
+            "expected_error": sum(chain.cost for chain in chosen.values()),
+            "expected_errors": {
+                kind: step_costs(costs[kind], profile.steps, self._reached + 1, chain.steps).tolist()
+                for kind, chain in chosen.items()
+            },
+            "front": {kind: [[count, chain.cost] for count, chain in found.items()] for kind, found in chains.items()},
+        }
+        return self._made(profile, rules, told)
+
+    def _made(self, profile: Profile, rules: Sequence[Rule], told: Mapping[str, Any]) -> Schedule:
         return Schedule(
             method="dp",
             settings=asdict(self),
@@ -156,15 +168,7 @@ class Dp:
                 "model": profile.provenance.model,
                 "runs": sum(run.ok for run in profile.runs),
                 "guidance": profile.provenance.settings.get("guidance"),
-                "computed_steps": {kind: len(chain.steps) for kind, chain in chosen.items()},
-                "expected_error": sum(chain.cost for chain in chosen.values()),
-                "expected_errors": {
-                    kind: step_costs(costs[kind], profile.steps, self._reached + 1, chain.steps).tolist()
-                    for kind, chain in chosen.items()
-                },
-                "front": {
-                    kind: [[count, chain.cost] for count, chain in found.items()] for kind, found in chains.items()
-                },
+                **told,
             },
         )
 
@@ -182,22 +186,12 @@ class Dp:
         chosen = best_choice(list(forecasters.values()), count, mandatory=mandatory, max_gap=self.max_gap)
         made = {kind: forecaster.forecast(chosen) for kind, forecaster in forecasters.items()}
         rules = [self._rule(kind, chosen, profile, forecast.weights) for kind, forecast in made.items()]
-        return Schedule(
-            method="dp",
-            settings=asdict(self),
-            anatomy=profile.anatomy,
-            target=profile.provenance.target,
-            steps=profile.steps,
-            plan=Plan(profile.steps, tuple(rule for rule in rules if "." in rule.steps)),
-            measured={
-                "model": profile.provenance.model,
-                "runs": sum(run.ok for run in profile.runs),
-                "guidance": profile.provenance.settings.get("guidance"),
-                "computed_steps": {kind: len(chosen) for kind in made},
-                "expected_errors": {kind: forecast.errors.tolist() for kind, forecast in made.items()},
-                "expected_accumulated": {kind: forecast.accumulated.tolist() for kind, forecast in made.items()},
-            },
-        )
+        told = {
+            "computed_steps": {kind: len(chosen) for kind in made},
+            "expected_errors": {kind: forecast.errors.tolist() for kind, forecast in made.items()},
+            "expected_accumulated": {kind: forecast.accumulated.tolist() for kind, forecast in made.items()},
+        }
+        return self._made(profile, rules, told)
 
     def _forecasters(self, profile: Profile, grams: Mapping[str, np.ndarray]) -> dict[str, Forecaster]:
         """Return what finds the weights of the body, or of each kind of branch.

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 
 from dicache.anatomy import Anatomy
 from dicache.anatomy.parts import span
-from dicache.calibrate.sensitivity import Forecasts, before
+from dicache.calibrate.sensitivity import Forecasts, before, expansion
 from dicache.schedules import Plan, Rule, Schedule, Target
 from dicache.schedules.plan import Action, Weights
-from dicache.schedules.predicting import taylor_coefficients
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,3 @@ def even(count: int, steps: int) -> list[int]:
 def expansions_of(computed: Sequence[int], steps: int, outputs: int) -> Forecasts:
     """Return Taylor expansions of the last outputs at all steps that are not computed."""
     return {s: expansion(before(computed, s, outputs), s) for s in range(steps) if s not in computed}
-
-
-def expansion(sources: Sequence[int], step: int) -> Weights:
-    """Return the weights of the outputs in TaylorSeer's expansion."""
-    weights = [1.0, *[0.0] * (len(sources) - 1)]
-    for place, coefficient in enumerate(taylor_coefficients(sources, step) if len(sources) > 1 else ()):
-        weights[place] += coefficient
-        weights[place + 1] -= coefficient
-    return tuple(zip(sources, weights, strict=True))

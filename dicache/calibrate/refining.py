@@ -61,9 +61,10 @@ def tried(
     forecasts: Forecasts | None = None,
     make: Callable[[Forecasts], Schedule] | None = None,
 ) -> Candidate:
-    """Run with a schedule, and say how close the images are to the uncached ones."""
+    """Run with a schedule, and say how close the images are to the uncached ones; what is not finite counts as 0 dB."""
     made = runs(schedule)
-    return Candidate(name, schedule, made, psnr(made.images, runs.uncached.images), 0.0, forecasts, make)
+    decibels = np.nan_to_num(psnr(made.images, runs.uncached.images), nan=0.0, neginf=0.0)
+    return Candidate(name, schedule, made, decibels, 0.0, forecasts, make)
 
 
 def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Kept = NOT_KEPT) -> Candidate:
@@ -97,6 +98,8 @@ def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Ke
         effects.append((made - images) / NUDGE * scale)
         told()
     change = np.stack(effects)  # (moves, runs, numbers)
+    if not (np.isfinite(change).all() and np.isfinite(wanted).all()):
+        return found
     by_run = np.einsum("ark,brk->rab", change, change)
     toward = np.einsum("ark,rk->ra", change, wanted * scale)
     square = (wanted * scale)[:, None, :] @ (wanted * scale)[:, :, None]

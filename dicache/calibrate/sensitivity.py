@@ -179,8 +179,16 @@ def before(computed: Iterable[int], step: int, outputs: int) -> list[int]:
 
 def line(sources: Sequence[int], step: int) -> list[float]:
     """Return the weights of a line through the last two outputs, at a step; the others have none."""
-    (slope,) = taylor_coefficients(sources[:2], step) if len(sources) > 1 else (0.0,)
-    return [1 + slope, -slope, *[0.0] * (len(sources) - 2)][: len(sources)]
+    return [weight for _, weight in expansion(sources[:2], step)] + [0.0] * (len(sources) - 2)
+
+
+def expansion(sources: Sequence[int], step: int) -> Weights:
+    """Return the weights of the outputs in TaylorSeer's expansion."""
+    weights = [1.0, *[0.0] * (len(sources) - 1)]
+    for place, coefficient in enumerate(taylor_coefficients(sources, step) if len(sources) > 1 else ()):
+        weights[place] += coefficient
+        weights[place + 1] -= coefficient
+    return tuple(zip(sources, weights, strict=True))
 
 
 def mean_gram(profile: Profile) -> np.ndarray:

@@ -10,9 +10,9 @@ import pytest
 from dicache import apply
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.auto import Auto, AutoSearch, Best
-from dicache.calibrate.forms import even, expansion, together
+from dicache.calibrate.forms import even, together
 from dicache.calibrate.judging import Goal
-from dicache.calibrate.sensitivity import mean_gram
+from dicache.calibrate.sensitivity import expansion, mean_gram
 from dicache.evaluate.quality import psnr
 from dicache.evaluate.rerunning import Reruns
 from dicache.models.loading import load

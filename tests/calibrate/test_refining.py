@@ -102,3 +102,11 @@ def test_what_nudges_did_is_kept_and_not_made_again(tmp_path: Path) -> None:
     one.write_bytes(one.read_bytes()[:50])
     assert make(Kept(tmp_path)).forecasts == first.forecasts
     assert len(runs.beginnings) == made + 1
+
+
+def test_images_that_are_not_finite_are_the_worst_and_are_not_fitted_to() -> None:
+    runs: Any = Answers()
+    start = candidate(runs)
+    runs.answers = {place: answer * np.nan for place, answer in runs.answers.items()}
+    assert candidate(runs).decibels == 0.0
+    assert refined(runs, start, lambda: None) is start
