@@ -374,10 +374,14 @@ class AutoSearch:
             try:
                 seen.append(tried(few, name, schedule))
             except (ScheduleError, CacheError) as error:  # it does not fit how the pipeline calls its model
-                self.report.append(Tried(name, None, None, self.spent, note=str(error)))
+                self.report.append(Tried(name, None, None, self.spent, note=str(error).removeprefix(f"{name}: ")))
         self.bar.update(len(seen))
         ahead = None if self.best is None else self.best.psnr[: len(few)] - FAR_BEHIND
-        for place, glance in enumerate(sorted(seen, key=lambda c: -c.decibels)):
+        within = [glance for glance in seen if glance.macs_fraction <= share + 1e-9]
+        for over in (glance for glance in seen if glance.macs_fraction > share + 1e-9):
+            found = f"{over.decibels:.1f} dB on {len(few)} runs, where it computes more than was asked for"
+            self.report.append(Tried(over.name, None, over.macs_fraction, self.spent, note=found))
+        for place, glance in enumerate(sorted(within, key=lambda c: -c.decibels)):
             if place >= KEPT and ahead is not None and (glance.psnr < ahead).all():
                 found = f"{glance.decibels:.1f} dB on {len(few)} runs, on each {FAR_BEHIND:g} dB or more behind"
                 self.report.append(Tried(glance.name, None, glance.macs_fraction, self.spent, note=found))
@@ -392,7 +396,7 @@ class AutoSearch:
             try:
                 schedule = make()
             except (CalibrationError, PlanError) as error:
-                self.report.append(Tried(name, None, None, self.spent, note=str(error)))
+                self.report.append(Tried(name, None, None, self.spent, note=str(error).removeprefix(f"{name}: ")))
                 continue
             if schedule.plan is not None and distinct_rows(schedule.plan, self.anatomy) > self.settings.max_rows:
                 self.report.append(Tried(name, None, None, self.spent, note=f"more than {self.settings.max_rows} rows"))
