@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ class Comparison:
         self.tuning, self.judged = split(self.bench.pipeline, options.images)
         self.dpm = load(options.model, scheduler="dpm")
         self.judges = judges_of(options.model, self.bench.pipeline, self.judged[0])
+        self.first = self.judged[0][: options.first], self.judged[1][: options.first]
         self.references = {id(runs): self._reference(runs) for runs in (self.tuning, self.judged)}
+        self.references[id(self.first)] = self.references[id(self.judged)][: options.first]
         measured = hashlib.sha256(self.bench.profile_file(self.steps).read_bytes()).hexdigest()
         identity = (options.model, asdict(self.sampling), torch.__version__, diffusers.__version__, measured)
         self.identity = [*map(str, identity), *peers.PINNED]
@@ -139,6 +142,10 @@ class Comparison:
             search().schedule.save(file)
         return Schedule.load(file)
 
+    @cached_property
+    def methods(self) -> list[Method]:
+        return methods(self.bench, self.steps, self.budgets)
+
     def ours(self, method: Method, settings: Settings, runs: Runs) -> dict[str, Any]:
         def make() -> tuple[np.ndarray, float]:
             return self.replayed(method.schedule(settings), runs)
@@ -187,8 +194,7 @@ class Comparison:
     def tuned_methods(self) -> list[tuple[Method, list[Trial], str]]:
         """Return each method with its trials, and why there is none where all were refused."""
         found = []
-        every = methods(self.bench, self.steps, self.budgets)
-        for method in tqdm(every, desc="methods", leave=False):
+        for method in tqdm(self.methods, desc="methods", leave=False):
             tried = thinned(method.grid, self.trials)
             rows = [self.ours(method, settings, self.tuning) for settings in tried]
             found.append((method, *trials_of(tried, rows)))
