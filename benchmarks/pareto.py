@@ -275,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", choices=("digits", "scenes", "clips", "flow"), default="digits")
     parser.add_argument("--images", type=int, default=200, help="that are judged [default: 200]")
-    parser.add_argument("--first", type=int, default=40, help="images that show what is far behind [default: 40]")
+    parser.add_argument("--first", type=int, default=24, help="images that show what is far behind [default: 24]")
     parser.add_argument(
         "--budgets", type=lambda text: [float(part) for part in text.split(",")], default="0.7,0.5,0.4,0.3"
     )

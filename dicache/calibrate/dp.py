@@ -179,8 +179,7 @@ class Dp:
 
     def _forecast(self, profile: Profile) -> Schedule:
         """Return the schedule whose skipped steps are expected to leave the smallest error in the last latents."""
-        found = self._grams(profile)
-        forecasters = self._forecasters(profile, found)
+        forecasters = self.forecasters(profile)
         count = self.steps_computed or self._affordable(profile)
         mandatory = {*range(self.warm_up), *((profile.steps - 1,) if self.force_last else ())}
         chosen = best_choice(list(forecasters.values()), count, mandatory=mandatory, max_gap=self.max_gap)
@@ -193,12 +192,16 @@ class Dp:
         }
         return self._made(profile, rules, told)
 
-    def _forecasters(self, profile: Profile, grams: Mapping[str, np.ndarray]) -> dict[str, Forecaster]:
+    def forecasters(self, profile: Profile) -> dict[str, Forecaster]:
         """Return what finds the weights of the body, or of each kind of branch.
 
         What is predicted is the body's residual, or a branch; what an error of the model's output does to the latents
         is known. Both are taken to have the same error relative to their mean squared size, over all steps.
+
+        Raises:
+            CalibrationError: If the profile has no products of all steps, or its sampler is not linear.
         """
+        grams = self._grams(profile)
         solver = solver_of(profile, self.variance)
         latents = profile.provenance.target.latents
         if latents is None:
@@ -241,8 +244,7 @@ class Dp:
         stand_in |= {"order": self._reached} if weights is None else {"weights": weights}
         if kind in (BODY, BRANCHES):
             return Rule("skip" if kind == BODY else "reuse", letters, **stand_in)
-        named = any(other.startswith(f"{kind}.") for other in profile.branches)
-        return Rule("reuse", letters, branch=f"{kind}." if named else kind, **stand_in)
+        return Rule("reuse", letters, branch=branch_of(kind, profile.branches), **stand_in)
 
     def _costs(self, profile: Profile, weights: np.ndarray | None) -> dict[str, GapCosts]:
         """Return what the gaps cost, for each chain that is to be planned."""
@@ -312,6 +314,11 @@ class Dp:
     def _limits(self) -> str:
         gap = "" if self.max_gap is None else f", a largest gap of {self.max_gap}"
         return gap + (" and the last step computed" if self.force_last else "")
+
+
+def branch_of(kind: str, branches: Collection[str]) -> str:
+    """Return how a rule names a kind of branch among those of a model: `mlp.` where there is `mlp.context` as well."""
+    return f"{kind}." if any(other.startswith(f"{kind}.") for other in branches) else kind
 
 
 def _macs(kind: str, anatomy: Anatomy) -> int:

@@ -4,10 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dicache.anatomy import Anatomy
-from dicache.anatomy.parts import span
-from dicache.calibrate.sensitivity import Forecasts, before, expansion
+from dicache.anatomy.parts import parse_span, span
+from dicache.calibrate.sensitivity import Forecasts
 from dicache.schedules import Plan, Rule, Schedule, Target
-from dicache.schedules.plan import Action, Weights
+from dicache.schedules.plan import ACT, ALL, Action, Weights
+
+Slots = dict[
+    tuple[int, int], Weights
+]  # weights by the step that is not computed, and the place of the rules they are of
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,20 @@ class Form:
 
     name: str
     action: Action
-    blocks: str = "*"
+    blocks: str = ALL
 
     def plan(self, steps: int, computed: Sequence[int], forecasts: Forecasts) -> Plan:
         letters = "".join("C" if step in computed else "." for step in range(steps))
         rule = Rule(self.action, letters, self.blocks, predictor="forecast", weights=forecasts)
         return Plan(steps, (rule,) if forecasts else ())
+
+    @property
+    def granularity(self) -> str:
+        return "body" if self.action == "skip" else "branch"
+
+    def block_range(self, anatomy: Anatomy) -> tuple[int, int]:
+        """Return the first and the last of the blocks."""
+        return (0, len(anatomy.blocks) - 1) if self.blocks == ALL else parse_span(self.blocks)
 
     def most_computed(self, anatomy: Anatomy, target: Target, steps: int, share: float) -> int | None:
         """Return how many steps can be computed for a share of the multiply-accumulates; None if none can."""
@@ -49,38 +61,37 @@ def forms_of(anatomy: Anatomy) -> list[Form]:
     return forms
 
 
-def together(plan: Plan) -> tuple[Forecasts, Callable[[Forecasts], Plan]]:
+def together(plan: Plan) -> tuple[Slots, Callable[[Slots], Plan]]:
     """Return forecasts that stand for those of all rules of a plan, and what makes the plan with others.
 
     Args:
-        plan: Its rules forecast the same steps from the same outputs, each with weights of its own.
+        plan: Of forecasts. Its rules that compute the same steps forecast them from the same outputs, each with weights
+            of its own.
 
     Returns:
-        The mean over the rules; from such a mean to the plan, in which each rule differs from it as it did.
+        The mean over the rules that compute the same steps, by the step and the place of these rules among others; from
+        such means to the plan, in which each rule differs from them as it did.
     """
     rules = plan.rules
+    courses = list(dict.fromkeys(rule.steps for rule in rules))
 
-    def mean(step: int) -> Weights:
-        weights = zip(*(rule.weights[step] for rule in rules), strict=True)
-        return tuple((same[0][0], sum(weight for _, weight in same) / len(rules)) for same in weights)
+    def mean(course: int, step: int) -> Weights:
+        weights = zip(*(rule.weights[step] for rule in rules if rule.steps == courses[course]), strict=True)
+        return tuple((same[0][0], sum(weight for _, weight in same) / len(same)) for same in weights)
 
-    middle = {step: mean(step) for step in rules[0].weights}
+    places = [
+        (step, course) for course, letters in enumerate(courses) for step in range(plan.steps) if letters[step] == ACT
+    ]
+    middle = {(step, course): mean(course, step) for step, course in sorted(places)}
 
-    def with_mean(forecasts: Forecasts) -> Plan:
+    def with_mean(slots: Slots) -> Plan:
         def moved(rule: Rule, step: int) -> Weights:
-            trios = zip(rule.weights[step], forecasts[step], middle[step], strict=True)
+            place = step, courses.index(rule.steps)
+            trios = zip(rule.weights[step], slots[place], middle[place], strict=True)
             return tuple((source, own + new - old) for (source, own), (_, new), (_, old) in trios)
 
-        return replace(plan, rules=tuple(replace(rule, weights={s: moved(rule, s) for s in middle}) for rule in rules))
+        return replace(
+            plan, rules=tuple(replace(rule, weights={s: moved(rule, s) for s in rule.weights}) for rule in rules)
+        )
 
     return middle, with_mean
-
-
-def even(count: int, steps: int) -> list[int]:
-    """Return so many steps, evenly spread from the first."""
-    return [place * steps // count for place in range(count)]
-
-
-def expansions_of(computed: Sequence[int], steps: int, outputs: int) -> Forecasts:
-    """Return Taylor expansions of the last outputs at all steps that are not computed."""
-    return {s: expansion(before(computed, s, outputs), s) for s in range(steps) if s not in computed}

@@ -15,7 +15,7 @@ from dicache.anatomy.fingerprint import fingerprint
 from dicache.calibrate.methods import CalibrationError
 from dicache.evaluate.evaluation import reference_run, replay
 from dicache.evaluate.quality import psnr
-from dicache.evaluate.references import Trajectory, key_of, read
+from dicache.evaluate.references import key_of, read
 from dicache.models.sampling import Sampling
 from dicache.runtime.apply import denoiser
 from dicache.schedules import Plan, Rule, Schedule, Target
@@ -100,7 +100,7 @@ class RealRuns:
         conditions: Prompts or classes, one an image.
         seeds: One for each condition.
         sampling: How the pipeline is called, resolved.
-        reference: What it makes of them uncached.
+        reference: What it makes of them uncached, as images.
         spent: What was computed so far, as a number of uncached images: each image that was made counts as much as the
             share of the multiply-accumulates that it took, an uncached one as 1, one read from disk as 0.
     """
@@ -109,7 +109,7 @@ class RealRuns:
     conditions: Sequence[str]
     seeds: Sequence[int]
     sampling: Sampling
-    reference: Trajectory = field(repr=False)
+    reference: np.ndarray = field(repr=False)
     spent: float = 0.0
 
     @classmethod
@@ -127,9 +127,9 @@ class RealRuns:
         sampling = sampling.resolved(pipeline)
         kept = read(references, key_of(pipeline, conditions, seeds, sampling)) if references else None
         if kept is not None:
-            return cls(pipeline, conditions, seeds, sampling, kept)
+            return cls(pipeline, conditions, seeds, sampling, kept.images)
         made = reference_run(pipeline, conditions, seeds, sampling, references, progress)
-        return cls(pipeline, conditions, seeds, sampling, made, spent=len(conditions))
+        return cls(pipeline, conditions, seeds, sampling, made.images, spent=len(conditions))
 
     def __len__(self) -> int:
         return len(self.conditions)
@@ -143,7 +143,7 @@ class RealRuns:
         conditions, seeds = self.conditions[which], self.seeds[which]
         made = replay(self.pipeline, "trial", schedule, conditions, seeds, self.sampling, progress=False)
         self.spent += len(conditions) * made.macs_fraction
-        each = psnr(made.trajectory.images, self.reference.images[which])
+        each = psnr(made.trajectory.images, self.reference[which])
         return Score(float(each.mean()), made.macs_fraction, tuple(each.tolist()))
 
     @property

@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dicache.calibrate.forms import Slots, together
 from dicache.calibrate.judging import digest
 from dicache.calibrate.keeping import Kept
-from dicache.calibrate.sensitivity import FLOOR, Forecasts, numbers
+from dicache.calibrate.layouts import Layout
+from dicache.calibrate.sensitivity import FLOOR, numbers
 from dicache.evaluate.quality import psnr
 from dicache.evaluate.rerunning import Beginning, Made, Reruns
-from dicache.schedules import Schedule
+from dicache.schedules import Plan, Schedule
 
 NOT_KEPT = Kept()
 NUDGE = 0.05  # of a weight, to see what it does to the images
@@ -28,8 +30,7 @@ class Candidate:
         psnr: Of each image against the uncached one, in dB.
         optimism: In dB, how much better these runs are foretold to be than others, because its weights were fitted to
             them.
-        forecasts: Its weights, if it has any.
-        make: Makes a schedule of the same plan with other weights.
+        layout: That its plan was made from, if it was.
     """
 
     name: str
@@ -37,8 +38,7 @@ class Candidate:
     made: Made
     psnr: np.ndarray
     optimism: float = 0.0
-    forecasts: Forecasts | None = None
-    make: Callable[[Forecasts], Schedule] | None = None
+    layout: Layout | None = None
 
     @property
     def decibels(self) -> float:
@@ -53,18 +53,19 @@ class Candidate:
     def macs_fraction(self) -> float:
         return self.made.spent / len(self.psnr)
 
+    @property
+    def slots(self) -> Slots:
+        """Its weights, if all that its plan skips is forecast; else none."""
+        plan = self.schedule.plan
+        forecast = plan is not None and all(rule.predictor == "forecast" for rule in plan.rules)
+        return together(plan)[0] if plan is not None and plan.rules and forecast else {}
 
-def tried(
-    runs: Reruns,
-    name: str,
-    schedule: Schedule,
-    forecasts: Forecasts | None = None,
-    make: Callable[[Forecasts], Schedule] | None = None,
-) -> Candidate:
+
+def tried(runs: Reruns, name: str, schedule: Schedule, beginning: Beginning | None = None) -> Candidate:
     """Run with a schedule, and say how close the images are to the uncached ones; what is not finite counts as 0 dB."""
-    made = runs(schedule)
+    made = runs(schedule, beginning)
     decibels = np.nan_to_num(psnr(made.images, runs.uncached.images), nan=0.0, neginf=0.0)
-    return Candidate(name, schedule, made, decibels, 0.0, forecasts, make)
+    return Candidate(name, schedule, made, decibels)
 
 
 def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Kept = NOT_KEPT) -> Candidate:
@@ -76,24 +77,27 @@ def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Ke
 
     Args:
         runs: That it was tried on.
-        found: Has weights.
+        found: Has weights, or stays as it is.
         told: Called after each replay.
         kept: Where the images of nudged weights are kept.
     """
-    assert found.forecasts is not None
-    assert found.make is not None
-    moves = [(step, place) for step, weights in found.forecasts.items() for place in range(1, len(weights))]
+    slots = found.slots
+    moves = [(slot, place) for slot, weights in slots.items() for place in range(1, len(weights))]
     if not moves:
         return found
+    assert found.schedule.plan is not None
+    _, plan_of = together(found.schedule.plan)
+
+    def schedule_of(slots: Slots) -> Schedule:
+        return replace(found.schedule, plan=plan_of(slots))
+
     images = numbers(found.made.images)
     wanted = numbers(runs.uncached.images) - images  # (runs, numbers)
     scale = 1 / np.sqrt(np.maximum((wanted**2).mean(axis=1, keepdims=True), 1e-300))
     effects = []
-    for step, place in moves:
-        nudged = _moved(found.forecasts, [(step, place)], [NUDGE])
-        sources = {source for source, _ in found.forecasts[step]}
-        beginning = Beginning(found.made, set(range(step)) - sources)
-        schedule = found.make(nudged)
+    for slot, place in moves:
+        schedule = schedule_of(_moved(slots, [(slot, place)], [NUDGE]))
+        beginning = Beginning(found.made, same_before(schedule.plan, slot[0]))
         made = kept.get(digest(schedule.to_json()["plan"]), runs, lambda: numbers(runs(schedule, beginning).images))  # noqa: B023 # called at once
         effects.append((made - images) / NUDGE * scale)
         told()
@@ -116,11 +120,11 @@ def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Ke
 
     ridge = min(RIDGES, key=lambda ridge: error(ridge, left_out=True)) if len(images) > 2 else RIDGES[-1]
     for held in (ridge, 10 * ridge, 100 * ridge):  # smaller steps, where the errors do not add up
-        forecasts = _moved(found.forecasts, moves, _solved(by_run.sum(0), toward.sum(0), held))
-        other = tried(runs, found.name, found.make(forecasts), forecasts, found.make)
+        other = tried(runs, found.name, schedule_of(_moved(slots, moves, _solved(by_run.sum(0), toward.sum(0), held))))
         told()
         apart = error(held, left_out=True) - error(held, left_out=False) if len(images) > 2 else 0.0
-        other = replace(other, optimism=found.optimism + max(0.0, 10 / np.log(10) * apart))
+        optimism = found.optimism + max(0.0, 10 / np.log(10) * apart)
+        other = replace(other, optimism=optimism, layout=found.layout)
         if other.expected > found.expected:
             return other
     return found
@@ -132,13 +136,25 @@ def _solved(square: np.ndarray, toward: np.ndarray, ridge: float) -> np.ndarray:
     return solved
 
 
-def _moved(forecasts: Forecasts, moves: list[tuple[int, int]], by: Sequence[float] | np.ndarray) -> Forecasts:
-    """Return forecasts in which some weights are larger, and that of the newest output smaller by as much."""
-    rows = {step: [weight for _, weight in weights] for step, weights in forecasts.items()}
-    for (step, place), change in zip(moves, by, strict=True):
-        rows[step][place] += float(change)
-        rows[step][0] -= float(change)
+def same_before(plan: Plan | None, since: int) -> set[int]:
+    """Return the steps before one whose outputs need not be made again, because nothing is kept of them.
+
+    Args:
+        plan: Of forecasts.
+        since: The first step that is done otherwise than before.
+    """
+    assert plan is not None
+    kept = {s for rule in plan.rules for step, weights in rule.weights.items() if step >= since for s, _ in weights}
+    return set(range(since)) - kept
+
+
+def _moved(slots: Slots, moves: list[tuple[tuple[int, int], int]], by: Sequence[float] | np.ndarray) -> Slots:
+    """Return weights some of which are larger, and that of the newest output smaller by as much."""
+    rows = {slot: [weight for _, weight in weights] for slot, weights in slots.items()}
+    for (slot, place), change in zip(moves, by, strict=True):
+        rows[slot][place] += float(change)
+        rows[slot][0] -= float(change)
     return {
-        step: tuple((source, weight) for (source, _), weight in zip(weights, rows[step], strict=True))
-        for step, weights in forecasts.items()
+        slot: tuple((source, weight) for (source, _), weight in zip(weights, rows[slot], strict=True))
+        for slot, weights in slots.items()
     }

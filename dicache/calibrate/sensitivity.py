@@ -210,7 +210,14 @@ def mean_gram(profile: Profile) -> np.ndarray:
 
 
 def measure(
-    runs: Reruns, anatomy: Anatomy, target: Target, gram: np.ndarray, told: Callable[[], object], kept: Kept
+    runs: Reruns,
+    anatomy: Anatomy,
+    target: Target,
+    gram: np.ndarray,
+    told: Callable[[], object],
+    kept: Kept,
+    *,
+    nudged: bool = True,
 ) -> Sensitivity:
     """Leave out each step alone, and see what that does.
 
@@ -221,6 +228,7 @@ def measure(
         gram: Products of all steps' guided body residuals with one another, (steps, steps).
         told: Called after each replay.
         kept: Where the effects are kept.
+        nudged: Whether each step is left out a second time, with a steeper line in its place.
 
     Raises:
         CalibrationError: If what comes out is not finite.
@@ -230,7 +238,7 @@ def measure(
     for step in range(1, steps):
         sources = range(step - 1, max(step - BACK, 0) - 1, -1)
         slope = 1 / (sources[0] - sources[-1]) if len(sources) > 1 else 0.0
-        for more in (0.0, NUDGE) if slope else (0.0,):
+        for more in (0.0, NUDGE) if slope and nudged else (0.0,):
             given = {**dict.fromkeys(sources, 0.0), sources[0]: 1 + slope + more}
             given[sources[-1]] -= slope + more
             weights = tuple(given.items())

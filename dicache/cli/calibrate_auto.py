@@ -1,6 +1,7 @@
 """`dicache calibrate auto`: the best schedule that can be found for a budget."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +26,29 @@ if TYPE_CHECKING:
     from dicache.calibrate.auto import Best
     from dicache.evaluate.evaluation import Result
 
+ROUNDS = 3  # of timing
+
 
 @click.command(cls=Command)
 @target_options
 @click.option("--min-psnr", type=float, help="Instead: the fewest MACs for images this close, in dB.")
 @click.option("--max-rows", type=int, default=6, show_default=True, help="Most different rows of a plan.")
+@click.option(
+    "--granularity",
+    type=click.Choice(["any", "body", "branch"]),
+    default="any",
+    show_default=True,
+    help="Plans of all blocks, which hold little, or of their branches, which are often closer.",
+)
 @click.option("--budget", type=float, default=300.0, show_default=True, help="What to compute, in uncached images.")
+@click.option(
+    "--trials",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Settings of each of the best three methods to search with Optuna, beside the budget.",
+)
+@click.option("--storage", help="Of the trials, as of --search.  [default: a file beside the schedule]")
 @click.option("--runs", type=click.IntRange(2), default=8, show_default=True, help="Images to try schedules on.")
 @click.option("--held-out", type=click.IntRange(1), default=16, show_default=True, help="Images to judge them on.")
 @click.option("--prompts", type=click.Path(dir_okay=False), help="A file with a prompt or class a line.")
@@ -44,7 +62,10 @@ def auto(
     max_macs: float | None,
     min_psnr: float | None,
     max_rows: int,
+    granularity: Any,
     budget: float,
+    trials: int,
+    storage: str | None,
     runs: int,
     held_out: int,
     prompts: str | None,
@@ -65,18 +86,24 @@ def auto(
     from dicache.calibrate.judging import Goal
     from dicache.evaluate.evaluation import evaluate
     from dicache.evaluate.references import default_folder as kept_references
-    from dicache.profiler import storage
+    from dicache.profiler.storage import has_priors, load, load_prior
 
     share = share_of(target_speedup, max_macs)
     if (share is None) == (min_psnr is None):
         raise click.UsageError("give one of --target-speedup, --max-macs and --min-psnr")
-    settings = Auto(Goal(share, min_psnr), max_rows, budget)
-    profile = storage.load(profile_file or newest())
+    if storage is not None and not trials:
+        raise click.UsageError("--storage goes with --trials")
+    settings = Auto(Goal(share, min_psnr), max_rows, budget, granularity=granularity, trials=trials)
+    file = profile_file or newest()
+    profile = load(file)
     subject = subject_of_profile(profile.provenance, profile.runs)
     output = output or Path("auto.json")
     pipeline = subject.loaded(device)
     conditions = fresh_conditions(pipeline, subject, prompts, runs, held_out)
     seeds = fresh_seeds(subject, seed, runs + held_out)
+    kept = default_folder(output)
+    if trials and storage is None:
+        kept.mkdir(parents=True, exist_ok=True)
     best = AutoSearch(
         profile,
         pipeline,
@@ -84,16 +111,18 @@ def auto(
         list(seeds[:runs]),
         subject.sampling,
         settings,
-        default_folder(output),
+        kept,
+        partial(load_prior, file) if has_priors(file) else None,
+        storage or f"sqlite:///{kept / 'trials.db'}",
     )()
-    compared = [("auto", best.schedule), *([best.single] if best.single is not None else [])]
+    compared = [("auto", best.schedule), *(one for one in (best.single, best.other) if one is not None)]
     _, results, fewer = evaluate(
         pipeline,
         compared,
         conditions[runs:],
         sampling=subject.sampling,
         seed=seeds[runs],
-        timing_rounds=0,
+        timing_rounds=ROUNDS,
         references=kept_references(),
     )
     judged = [result.to_json() for result in (*results, *fewer)]
@@ -134,4 +163,8 @@ def _told(best: "Best", goal: Any, results: "Sequence[Result]") -> str:
             lines.append(f"There {best.single[0]} is closer to the uncached images; try more --runs.")
         elif single.psnr.mean <= mine.psnr.mean:
             lines.append(f"There, too, it is ahead of {best.single[0]}.")
+    if best.other is not None:
+        name, other = best.other
+        way = "body" if other.plan is not None and other.plan.rules[0].action == "skip" else "branch"
+        lines.append(f"The {name} is what --granularity {way} gives.")
     return "\n".join(lines)

@@ -155,6 +155,12 @@ def load_prior(path: str | os.PathLike[str], site: str) -> tuple[tuple[int, ...]
         return tuple(int(step) for step in dataset.attrs["steps"]), dataset[:]
 
 
+def has_priors(path: str | os.PathLike[str]) -> bool:
+    """Return whether a profile has mean outputs of any site."""
+    with _reading(Path(path)) as file:
+        return "priors" in file
+
+
 class _Arrays(Mapping[str, np.ndarray]):
     """The datasets of a profile by name, without the rows of failed runs, each read once."""
 

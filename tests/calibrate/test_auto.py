@@ -1,6 +1,7 @@
 """The best schedule for a budget, on the bundled model in few steps."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 from dicache import apply
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.auto import Auto, AutoSearch, Best
-from dicache.calibrate.forms import even, together
 from dicache.calibrate.judging import Goal
 from dicache.calibrate.sensitivity import expansion, mean_gram
 from dicache.evaluate.quality import psnr
@@ -19,7 +19,6 @@ from dicache.models.loading import load
 from dicache.models.sampling import Sampling, sample
 from dicache.profiler import Profile, storage
 from dicache.profiler.profiling import profile_pipeline
-from dicache.schedules import Plan, Rule
 from dicache.schedules.predicting import taylor_coefficients
 from dicache.schedules.rows import distinct_rows
 
@@ -40,9 +39,9 @@ def profile(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Profile:
     return storage.load(file)
 
 
-def searching(pipeline: Any, profile: Profile, settings: Auto, kept: Path | None = None) -> AutoSearch:
+def searching(pipeline: Any, profile: Profile, settings: Auto, kept: Path | None = None, **more: Any) -> AutoSearch:
     sampling = SAMPLING.resolved(pipeline)
-    return AutoSearch(profile, pipeline, CONDITIONS, SEEDS, sampling, settings, kept, progress=False)
+    return AutoSearch(profile, pipeline, CONDITIONS, SEEDS, sampling, settings, kept, progress=False, **more)
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +107,59 @@ def test_few_rows_are_kept_to(pipeline: Any, profile: Profile, half: tuple[Best,
 
 
 def test_the_cheapest_schedule_for_a_quality(pipeline: Any, profile: Profile, half: tuple[Best, Path]) -> None:
-    best = searching(pipeline, profile, Auto(Goal(min_psnr=30.0), budget=150), half[1])()
+    best = searching(pipeline, profile, Auto(Goal(min_psnr=30.0), budget=60, granularity="body"), half[1])()
     assert best.psnr >= 30
     assert best.schedule.macs_fraction() < 0.9
     with pytest.raises(CalibrationError, match="nothing was found with 130 dB or more"):
-        searching(pipeline, profile, Auto(Goal(min_psnr=130.0), budget=20), half[1])()
+        searching(pipeline, profile, Auto(Goal(min_psnr=130.0), budget=20, granularity="body"), half[1])()
 
 
-@pytest.mark.parametrize(("settings", "found"), [({"max_rows": 3}, "4 or more"), ({"budget": 0}, "above 0")])
+def test_plans_are_of_one_granularity_if_that_is_asked_for(pipeline: Any, profile: Profile) -> None:
+    for granularity, action in (("body", "skip"), ("branch", "reuse")):
+        best = searching(pipeline, profile, Auto(Goal(0.55), budget=30, granularity=granularity))()  # type: ignore[arg-type]
+        plans = [line.name for line in best.report if line.name.startswith("forecast") and line.psnr is not None]
+        assert plans
+        assert all(("branches" in name) == (action == "reuse") for name in plans)
+        assert best.other is None
+
+
+def test_the_best_of_the_other_granularity_is_told(half: tuple[Best, Path]) -> None:
+    best, _ = half
+    assert best.other is not None
+    assert best.other[1].plan is not None
+    assert best.schedule.plan is not None
+    assert best.other[1].plan.rules[0].action != best.schedule.plan.rules[0].action
+    assert best.other[1].macs_fraction() <= 0.55
+
+
+def test_the_best_methods_are_searched_and_what_that_computes_is_beside_the_budget(
+    pipeline: Any, profile: Profile, tmp_path: Path
+) -> None:
+    settings = Auto(Goal(0.55), budget=30, granularity="body", trials=2)
+    storage = f"sqlite:///{tmp_path / 'trials.db'}"
+    best = searching(pipeline, profile, settings, storage=storage)()
+    searched = [line for line in best.report if line.name.endswith(", searched")]
+    assert len(searched) == 3
+    assert all(line.psnr is None or line.note == "2 trials" for line in searched)
+    assert any(line.psnr is not None for line in searched)
+    assert best.spent > sum(line.note == "2 trials" for line in searched) * 2  # each takes more than one image
+
+
+def test_a_schedule_that_holds_branches_is_corrected_where_there_are_priors(pipeline: Any, tmp_path: Path) -> None:
+    file = tmp_path / "priors.h5"
+    profile_pipeline(pipeline, "digits", file, ["0", "1"], sampling=SAMPLING, priors=True, progress=False)
+    assert storage.has_priors(file)
+    prior = partial(storage.load_prior, file)
+    best = searching(pipeline, storage.load(file), Auto(Goal(0.55), budget=40), prior=prior)()
+    corrected = [line.name for line in best.report if line.name.startswith("eoc")]
+    assert len(corrected) == 4
+    assert len({name.rpartition(" on ")[2] for name in corrected}) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [({"max_rows": 3}, "4 or more"), ({"budget": 0}, "above 0"), ({"granularity": "x"}, "any, body, branch")],
+)
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], found: str) -> None:
     with pytest.raises(CalibrationError, match=found):
         Auto(Goal(0.5), **settings)
@@ -127,23 +171,9 @@ def test_a_profile_without_guided_residuals_is_refused(profile: Profile) -> None
         mean_gram(replace(profile, arrays=blank))
 
 
-def test_rules_with_weights_of_their_own_are_moved_together() -> None:
-    attn, mlp = ({1: ((0, 1.0),), 3: ((2, 1.0 + by), (0, -by))} for by in (0.2, 0.6))
-    rules = [
-        Rule("reuse", "C.C.", branch=k, predictor="forecast", weights=w) for k, w in (("attn", attn), ("mlp", mlp))
-    ]
-    plan = Plan(4, tuple(rules))
-    middle, with_mean = together(plan)
-    assert dict(middle[3]) == pytest.approx({2: 1.4, 0: -0.4})
-    assert [dict(rule.weights[3])[2] for rule in with_mean(middle).rules] == pytest.approx([1.2, 1.6])
-    moved = with_mean({**middle, 3: ((2, 1.5), (0, -0.5))})
-    assert [dict(rule.weights[3])[2] for rule in moved.rules] == pytest.approx([1.3, 1.7])
-
-
 def test_an_expansion_has_the_weights_of_taylors_differences() -> None:
     first, second = taylor_coefficients([5, 3, 2], 6)
     weights = expansion([5, 3, 2], 6)
     assert [source for source, _ in weights] == [5, 3, 2]
     assert [weight for _, weight in weights] == pytest.approx([1 + first, second - first, -second])
     assert expansion([4], 5) == ((4, 1.0),)
-    assert even(3, 8) == [0, 2, 5]

@@ -55,15 +55,14 @@ def schedule(forecasts: Forecasts) -> Schedule:
 
 
 def candidate(runs: Any) -> Any:
-    return tried(runs, "toy", schedule(START), START, schedule)
+    return tried(runs, "toy", schedule(START))
 
 
 def test_where_images_answer_linearly_one_step_finds_the_best_weights() -> None:
     runs: Any = Answers()
     better = refined(runs, candidate(runs), lambda: None)
-    assert better.forecasts is not None
     for step, weights in BEST.items():
-        assert [w for _, w in better.forecasts[step]] == pytest.approx([w for _, w in weights], abs=0.01)
+        assert [w for _, w in better.slots[step, 0]] == pytest.approx([w for _, w in weights], abs=0.01)
     assert better.decibels > candidate(runs).decibels + 20
     assert 0 <= better.optimism < 2
 
@@ -78,7 +77,7 @@ def test_a_candidate_that_nothing_improves_stays() -> None:
     runs: Any = Answers()
     best = refined(runs, candidate(runs), lambda: None)
     runs.answers = {place: 0 * answer for place, answer in runs.answers.items()}  # now nothing has an effect
-    same = tried(runs, "toy", best.schedule, best.forecasts, schedule)
+    same = tried(runs, "toy", best.schedule)
     assert refined(runs, same, lambda: None) is same
 
 
@@ -97,10 +96,10 @@ def test_what_nudges_did_is_kept_and_not_made_again(tmp_path: Path) -> None:
     (tmp_path / ".broken.1.part").write_bytes(b"half")
     again = make(Kept(tmp_path))
     assert len(runs.beginnings) == made
-    assert again.forecasts == first.forecasts
+    assert again.slots == first.slots
     one = sorted(tmp_path.glob("*.npz"))[0]
     one.write_bytes(one.read_bytes()[:50])
-    assert make(Kept(tmp_path)).forecasts == first.forecasts
+    assert make(Kept(tmp_path)).slots == first.slots
     assert len(runs.beginnings) == made + 1
 
 

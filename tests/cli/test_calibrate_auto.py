@@ -26,7 +26,7 @@ def test_it_tells_what_was_tried_and_how_it_does_on_other_runs(workplace: Path) 
     words = ("--target-speedup", 2, "--runs", 2, "--budget", 40, "--held-out", 2)
     told = dicache("calibrate", "auto", *words).stdout
     assert "Tried for at most 0.500 of the MACs, on 2 runs" in told
-    assert "weights held 0.1" in told
+    assert "profile and solver: 3 outputs" in told
     assert "On runs that nothing was tried on:" in told
     schedule = Schedule.load("auto.json")
     assert schedule.method == "auto"
