@@ -13,6 +13,7 @@ from dicache.calibrate import CalibrationError
 from dicache.calibrate.auto import Auto, AutoSearch, Best
 from dicache.calibrate.judging import Goal
 from dicache.calibrate.sensitivity import expansion, mean_gram
+from dicache.calibrate.singles import singles_of
 from dicache.evaluate.quality import psnr
 from dicache.evaluate.rerunning import Reruns
 from dicache.models.loading import load
@@ -101,11 +102,24 @@ def test_a_search_that_is_broken_off_goes_on_and_finds_the_same(
     assert set(kept) < {path.name for path in tmp_path.rglob("*.npz")}
 
 
+@pytest.fixture
+def few_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave most methods out, where they are not what is tested."""
+
+    def some(profile: Profile, share: float) -> dict[str, Any]:
+        names = ("fora", "taylorseer branch 2", "smoothcache")
+        return {name: make for name, make in singles_of(profile, share).items() if name in names}
+
+    monkeypatch.setattr("dicache.calibrate.every_method.singles_of", some)
+
+
+@pytest.mark.usefixtures("few_methods")
 def test_few_rows_are_kept_to(pipeline: Any, profile: Profile, half: tuple[Best, Path]) -> None:
     best = searching(pipeline, profile, Auto(Goal(0.55), max_rows=4, budget=60), half[1])()
     assert best.schedule.plan is None or distinct_rows(best.schedule.plan, profile.anatomy) <= 4
 
 
+@pytest.mark.usefixtures("few_methods")
 def test_the_cheapest_schedule_for_a_quality(pipeline: Any, profile: Profile, half: tuple[Best, Path]) -> None:
     best = searching(pipeline, profile, Auto(Goal(min_psnr=30.0), budget=60, granularity="body"), half[1])()
     assert best.psnr >= 30
@@ -114,6 +128,7 @@ def test_the_cheapest_schedule_for_a_quality(pipeline: Any, profile: Profile, ha
         searching(pipeline, profile, Auto(Goal(min_psnr=130.0), budget=20, granularity="body"), half[1])()
 
 
+@pytest.mark.usefixtures("few_methods")
 def test_plans_are_of_one_granularity_if_that_is_asked_for(pipeline: Any, profile: Profile) -> None:
     for granularity, action in (("body", "skip"), ("branch", "reuse")):
         best = searching(pipeline, profile, Auto(Goal(0.55), budget=30, granularity=granularity))()  # type: ignore[arg-type]
@@ -132,6 +147,7 @@ def test_the_best_of_the_other_granularity_is_told(half: tuple[Best, Path]) -> N
     assert best.other[1].macs_fraction() <= 0.55
 
 
+@pytest.mark.usefixtures("few_methods")
 def test_the_best_methods_are_searched_and_what_that_computes_is_beside_the_budget(
     pipeline: Any, profile: Profile, tmp_path: Path
 ) -> None:
@@ -145,6 +161,7 @@ def test_the_best_methods_are_searched_and_what_that_computes_is_beside_the_budg
     assert best.spent > sum(line.note == "2 trials" for line in searched) * 2  # each takes more than one image
 
 
+@pytest.mark.usefixtures("few_methods")
 def test_a_schedule_that_holds_branches_is_corrected_where_there_are_priors(pipeline: Any, tmp_path: Path) -> None:
     file = tmp_path / "priors.h5"
     profile_pipeline(pipeline, "digits", file, ["0", "1"], sampling=SAMPLING, priors=True, progress=False)
