@@ -10,15 +10,18 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.bench import BUILD, RESULTS, Bench, Named, run
 from dicache.anatomy.overrides import Overrides
 from dicache.calibrate.delta_cache import DeltaCache
 from dicache.calibrate.delta_dit import DeltaDit, ordered
+from dicache.calibrate.dp import Dp
 from dicache.calibrate.eoc import Eoc
 from dicache.calibrate.faster_diffusion import FasterDiffusion
 from dicache.calibrate.fora import Fora
+from dicache.calibrate.forecast import agreement
 from dicache.calibrate.l2c import LearningToCache
 from dicache.calibrate.l2c_training import Training, train
 from dicache.calibrate.magcache import MagCache
@@ -30,6 +33,7 @@ from dicache.calibrate.teacache import TeaCache
 from dicache.calibrate.tgate import TGate
 from dicache.cli.command import table
 from dicache.cli.evaluate import results_table
+from dicache.evaluate.evaluation import reference_run
 from dicache.evaluate.quality import psnr
 from dicache.figures import save
 from dicache.figures.spectrum import spectra
@@ -195,6 +199,31 @@ def l2c(bench: Bench, steps: int) -> str:
     return results_table(bench.results(rows, bench.sampling(steps)))
 
 
+def foretold(bench: Bench, steps: int) -> str:
+    """What a forecast is expected to leave in the last latents, beside what it does leave there: root mean squares."""
+    profile, sampling = bench.profile(steps), bench.sampling(steps)
+    counts = [round(steps * share / 20) for share in (14, 11, 9, 8, 6)]
+    rows, accumulated = [], []
+    for granularity in ("body", "branch"):
+        for count in counts:
+            settings = Dp(steps_computed=count, predictor="forecast", granularity=granularity)  # type: ignore[arg-type]
+            rows.append((f"{granularity}, {count} steps", schedule := settings.calibrate(profile)))
+            errors = schedule.measured["expected_accumulated"].values()
+            accumulated.append(np.sqrt(np.mean(np.square(list(errors)), axis=0)))  # (steps,)
+    made = bench.untimed(rows, sampling)[1:]
+    seeds = [1000 + i for i in range(len(bench.conditions))]
+    latents = reference_run(bench.pipeline, bench.conditions, seeds, sampling, BUILD / "references").latents[:, -1]
+    size = float(np.sqrt(np.mean(np.square(latents.astype(np.float64)))))
+    ends = np.array([each[-1] for each in accumulated]), size * np.array([one.latent_error[-1] for one in made])
+    cells = [
+        [name, f"{expected:.3f}", f"{measured:.3f}", f"{expected / measured:.2f}", f"{one.psnr.mean:.1f}"]
+        for (name, _), expected, measured, one in zip(rows, *ends, made, strict=True)
+    ]
+    correlation, ratio = agreement(*ends)
+    told = f"of the logarithms the correlation is {correlation:.3f}; the median of foretold / measured is {ratio:.2f}"
+    return "\n".join([table(["", "foretold", "measured", "ratio", "PSNR dB"], cells), told])
+
+
 EXPERIMENTS: dict[str, Callable[[Bench, int], str]] = {
     "methods": methods,
     "fora-steps": fora_steps,
@@ -205,6 +234,7 @@ EXPERIMENTS: dict[str, Callable[[Bench, int], str]] = {
     "eoc": eoc,
     "tgate": tgate,
     "l2c": l2c,
+    "foretold": foretold,
 }
 NEEDS_CROSS_ATTENTION = ("tgate",)
 TIMED = ("methods",)
