@@ -206,7 +206,7 @@ def foretold(bench: Bench, steps: int) -> str:
     rows, accumulated = [], []
     for granularity in ("body", "branch"):
         for count in counts:
-            settings = Dp(steps_computed=count, predictor="forecast", granularity=granularity)  # type: ignore[arg-type]
+            settings = Dp(steps_computed=count, predictor="forecast", granularity=granularity)
             rows.append((f"{granularity}, {count} steps", schedule := settings.calibrate(profile)))
             errors = schedule.measured["expected_accumulated"].values()
             accumulated.append(np.sqrt(np.mean(np.square(list(errors)), axis=0)))  # (steps,)

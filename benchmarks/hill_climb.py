@@ -73,7 +73,7 @@ def climb(bench: Bench, steps: int) -> str:
             rows.append((name, found.schedule))
             costs.append(found.spent)
         told = [
-            f"{name}: {one.expected_steps}, {one.settings.get('form', 'body')}; {cost:.0f} uncached images were computed"
+            f"{name}: {one.expected_steps}, {one.settings.get('form', 'body')}; {cost:.0f} uncached images computed"
             for (name, one), cost in zip(rows, costs, strict=True)
         ]
         parts.append("\n".join([results_table(bench.results(rows, bench.sampling(steps))), *told]))

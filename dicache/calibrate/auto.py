@@ -11,7 +11,7 @@ from dicache.calibrate.forms import forms_of
 from dicache.calibrate.judging import ROUNDING, Goal, Score
 from dicache.calibrate.layouts import Layouts
 from dicache.calibrate.methods import CalibrationError
-from dicache.calibrate.planning import GAINED, ROUNDS, Planning, best_of_each
+from dicache.calibrate.planning import GAINED, ROUNDS, Planning, action_of, best_of_each
 from dicache.calibrate.refining import Candidate
 from dicache.calibrate.trying import Tried, Trying
 from dicache.models.sampling import Sampling
@@ -20,6 +20,7 @@ from dicache.schedules import Schedule
 from dicache.schedules.rows import distinct_rows
 
 Granularity = Literal["any", "body", "branch"]
+FORESEEN = ("expected_steps", "macs_fraction")  # what a schedule that decides at run time says of what it will compute
 FEWEST_ROWS = 4  # computed and kept, computed and not kept, held, and the first of a kind
 
 
@@ -136,7 +137,8 @@ class AutoSearch:
             found, single = self._for_quality(goal.min_psnr)
         if not found:
             raise CalibrationError(f"auto: nothing was found with {goal}; ask for less")
-        best = max(found, key=lambda c: goal.rank(Score(c.expected, c.macs_fraction)))
+        best = self._best(found)
+        assert best is not None
         made = best.schedule
         told = {
             "goal": {name: value for name, value in vars(goal).items() if value is not None},
@@ -149,9 +151,10 @@ class AutoSearch:
             "rows": None if made.plan is None else distinct_rows(made.plan, self.profile.anatomy),
             "tried": [asdict(line) for line in trying.report],
         }
-        settings = {**asdict(self.settings), "form": best.name, "from": made.method}
+        settings = {**asdict(self.settings), "form": best.name, "from": made.method, "of": made.settings}
+        foreseen = {name: made.measured[name] for name in FORESEEN if name in made.measured}
         return Best(
-            replace(made, method="auto", settings=settings, measured={**made.measured, "auto": told}),
+            replace(made, method="auto", settings=settings, measured={**foreseen, "auto": told}),
             best.decibels,
             None if single is None else (single.name, single.schedule),
             float("nan") if single is None else single.decibels,
@@ -160,19 +163,22 @@ class AutoSearch:
             trying.spent,
         )
 
-    @staticmethod
-    def _other(found: Sequence[Candidate], best: Candidate) -> tuple[str, Schedule] | None:
+    def _best(self, found: Sequence[Candidate]) -> Candidate | None:
+        """Return what suits the goal best, by what is expected on other runs."""
+        return max(found, key=lambda c: self.settings.goal.rank(Score(c.expected, c.macs_fraction)), default=None)
+
+    def _other(self, found: Sequence[Candidate], best: Candidate) -> tuple[str, Schedule] | None:
         """Return the best plan that skips blocks where the best reuses branches, or the other way round."""
-        each = best_of_each([candidate for candidate in found if candidate.slots])
-        others = [candidate for candidate in each if candidate.name != best.name]
-        return (others[0].name, others[0].schedule) if best.slots and len(each) == 2 else None
+        other = self._best([c for c in found if best.slots and c.slots and action_of(c) != action_of(best)])
+        return None if other is None else (other.name, other.schedule)
 
     def _for_share(self, share: float) -> tuple[list[Candidate], Candidate | None]:
         layouts = Layouts(self.profile, share)
         planned = self.planning.foretold(layouts)
-        singles = [c for c in self.methods(share) if c.macs_fraction <= share + ROUNDING]
+        rival = max(planned, key=lambda c: c.expected, default=None)
+        singles = [c for c in self.methods(share, rival) if c.macs_fraction <= share + ROUNDING]
         finished = self.planning.finished(layouts, best_of_each(planned))
-        return [*planned, *singles, *finished], max(singles, key=lambda c: c.decibels, default=None)
+        return [*planned, *singles, *finished], self._best(singles)
 
     def _for_quality(self, wanted: float) -> tuple[list[Candidate], Candidate | None]:
         """Look for the fewest computed steps that suffice, by halves."""
@@ -189,9 +195,11 @@ class AutoSearch:
                 high = count
             else:
                 low = count
-        share = min((c.macs_fraction for c in kept), default=1.0)
-        singles = [c for c in self.methods(share) if c.decibels >= wanted]
-        return [*kept, *singles], max(singles, key=lambda c: c.decibels, default=None)
+        rival = self._best(kept)
+        singles = [
+            c for c in self.methods(1.0 if rival is None else rival.macs_fraction, rival) if c.decibels >= wanted
+        ]
+        return [*kept, *singles], self._best(singles)
 
     def _with_steps(self, count: int) -> Candidate | None:
         """Return the best plan of so many computed steps."""

@@ -1,13 +1,15 @@
 """Every method on real runs: what it gives for a share of the multiply-accumulates, and what a search makes of it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from dicache.anatomy import Anatomy
 from dicache.calibrate.eoc import Prior
-from dicache.calibrate.judging import ROUNDING, Goal, RealRuns
-from dicache.calibrate.methods import CalibrationError
+from dicache.calibrate.judging import ROUNDING, Goal, RealRuns, digest
+from dicache.calibrate.methods import Axis, CalibrationError, Space
 from dicache.calibrate.refining import Candidate, tried
-from dicache.calibrate.search import search
+from dicache.calibrate.search import BrokenOffError, search
 from dicache.calibrate.singles import corrected, singles_of, spaces_of
 from dicache.calibrate.trying import Trying
 from dicache.evaluate.rerunning import Reruns
@@ -18,6 +20,43 @@ from dicache.schedules.rows import distinct_rows
 
 GLANCE, FAR_BEHIND, KEPT = 2, 6.0, 3  # runs that show who is behind, by how many dB, and how many are tried even so
 SEARCHED = 3  # methods whose settings are searched
+
+
+@dataclass(frozen=True)
+class FewRows:
+    """A space without the plans of too many rows.
+
+    Attributes:
+        space: With them.
+        most: Rows that do different things.
+        anatomy: The model's.
+    """
+
+    space: Space
+    most: int
+    anatomy: Anatomy
+
+    @property
+    def axes(self) -> Mapping[str, Axis]:
+        return self.space.axes
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return {**self.space.identity, "max_rows": self.most}
+
+    def plain(self, max_macs: float | None) -> Mapping[str, Any]:
+        return self.space.plain(max_macs)
+
+    def schedule(self, parameters: Mapping[str, Any]) -> Schedule:
+        made = self.space.schedule(parameters)
+        if too_many(made, self.most, self.anatomy):
+            raise CalibrationError(f"more than {self.most} rows")
+        return made
+
+
+def too_many(schedule: Schedule, most: int, anatomy: Anatomy) -> bool:
+    """Whether a schedule has a plan of more different rows than that."""
+    return schedule.plan is not None and distinct_rows(schedule.plan, anatomy) > most
 
 
 @dataclass(frozen=True)
@@ -40,10 +79,14 @@ class EveryMethod:
     trials: int = 0
     storage: str = ""
 
-    def __call__(self, share: float) -> Iterator[Candidate]:
+    def __call__(self, share: float, rival: Candidate | None) -> Iterator[Candidate]:
         """Try what every method gives for a share of the multiply-accumulates, without a search and with one.
 
         The first runs come first: who is far behind on each of them is not tried on the others, but for the best few.
+
+        Args:
+            share: Of the multiply-accumulates.
+            rival: The best plan of about this share, which the methods are to be near; None tries all on all runs.
         """
         few = self.trying.first(GLANCE)
         seen = list(self._seen(few, self._calibrated(share)))
@@ -53,7 +96,7 @@ class EveryMethod:
             self.trying.noted(over.name, found, over.macs_fraction)
         within.sort(key=lambda c: -c.decibels)
         within = sorted([*within, *self._seen(few, self._corrected(within))], key=lambda c: -c.decibels)
-        ahead = None if self.trying.best is None else self.trying.best.psnr[: len(few)] - FAR_BEHIND
+        ahead = None if rival is None else rival.psnr[: len(few)] - FAR_BEHIND
         for place, glance in enumerate(within):
             if place >= KEPT and ahead is not None and (glance.psnr < ahead).all():
                 found = f"{glance.decibels:.1f} dB on {len(few)} runs, on each {FAR_BEHIND:g} dB or more behind"
@@ -80,7 +123,7 @@ class EveryMethod:
         for glance in within:
             try:
                 for name, schedule in corrected(self.profile, self.prior, glance.schedule):
-                    yield f"{name} on {glance.name}", schedule
+                    yield f"{name} on {glance.name}", schedule  # of as many rows as it
             except (CalibrationError, ProfileError):  # it holds no branch, or there are no priors for it
                 continue
             return
@@ -99,17 +142,20 @@ class EveryMethod:
             best.setdefault(name.partition(" ")[0], name)
         for method, name in [pair for pair in best.items() if pair[1] in spaces][:SEARCHED]:
             try:
+                space = FewRows(spaces[name](), self.max_rows, self.profile.anatomy)
                 found = search(
-                    spaces[name](),
+                    space,
                     Goal(share),
                     judge,
                     trials=self.trials,
                     storage=self.storage,
-                    name=f"auto {method} {share:.4f}",
+                    name=f"auto {method} {digest([space.identity, judge.identity, share])}",
                     where=self.storage,
                     identity=judge.identity,
                     progress=self.trying.progress,
                 )
+            except BrokenOffError:
+                raise
             except CalibrationError as error:
                 self.trying.noted(f"{method}, searched", str(error))
                 continue
@@ -126,7 +172,7 @@ class EveryMethod:
             except (CalibrationError, PlanError) as error:
                 self.trying.noted(name, str(error))
                 continue
-            if schedule.plan is not None and distinct_rows(schedule.plan, self.profile.anatomy) > self.max_rows:
+            if too_many(schedule, self.max_rows, self.profile.anatomy):
                 self.trying.noted(name, f"more than {self.max_rows} rows")
                 continue
             yield name, schedule

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from dicache.anatomy import Anatomy
 from dicache.anatomy.parts import parse_span, span
+from dicache.calibrate.judging import ROUNDING
 from dicache.calibrate.sensitivity import Forecasts
-from dicache.schedules import Plan, Rule, Schedule, Target
+from dicache.schedules import Plan, PlanError, Rule, Schedule, Target
 from dicache.schedules.plan import ACT, ALL, Action, Weights
 
 Slots = dict[
@@ -37,6 +38,14 @@ class Form:
     def granularity(self) -> str:
         return "body" if self.action == "skip" else "branch"
 
+    def possible(self, anatomy: Anatomy) -> bool:
+        """Whether the blocks of a model can be skipped so."""
+        try:
+            self.plan(2, [0], {1: ((0, 1.0),)}).table(anatomy)
+        except PlanError:
+            return False
+        return True
+
     def block_range(self, anatomy: Anatomy) -> tuple[int, int]:
         """Return the first and the last of the blocks."""
         return (0, len(anatomy.blocks) - 1) if self.blocks == ALL else parse_span(self.blocks)
@@ -46,19 +55,19 @@ class Form:
         for count in range(steps, 0, -1):
             held: Forecasts = dict.fromkeys(range(count, steps), ((count - 1, 1.0),))
             plan = self.plan(steps, range(count), held)
-            if Schedule("auto", {}, anatomy, target, steps, plan).macs_fraction() <= share + 1e-9:
+            if Schedule("auto", {}, anatomy, target, steps, plan).macs_fraction() <= share + ROUNDING:
                 return count
         return None
 
 
 def forms_of(anatomy: Anatomy) -> list[Form]:
-    """Return the forms that a model's plans may have, that of all blocks first."""
+    """Return the forms that a model's plans may have, that of all blocks first, if blocks can be skipped."""
     last = len(anatomy.blocks) - 1
     forms = [Form("forecast of the body", "skip"), Form("forecast of the branches", "reuse")]
     if len(anatomy.segments) == 1 and last > 3:
         forms.append(Form("forecast of all but the last block", "skip", span(0, last - 1)))
         forms.append(Form("forecast of all but the last two blocks", "skip", span(0, last - 2)))
-    return forms
+    return [form for form in forms if form.possible(anatomy)]
 
 
 def together(plan: Plan) -> tuple[Slots, Callable[[Slots], Plan]]:

@@ -9,7 +9,7 @@ from dicache.calibrate.foretelling import Foretelling
 from dicache.calibrate.forms import Form
 from dicache.calibrate.judging import ROUNDING
 from dicache.profiler import Profile
-from dicache.schedules import Plan, Rule, Schedule
+from dicache.schedules import Plan, PlanError, Rule, Schedule
 from dicache.schedules.plan import ALL, MAX_ORDER, Weights
 
 FACTOR = 3.0  # between two trades that are next to each other
@@ -74,12 +74,10 @@ class Move:
     Attributes:
         name: What was changed, in words.
         layout: Itself.
-        since: The first step at which the two do different things.
     """
 
     name: str
     layout: Layout
-    since: int
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,10 @@ class Layouts:
                 of = kind if kind in layout.source.kinds(action) else BODY
                 weights: Mapping[int, Weights] = layout.source.weights(of, part.computed, layout.outputs, layout.trade)
                 branch = ALL if kind in (ALL, BODY) else branch_of(kind, self.profile.branches)
-                rules.append(Rule(action, letters, blocks, branch, predictor="forecast", weights=weights))
+                rule = Rule(action, letters, blocks, branch, predictor="forecast", weights=weights)
+                of_part = self.profile.anatomy.blocks[part.first : part.last + 1]
+                if any(rule.covers(site.branch) for block in of_part for site in block.sites):
+                    rules.append(rule)
         return Plan(self.steps, tuple(rules))
 
     def _kinds(self, layout: Layout) -> Sequence[str]:
@@ -143,9 +144,9 @@ class Layouts:
         yield from self._exchanges(layout)
         for outputs in (layout.outputs - 1, layout.outputs + 1):
             if 1 <= outputs <= MAX_ORDER + 1:
-                yield Move(f"{outputs} outputs", replace(layout, outputs=outputs), 1)
+                yield Move(f"{outputs} outputs", replace(layout, outputs=outputs))
         for trade in (layout.trade / FACTOR, layout.trade * FACTOR):
-            yield Move(f"{layout.source.name}: {trade:.2g}", replace(layout, trade=trade), 1)
+            yield Move(f"{layout.source.name}: {trade:.2g}", replace(layout, trade=trade))
 
     def _exchanges(self, layout: Layout) -> Iterator[Move]:
         always, ever = layout.always, layout.ever
@@ -157,7 +158,7 @@ class Layouts:
         ]
         for old, new in self._foremost(layout, pairs, [always - {old} | {new} for old, new in pairs]):
             parts = tuple(replace(p, computed=tuple(sorted({*p.computed} - {old} | {new}))) for p in layout.parts)
-            yield Move(f"step {new}, not {old}", replace(layout, parts=parts), min(old, new))
+            yield Move(f"step {new}, not {old}", replace(layout, parts=parts))
 
     def _more(self, layout: Layout) -> Iterator[Move]:
         outside = [(step, step) for step in range(self.steps) if step not in layout.ever]
@@ -167,7 +168,7 @@ class Layouts:
         for first, last, kind in self._affordable(layout, steps[0][0]):
             what = f"blocks {span(first, last)}" if kind == ALL else kind
             for step, _ in steps:
-                yield Move(f"{what} at step {step} too", self._with(layout, first, last, kind, step), step)
+                yield Move(f"{what} at step {step} too", self._with(layout, first, last, kind, step))
 
     def _foremost(
         self, layout: Layout, pairs: Sequence[tuple[int, int]], choices: Sequence[set[int]]
@@ -184,7 +185,10 @@ class Layouts:
         start, end = layout.form.block_range(self.profile.anatomy)
 
         def fits(first: int, last: int, kind: str) -> bool:
-            return self.share_of(self._with(layout, first, last, kind, step)) <= self.share + ROUNDING
+            try:
+                return self.share_of(self._with(layout, first, last, kind, step)) <= self.share + ROUNDING
+            except PlanError:  # these blocks cannot be skipped without the others
+                return False
 
         front = next((last for last in range(end, start - 1, -1) if fits(start, last, ALL)), None)
         back = next((first for first in range(start, end + 1) if fits(first, end, ALL)), None)

@@ -1,18 +1,17 @@
 """Plans of forecasts on real runs: those that are foretold to be best, changed and refined as long as that helps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 
 import numpy as np
 
 from dicache.calibrate.foretelling import Foretelling, OfEffects, OfProfile
-from dicache.calibrate.forms import Form
-from dicache.calibrate.judging import ROUNDING
+from dicache.calibrate.forms import Form, forms_of
 from dicache.calibrate.layouts import Layout, Layouts
 from dicache.calibrate.methods import CalibrationError
-from dicache.calibrate.refining import Candidate, refined, same_before, tried
+from dicache.calibrate.refining import Candidate, first_difference, refined, same_before, tried
 from dicache.calibrate.sensitivity import BACK, Sensitivity, mean_gram, measure
 from dicache.calibrate.trying import Trying
 from dicache.evaluate.rerunning import Beginning, Reruns
@@ -45,6 +44,7 @@ class Planning:
     forms: Sequence[Form]
     max_rows: int
     outputs: int
+    _taken: dict[tuple[str, str], tuple[int, float]] = field(default_factory=dict)  # outputs and trade
 
     def _measuring(self) -> tuple[int, int] | None:
         """Return on how many runs each step is left out, and how often; None where that takes too much computing."""
@@ -74,21 +74,24 @@ class Planning:
             found.append(OfProfile(self.profile))
         except CalibrationError as error:
             self.trying.noted(OfProfile.name, str(error))
-        if not found or self._measuring() is not None:
-            found.append(OfEffects(self._measured(), self.outputs))
+        skips = any(form.action == "skip" for form in forms_of(self.profile.anatomy))
+        if skips and (not found or self._measuring() is not None):
+            try:
+                found.append(OfEffects(self._measured(), self.outputs))
+            except CalibrationError as error:
+                self.trying.noted(OfEffects.name, str(error))
         return found
 
     def foretold(self, layouts: Layouts) -> list[Candidate]:
         """Try the steps and weights that are foretold to be best, the best of them on all runs.
 
         How many outputs a forecast is made of, and the trade, are decided on the first runs, with the form of all
-        blocks and that of branches; the other forms take what is best for the former.
+        blocks and that of branches, once: the other forms, and other shares, take what was best.
         """
         few = self.trying.first(FIRST)
         seen: list[Candidate] = []
-        taken: dict[tuple[str, str], tuple[int, float]] = {}  # outputs and trade, by the action and the source
         for form, source in product(self.forms, self._sources):
-            known = taken.get((form.action, source.name))
+            known = self._taken.get((form.action, source.name))
             glances: list[Candidate] = []
             for outputs, trade in [known] if known else self._tries(source):
                 if glances and known is None and outputs < self._outputs_of(glances[0]) and not source.orders:
@@ -100,14 +103,14 @@ class Planning:
             if glances and known is None:
                 layout = max(glances, key=lambda c: c.decibels).layout
                 assert layout is not None
-                taken[form.action, source.name] = layout.outputs, layout.trade
+                self._taken[form.action, source.name] = layout.outputs, layout.trade
             seen += glances
         seen.sort(key=lambda c: -c.decibels)
         chosen = [*best_of_each(seen), *seen[:BEST]]
         planned = []
         for glance in {id(c): c for c in chosen}.values():
             assert glance.layout is not None
-            planned.append(self._of_layout(self.trying.runs, glance.layout, glance.schedule.plan))
+            planned.append(self._of_layout(self.trying.runs, glance.layout, glance.schedule.plan, recorded=True))
             self.trying.told(planned[-1], glance.layout.name)
         return planned
 
@@ -119,10 +122,16 @@ class Planning:
         return [(outputs, trade) for outputs in range(self.outputs, 0, -1) for trade in source.trades]
 
     def _of_layout(
-        self, runs: Reruns, layout: Layout, plan: Plan | None, beginning: Beginning | None = None
+        self,
+        runs: Reruns,
+        layout: Layout,
+        plan: Plan | None,
+        beginning: Beginning | None = None,
+        *,
+        recorded: bool = False,
     ) -> Candidate:
         schedule = Schedule("auto", {}, self.profile.anatomy, self.profile.provenance.target, self.profile.steps, plan)
-        return replace(tried(runs, layout.form.name, schedule, beginning), layout=layout)
+        return replace(tried(runs, layout.form.name, schedule, beginning, recorded=recorded), layout=layout)
 
     def _in_rows(self, plan: Plan) -> bool:
         return bool(plan.rules) and distinct_rows(plan, self.profile.anatomy) <= self.max_rows
@@ -153,15 +162,16 @@ class Planning:
         while here is not None:
             best = here
             assert best.layout is not None
-            base = self._of_layout(few, best.layout, best.schedule.plan)
+            base = self._of_layout(few, best.layout, best.schedule.plan, recorded=True)
             tries: list[tuple[Candidate, str]] = []
             for move in layouts.moves(best.layout):
                 plan = layouts.plan(move.layout)
-                over = layouts.share_of(move.layout) > layouts.share + ROUNDING
-                if over or plan in seen or not self._in_rows(plan) or self.trying.spent > allowed:
+                if plan in seen or not self._in_rows(plan) or self.trying.spent > allowed:
                     continue
                 seen.append(plan)
-                beginning = Beginning(base.made, same_before(plan, move.since))
+                assert base.schedule.plan is not None
+                since = first_difference(base.schedule.plan, plan, self.profile.anatomy)
+                beginning = Beginning(base.made, same_before(plan, since))
                 tries.append((self._of_layout(few, move.layout, plan, beginning), move.name))
                 self.trying.bar.update()
             here = self._better(best, base, tries)
@@ -172,7 +182,7 @@ class Planning:
         ahead = sorted((pair for pair in tries if _ahead(pair[0], base)), key=lambda pair: -pair[0].decibels)
         for glance, name in ahead[:BEST]:
             assert glance.layout is not None
-            candidate = self._of_layout(self.trying.runs, glance.layout, glance.schedule.plan)
+            candidate = self._of_layout(self.trying.runs, glance.layout, glance.schedule.plan, recorded=True)
             self.trying.told(candidate, name)
             if _ahead(candidate, here):
                 return candidate
@@ -198,12 +208,12 @@ class Planning:
             better = refined(self.trying.runs, candidate, self.trying.bar.update, kept)
         else:
             few = self.trying.first(count)
-            base = tried(few, candidate.name, candidate.schedule)
+            base = tried(few, candidate.name, candidate.schedule, recorded=True)
             found = refined(few, base, self.trying.bar.update, kept)
             if found is base:
                 return None
             fitted = found.optimism * count / len(self.trying.runs)  # the other runs were not fitted to
-            better = tried(self.trying.runs, found.name, found.schedule)
+            better = tried(self.trying.runs, found.name, found.schedule, recorded=True)
             better = replace(better, optimism=candidate.optimism + fitted, layout=candidate.layout)
         if better is candidate:
             return None
@@ -217,11 +227,16 @@ def _ahead(one: Candidate, other: Candidate) -> bool:
     return bool(difference.mean() > difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
+def action_of(candidate: Candidate) -> str:
+    """Return what the plan of a candidate does: skip or reuse."""
+    assert candidate.schedule.plan is not None
+    return candidate.schedule.plan.rules[0].action
+
+
 def best_of_each(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the best candidate that skips blocks and the best that reuses branches, the better one first."""
     best: dict[str, Candidate] = {}
     for candidate in candidates:
-        assert candidate.schedule.plan is not None
-        action = candidate.schedule.plan.rules[0].action
+        action = action_of(candidate)
         best[action] = max(best.get(action, candidate), candidate, key=lambda c: c.expected)
     return sorted(best.values(), key=lambda c: -c.expected)

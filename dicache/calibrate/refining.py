@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from dicache.anatomy import Anatomy
 from dicache.calibrate.forms import Slots, together
 from dicache.calibrate.judging import digest
 from dicache.calibrate.keeping import Kept
@@ -61,9 +63,19 @@ class Candidate:
         return together(plan)[0] if plan is not None and plan.rules and forecast else {}
 
 
-def tried(runs: Reruns, name: str, schedule: Schedule, beginning: Beginning | None = None) -> Candidate:
-    """Run with a schedule, and say how close the images are to the uncached ones; what is not finite counts as 0 dB."""
-    made = runs(schedule, beginning)
+def tried(
+    runs: Reruns, name: str, schedule: Schedule, beginning: Beginning | None = None, *, recorded: bool = False
+) -> Candidate:
+    """Run with a schedule, and say how close the images are to the uncached ones; what is not finite counts as 0 dB.
+
+    Args:
+        runs: To try it on.
+        name: Of the candidate.
+        schedule: To try.
+        beginning: What is known of it.
+        recorded: Whether other runs are to begin as this one does; the model's outputs are held for that.
+    """
+    made = runs(schedule, beginning, recorded=recorded)
     decibels = np.nan_to_num(psnr(made.images, runs.uncached.images), nan=0.0, neginf=0.0)
     return Candidate(name, schedule, made, decibels)
 
@@ -77,7 +89,7 @@ def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Ke
 
     Args:
         runs: That it was tried on.
-        found: Has weights, or stays as it is.
+        found: Has weights and was recorded, or stays as it is.
         told: Called after each replay.
         kept: Where the images of nudged weights are kept.
     """
@@ -97,6 +109,7 @@ def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Ke
     effects = []
     for slot, place in moves:
         schedule = schedule_of(_moved(slots, [(slot, place)], [NUDGE]))
+        assert schedule.plan is not None
         beginning = Beginning(found.made, same_before(schedule.plan, slot[0]))
         made = kept.get(digest(schedule.to_json()["plan"]), runs, lambda: numbers(runs(schedule, beginning).images))  # noqa: B023 # called at once
         effects.append((made - images) / NUDGE * scale)
@@ -118,11 +131,12 @@ def refined(runs: Reruns, found: Candidate, told: Callable[[], object], kept: Ke
             errors.append(np.log(max(left, 1e-300)))
         return float(np.mean(errors))
 
-    ridge = min(RIDGES, key=lambda ridge: error(ridge, left_out=True)) if len(images) > 2 else RIDGES[-1]
+    ridge = min(RIDGES, key=lambda ridge: error(ridge, left_out=True)) if len(images) > 1 else RIDGES[-1]
     for held in (ridge, 10 * ridge, 100 * ridge):  # smaller steps, where the errors do not add up
-        other = tried(runs, found.name, schedule_of(_moved(slots, moves, _solved(by_run.sum(0), toward.sum(0), held))))
+        weights = _moved(slots, moves, _solved(by_run.sum(0), toward.sum(0), held))
+        other = tried(runs, found.name, schedule_of(weights), recorded=True)
         told()
-        apart = error(held, left_out=True) - error(held, left_out=False) if len(images) > 2 else 0.0
+        apart = error(held, left_out=True) - error(held, left_out=False) if len(images) > 1 else 0.0
         optimism = found.optimism + max(0.0, 10 / np.log(10) * apart)
         other = replace(other, optimism=optimism, layout=found.layout)
         if other.expected > found.expected:
@@ -136,16 +150,36 @@ def _solved(square: np.ndarray, toward: np.ndarray, ridge: float) -> np.ndarray:
     return solved
 
 
-def same_before(plan: Plan | None, since: int) -> set[int]:
+def same_before(plan: Plan, since: int) -> set[int]:
     """Return the steps before one whose outputs need not be made again, because nothing is kept of them.
 
     Args:
         plan: Of forecasts.
         since: The first step that is done otherwise than before.
     """
-    assert plan is not None
-    kept = {s for rule in plan.rules for step, weights in rule.weights.items() if step >= since for s, _ in weights}
-    return set(range(since)) - kept
+    run = set(range(since, plan.steps))
+    while more := {s for rule in plan.rules for step in run for s, _ in rule.weights.get(step, ())} - run:
+        run |= more  # and at these steps other rules may act, which need what was computed before
+    return set(range(since)) - run
+
+
+def first_difference(one: Plan, other: Plan, anatomy: Anatomy) -> int:
+    """Return the first step at which two plans do different things; the number of steps if there is none."""
+
+    def does(plan: Plan) -> list[Any]:
+        stand_ins, ranges = plan.stand_ins(anatomy), plan.ranges(anatomy)
+        table = plan.table(anatomy).values()
+        return [
+            (
+                [letters[step] for letters in table],
+                {key: by_step[step] for key, by_step in stand_ins.items() if step in by_step},
+                {key: by_step[step] for key, by_step in ranges.items() if step in by_step},
+            )
+            for step in range(plan.steps)
+        ]
+
+    pairs = zip(does(one), does(other), strict=True)
+    return next((step for step, (mine, theirs) in enumerate(pairs) if mine != theirs), one.steps)
 
 
 def _moved(slots: Slots, moves: list[tuple[tuple[int, int], int]], by: Sequence[float] | np.ndarray) -> Slots:

@@ -24,6 +24,10 @@ from dicache.schedules import Schedule
 PATIENCE = 100  # draws in a row that need no run: by then a space of a few hundred points is all but tried out
 
 
+class BrokenOffError(CalibrationError):
+    """A search ended before its time; what it did is kept, and the same command goes on with it."""
+
+
 @dataclass(frozen=True)
 class Tried:
     """Settings and what they made of all runs."""
@@ -120,7 +124,8 @@ def search(
         progress: Whether to show a bar on standard error.
 
     Raises:
-        CalibrationError: If the storage holds another search, or no trial keeps to the limit, or on Ctrl-C.
+        BrokenOffError: On Ctrl-C, or if the storage fails.
+        CalibrationError: If the storage holds another search, or no trial keeps to the limit.
     """
     drawing = Drawing(space, goal, trials, seed)
     identity = {"goal": asdict(goal), "axes": axes_json(space.axes), "seed": seed, **space.identity, **identity}
@@ -143,12 +148,12 @@ def search(
                 else:
                     break
     except KeyboardInterrupt:
-        raise CalibrationError(
+        raise BrokenOffError(
             f"interrupted after {ran} of {trials} trials, which are kept in {where}; the same command goes on with them"
         ) from None
     except StorageInternalError as error:
         said = str(error).strip().splitlines()[0]
-        raise CalibrationError(f"{where} failed after {ran} trials ({said}); the same command goes on") from error
+        raise BrokenOffError(f"{where} failed after {ran} trials ({said}); the same command goes on") from error
     if len(known.ran) < trials and drawing.listed is None:
         logging.getLogger(__name__).warning(
             "stopped after %d trials: %d draws in a row brought nothing new", len(known.ran), known.in_vain

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -53,7 +53,6 @@ class Sensitivity:
     Attributes:
         effects: Of single steps.
         gram: Products of all steps' body residuals with one another, a mean over runs, (steps, steps).
-        spread: Numbers that are compared of an image, as a share of those that it has.
 
     What several steps do together is taken for the sum of what each does alone, and what an output does that was not
     measured for the weighted sum of those that were, by least squares over the residuals; what these leave is taken for
@@ -62,7 +61,6 @@ class Sensitivity:
 
     effects: Sequence[Effect]
     gram: np.ndarray
-    spread: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -80,32 +78,28 @@ class Sensitivity:
         floored: np.ndarray = np.maximum(sizes, max(TINY * sizes.max(), 1e-300))
         return floored
 
-    def decibels(self, error: float) -> float:
-        """Return the PSNR that an error as `forecasts` returns it stands for, a mean over images."""
-        return float(np.mean(-10 * np.log10(max(error, 1e-300) * self._sizes * self.spread)))
-
     @cached_property
     def _products(self) -> np.ndarray:
         """Products of the effects of all pairs of a step and its source with one another: (pairs, pairs)."""
         weights = np.sqrt(1 / self._sizes)[:, None]  # no image counts more for having changed more
         count = self.effects[0].change.size
-        made: list[np.ndarray] = []
+        changes = np.stack([(effect.change * weights).ravel() for effect in self.effects])
+        measured = changes @ changes.T  # of the effects that were measured, of which all others are sums
+        parts = np.zeros((len(self._pairs), len(self.effects)))
         noise = np.zeros((len(self._pairs), len(self._pairs)))
         for step in range(1, self.steps):
-            given = [effect for effect in self.effects if effect.step == step]
-            known = np.stack([effect.apart(self.steps) for effect in given])  # (given, steps)
+            given = [place for place, effect in enumerate(self.effects) if effect.step == step]
+            known = np.stack([self.effects[place].apart(self.steps) for place in given])  # (given, steps)
             apart = np.eye(self.steps)[:step] - np.eye(self.steps)[step]  # of each output before, (sources, steps)
             square = known @ self.gram @ known.T
             square += TINY * np.trace(square) * np.eye(len(given))
             shares = np.linalg.solve(square, known @ self.gram @ apart.T).T  # (sources, given)
-            changes = np.stack([(effect.change * weights).ravel() for effect in given])
-            made.extend(shares @ changes)
-            rest = apart - shares @ known
-            gain = (changes**2).sum() / count / max(float(np.trace(square)), 1e-300)
             places = slice(self._pairs[step, 0], self._pairs[step, 0] + step)
+            parts[places, given] = shares
+            rest = apart - shares @ known
+            gain = np.trace(measured[np.ix_(given, given)]) / count / max(float(np.trace(square)), 1e-300)
             noise[places, places] = gain * (rest @ self.gram @ rest.T)
-        rows = np.stack(made)
-        products: np.ndarray = rows @ rows.T / count + noise
+        products: np.ndarray = parts @ measured @ parts.T / count + noise
         return products
 
     def forecasts(self, computed: Sequence[int], outputs: int, ridge: float) -> tuple[Forecasts, float]:
@@ -255,8 +249,7 @@ def measure(
                 raise CalibrationError(f"the images are not finite where step {step} is not computed")
             effects.append(Effect(step, weights, change))
             told()
-    images = runs.uncached.images
-    return Sensitivity(effects, gram, min(1.0, NUMBERS / images[0].size))
+    return Sensitivity(effects, gram)
 
 
 def numbers(images: np.ndarray) -> np.ndarray:
@@ -269,6 +262,12 @@ def numbers(images: np.ndarray) -> np.ndarray:
     size = rows.shape[1]
     if size <= NUMBERS:
         return rows
-    random = np.random.default_rng(0)  # each number is added to one place, with a random sign
-    places, signs = random.integers(NUMBERS, size=size), random.choice([-1.0, 1.0], size=size)
+    places, signs = _projection(size)
     return np.stack([np.bincount(places, row * signs, minlength=NUMBERS) for row in rows])
+
+
+@lru_cache(maxsize=1)
+def _projection(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the one place that each number is added to, and the random sign that it has there."""
+    random = np.random.default_rng(0)
+    return random.integers(NUMBERS, size=size, dtype=np.int32), random.choice(np.array([-1, 1], np.int8), size=size)

@@ -11,6 +11,7 @@ from dicache.calibrate.eoc import Eoc, Prior
 from dicache.calibrate.faster_diffusion import FasterDiffusion, FasterDiffusionSpace
 from dicache.calibrate.first_block import FirstBlock, FirstBlockSpace
 from dicache.calibrate.fora import Fora, ForaSpace
+from dicache.calibrate.judging import ROUNDING
 from dicache.calibrate.magcache import MagCache, MagCacheSpace
 from dicache.calibrate.mask import Mask
 from dicache.calibrate.methods import CalibrationError, planned_schedule
@@ -95,6 +96,6 @@ def _even(profile: Profile, share: float) -> Schedule:
     for count in range(steps, 0, -1):
         computed = ",".join(str(place * steps // count) for place in range(count))
         schedule = planned_schedule(Mask({"*": computed}), anatomy, target, steps)
-        if schedule.macs_fraction() <= share + 1e-9:
+        if schedule.macs_fraction() <= share + ROUNDING:
             return schedule
     raise CalibrationError(f"mask: a share of {share:.3f} of the MACs cannot be reached in {steps} steps")

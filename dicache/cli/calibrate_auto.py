@@ -115,7 +115,8 @@ def auto(
         partial(load_prior, file) if has_priors(file) else None,
         storage or f"sqlite:///{kept / 'trials.db'}",
     )()
-    compared = [("auto", best.schedule), *(one for one in (best.single, best.other) if one is not None)]
+    compared = [("auto", best.schedule)]
+    compared += [one for one in (best.single, best.other) if one and one[0] != best.schedule.settings["form"]]
     _, results, fewer = evaluate(
         pipeline,
         compared,
@@ -157,7 +158,7 @@ def _told(best: "Best", goal: Any, results: "Sequence[Result]") -> str:
         "On runs that nothing was tried on:",
         results_table(results),
     ]
-    if best.single is not None:
+    if best.single is not None and len(results) > 1 and results[1].name == best.single[0]:
         mine, single = results[0], results[1]
         if single.psnr.mean > mine.psnr.mean and single.macs_fraction <= mine.macs_fraction:
             lines.append(f"There {best.single[0]} is closer to the uncached images; try more --runs.")

@@ -25,7 +25,7 @@ class Made:
     Attributes:
         images: In [0, 1], shape (n, h, w, 3), or (n, frames, h, w, 3).
         spent: What was computed for it, as a number of uncached images.
-        outputs: The model's outputs of each batch of runs.
+        outputs: The model's outputs of each batch of runs, if they were recorded.
     """
 
     images: np.ndarray
@@ -38,7 +38,7 @@ class Beginning:
     """Steps of a rerun that need not be computed, because another run did the same until then.
 
     Attributes:
-        made: The other run, of the same conditions and seeds.
+        made: The other run, of the same conditions and seeds, recorded.
         steps: At which its outputs of the model are taken.
     """
 
@@ -66,32 +66,35 @@ class Reruns:
         self._conditions, self._seeds = conditions, seeds
         self._sampling = sampling.resolved(pipeline)
         self.spent = 0.0
-        self.uncached = self._run(None, None)
+        self.uncached = self._run(None, None, recorded=True)
         self._calls = sum(map(len, self.uncached.outputs[0].values()))  # of the model in a generation
 
     def __len__(self) -> int:
         return len(self._conditions)
 
-    def __call__(self, schedule: Schedule, beginning: Beginning | None = None) -> Made:
+    def __call__(self, schedule: Schedule, beginning: Beginning | None = None, *, recorded: bool = False) -> Made:
         """Run with a schedule.
 
         Args:
             schedule: Adaptive ones see one image at a time, as a user's single image would.
             beginning: What is known of it. Steps whose outputs stand in for later ones must not be among it: there
                 nothing is kept.
+            recorded: Whether the model's outputs are held, so that other runs can begin as this one does.
 
         Raises:
             ScheduleError: If the schedule does not fit the pipeline as it is called.
         """
-        return self._run(schedule, beginning)
+        if beginning is not None and not beginning.made.outputs:
+            raise ValueError("a run can begin as another did only if that was recorded; make it with recorded=True")
+        return self._run(schedule, beginning, recorded)
 
-    def _run(self, schedule: Schedule | None, beginning: Beginning | None) -> Made:
+    def _run(self, schedule: Schedule | None, beginning: Beginning | None, recorded: bool) -> Made:
         size = 1 if schedule is not None and schedule.adaptive else BATCH
         images, outputs, spent = [], [], 0.0
         for number, start in enumerate(range(0, len(self), size)):
             batch = slice(start, min(start + size, len(self)))
             share = 1.0
-            with self._recorded() as made:
+            with self._recorded(recorded) as made:
                 if schedule is None:
                     images.append(self._sample(batch))
                 else:
@@ -100,7 +103,8 @@ class Reruns:
                             cache.known = _in_turn(beginning.made.outputs[number], beginning.steps)
                         images.append(self._sample(batch))
                         share = cache.stats.macs / self._calls
-            outputs.append(made)
+            if recorded:
+                outputs.append(made)
             spent += share * (batch.stop - batch.start)
         self.spent += spent
         return Made(np.concatenate(images), spent, outputs)
@@ -110,10 +114,13 @@ class Reruns:
         return images
 
     @contextmanager
-    def _recorded(self) -> Iterator[Outputs]:
-        """Give what the model returns while the context is open."""
+    def _recorded(self, recorded: bool) -> Iterator[Outputs]:
+        """Give what the model returns while the context is open, if it is to be recorded."""
         outputs: Outputs = {}
         step = 0
+        if not recorded:
+            yield outputs
+            return
 
         def began(_: Any) -> None:
             nonlocal step

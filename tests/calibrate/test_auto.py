@@ -11,15 +11,18 @@ import pytest
 from dicache import apply
 from dicache.calibrate import CalibrationError
 from dicache.calibrate.auto import Auto, AutoSearch, Best
+from dicache.calibrate.every_method import FewRows
 from dicache.calibrate.judging import Goal
 from dicache.calibrate.sensitivity import expansion, mean_gram
-from dicache.calibrate.singles import singles_of
+from dicache.calibrate.singles import singles_of, spaces_of
+from dicache.cli.calibrating import write_schedule
 from dicache.evaluate.quality import psnr
 from dicache.evaluate.rerunning import Reruns
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, sample
 from dicache.profiler import Profile, storage
 from dicache.profiler.profiling import profile_pipeline
+from dicache.schedules import Plan, Schedule
 from dicache.schedules.predicting import taylor_coefficients
 from dicache.schedules.rows import distinct_rows
 
@@ -80,12 +83,12 @@ def test_a_search_that_is_broken_off_goes_on_and_finds_the_same(
 ) -> None:
     made, run = 0, Reruns.__call__
 
-    def broken(runs: Reruns, *args: Any) -> Any:
+    def broken(runs: Reruns, *args: Any, **more: Any) -> Any:
         nonlocal made
         made += 1
         if made == 9:
             raise KeyboardInterrupt
-        return run(runs, *args)
+        return run(runs, *args, **more)
 
     settings = Auto(Goal(0.55), budget=150)
     with monkeypatch.context() as patch:
@@ -95,7 +98,6 @@ def test_a_search_that_is_broken_off_goes_on_and_finds_the_same(
     kept = sorted(path.name for path in tmp_path.rglob("*.npz"))
     assert len(kept) == 8
     assert not pipeline.transformer._forward_hooks
-    made = 100  # broken off no more
     again = searching(pipeline, profile, settings, tmp_path)()
     assert again.schedule.plan == half[0].schedule.plan
     assert again.spent == pytest.approx(half[0].spent)
@@ -159,6 +161,44 @@ def test_the_best_methods_are_searched_and_what_that_computes_is_beside_the_budg
     assert all(line.psnr is None or line.note == "2 trials" for line in searched)
     assert any(line.psnr is not None for line in searched)
     assert best.spent > sum(line.note == "2 trials" for line in searched) * 2  # each takes more than one image
+
+
+@pytest.mark.usefixtures("few_methods")
+def test_ctrl_c_in_a_search_of_settings_ends_all(
+    pipeline: Any, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dicache.calibrate.judging.RealRuns.__call__", interrupted)
+    settings = Auto(Goal(0.55), budget=30, granularity="body", trials=2)
+    with pytest.raises(CalibrationError, match="interrupted after 0 of 2 trials, which are kept"):
+        searching(pipeline, profile, settings, storage=f"sqlite:///{tmp_path / 'trials.db'}")()
+
+
+def test_what_has_too_many_rows_is_not_searched(profile: Profile) -> None:
+    space = spaces_of(profile, 0.5)["taylorseer body 2"]()
+    few = FewRows(space, 4, profile.anatomy)
+    parameters = dict(space.plain(0.5))
+    assert distinct_rows(few.schedule({**parameters, "order": 1}).plan or Plan(1), profile.anatomy) <= 4
+    with pytest.raises(CalibrationError, match="more than 4 rows"):
+        few.schedule({**parameters, "interval": 3, "order": 2})
+
+
+def test_a_method_that_decides_at_run_time_may_be_the_best(
+    pipeline: Any, profile: Profile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def one(profile: Profile, share: float) -> dict[str, Any]:
+        return {"teacache": singles_of(profile, 0.45)["teacache"]}
+
+    monkeypatch.setattr("dicache.calibrate.every_method.singles_of", one)
+    monkeypatch.setattr("dicache.calibrate.planning.Planning.foretold", lambda *_: [])
+    best = searching(pipeline, profile, Auto(Goal(0.9), budget=30))()
+    assert (best.schedule.method, best.schedule.settings["from"]) == ("auto", "teacache")
+    assert best.schedule.settings["of"]["degree"] == 4
+    assert best.schedule.foreseen
+    best.schedule.save(tmp_path / "auto.json")
+    write_schedule(Schedule.load(tmp_path / "auto.json"), "", "digits", tmp_path / "again.json", as_json=False)
 
 
 @pytest.mark.usefixtures("few_methods")

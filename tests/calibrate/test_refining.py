@@ -1,6 +1,7 @@
 """Refining: weights move to where the finished images are nearest, and never away from them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from dicache import Schedule
 from dicache.calibrate.keeping import Kept
-from dicache.calibrate.refining import refined, tried
+from dicache.calibrate.refining import first_difference, refined, same_before, tried
 from dicache.calibrate.sensitivity import Forecasts
 from dicache.evaluate.rerunning import Beginning, Made
 from dicache.schedules import Plan, Rule, Target
@@ -36,7 +37,7 @@ class Answers:
     def __len__(self) -> int:
         return RUNS
 
-    def __call__(self, schedule: Schedule, beginning: Beginning | None = None) -> Made:
+    def __call__(self, schedule: Schedule, beginning: Beginning | None = None, *, recorded: bool = False) -> Made:
         assert schedule.plan is not None
         weights: Mapping[int, Any] = schedule.plan.rules[0].weights
         off = sum(
@@ -71,6 +72,28 @@ def test_the_nudges_begin_where_the_plan_differs() -> None:
     runs: Any = Answers()
     refined(runs, candidate(runs), lambda: None)
     assert [sorted(beginning.steps) for beginning in runs.beginnings] == [[], [2], [2], [2, 4], [2, 4]]
+
+
+def test_steps_are_known_where_nothing_that_is_run_needs_their_outputs() -> None:
+    alone = forecast("C..C..C..", {1: (0,), 2: (0,), 4: (3, 0), 5: (3, 0), 7: (6, 3), 8: (6, 3)})
+    assert same_before(Plan(9, (alone,)), 7) == {0, 1, 2, 4, 5}
+    # Another rule computes step 5, where the first one acts and needs steps 3 and 0.
+    other = forecast("C..C.CC..", {1: (0,), 2: (0,), 4: (3, 0), 7: (6, 5), 8: (6, 5)})
+    assert same_before(Plan(9, (alone, other)), 7) == {1, 2, 4}
+
+
+def test_plans_differ_from_the_first_step_that_has_other_letters_or_weights() -> None:
+    sources = {1: (0,), 2: (0,), 4: (3, 0), 5: (3, 0)}
+    plan = Plan(6, (forecast("C..C..", sources),))
+    assert first_difference(plan, plan, written(1)) == 6
+    lighter = replace(plan.rules[0], weights={**plan.rules[0].weights, 2: ((0, 0.9),)})
+    assert first_difference(plan, Plan(6, (lighter,)), written(1)) == 2
+    assert first_difference(plan, Plan(6, (forecast("C..CC.", {1: (0,), 2: (0,), 5: (4, 3)}),)), written(1)) == 4
+
+
+def forecast(letters: str, sources: Mapping[int, Sequence[int]]) -> Rule:
+    weights = {step: tuple((source, 1 / len(of)) for source in of) for step, of in sources.items()}
+    return Rule("reuse", letters, predictor="forecast", weights=weights)
 
 
 def test_a_candidate_that_nothing_improves_stays() -> None:

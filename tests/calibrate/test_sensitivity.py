@@ -50,9 +50,6 @@ def test_the_foretold_error_is_that_of_images_that_answer_linearly(computed: lis
     sensitivity = measured()
     forecasts, error = sensitivity.forecasts(computed, 2, 0.1)
     assert error == pytest.approx(relative(sensitivity, literal(forecasts)), rel=1e-4)
-    assert sensitivity.decibels(error) == pytest.approx(
-        float(np.mean(-10 * np.log10(error * sensitivity._sizes))), abs=1e-9
-    )
 
 
 def test_no_other_weights_leave_a_smaller_error_where_nothing_holds_them() -> None:
