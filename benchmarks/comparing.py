@@ -20,7 +20,7 @@ from benchmarks import peers
 from benchmarks.bench import BUILD, RUNS, Bench
 from benchmarks.peers import Peer, Settings
 from benchmarks.tuning import Method, Trial, methods, thinned
-from dicache.calibrate.auto import Auto, AutoSearch
+from dicache.calibrate.auto import Auto, AutoSearch, Granularity
 from dicache.calibrate.judging import Goal
 from dicache.calibrate.methods import CalibrationError
 from dicache.evaluate.evaluation import reference_run, replay
@@ -128,15 +128,15 @@ class Comparison:
         file = self.file("extra", name, schedule.to_json(), runs)
         return self.row(file, runs, lambda: self.replayed(schedule, runs))
 
-    def auto(self, budget: float) -> Schedule:
+    def auto(self, budget: float, granularity: Granularity = "any") -> Schedule:
         """Return what `dicache calibrate auto` finds on the prompts that everything is tuned on, with more seeds."""
         prompts, seeds = self.tuning
         conditions = [prompts[i % len(prompts)] for i in range(AUTO_RUNS)]
-        file = self.file("auto", "auto", [budget, AUTO_BUDGET], (conditions, seeds))
+        file = self.file("auto", granularity, [budget, AUTO_BUDGET], (conditions, seeds))
         if not file.exists():
             profile = self.bench.profile(self.steps)
             several = [seeds[0] + i for i in range(AUTO_RUNS)]
-            settings = Auto(Goal(budget), budget=AUTO_BUDGET)
+            settings = Auto(Goal(budget), budget=AUTO_BUDGET, granularity=granularity)
             kept = KEPT / f"auto-{self.bench.model}-{self.steps}"
             search = AutoSearch(profile, self.bench.pipeline, conditions, several, self.sampling, settings, kept)
             search().schedule.save(file)

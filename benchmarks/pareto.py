@@ -7,8 +7,9 @@ images, what the model's judge says, and the time of single images beside the un
 more than 6 dB behind the best of the others on the first of these images is told of them alone. Fewer steps are of the
 model's own solver and of DPM-Solver++. There are only ten classes, so that of `digits` the seeds differ.
 
-`auto` may try more than single settings, on seeds of its own of the prompts that all are tuned on; what it computed for
-that is told as `spent`, in uncached images. The 50 settings that a method may try are up to 400 images.
+`auto` is run twice, once with plans of all blocks alone. It may try more than single settings, on seeds of its own of the
+prompts that all are tuned on; what it computed for that is told as `spent`, in uncached images. The 50 settings that a
+method may try are up to 400 images.
 
 Peers run in an environment and a process of their own; see `benchmarks.peers`. SmoothCache's rule is run by dicache,
 and so is T-GATE's, whose package knows PixArt alone of the bundled models. What does not run is told below the table.
@@ -30,6 +31,7 @@ from benchmarks.bench import RESULTS
 from benchmarks.comparing import Comparison, Runs
 from benchmarks.peers import Peer, Settings, peers
 from benchmarks.tuning import Method, Trial, best
+from dicache.calibrate.auto import Granularity
 from dicache.cli.command import table
 from dicache.evaluate.quality import mean_with_interval, paired_difference
 from dicache.figures import save
@@ -37,6 +39,7 @@ from dicache.figures.pareto import pareto, read_series
 from dicache.models.sampling import Sampling
 from dicache.schedules import Schedule
 
+AUTO: Mapping[str, Granularity] = {"auto": "any", "auto, blocks": "body"}
 OWN_STEPS, OTHER_STEPS = "fewer steps", "DPM-Solver++"
 SLACK = 0.005  # of a share of the MACs
 FAR_BEHIND = 6.0  # dB on the first images, several times what the means of so many differ by chance
@@ -156,11 +159,12 @@ def compare(comparison: Comparison, extra: Sequence[tuple[str, Schedule]]) -> tu
         rows.append(row)
         schedules[row.key] = pipeline, sampling, schedule
 
-    for budget in budgets:
-        schedule = comparison.auto(budget)
-        told = {"form": schedule.settings["form"], "spent": schedule.measured["auto"]["spent_images"]}
-        made = comparison.extra("auto", schedule, runs)
-        add(Row("auto", "dicache", budget, {**told, "budget": budget}, told, made), *own, schedule)
+    for name, granularity in AUTO.items():
+        for budget in budgets:
+            schedule = comparison.auto(budget, granularity)
+            told = {"form": schedule.settings["form"], "spent": schedule.measured["auto"]["spent_images"]}
+            made = comparison.extra(name, schedule, runs)
+            add(Row(name, "dicache", budget, {**told, "budget": budget}, told, made), *own, schedule)
     for name, schedule in extra:
         made = comparison.extra(name, schedule, runs)
         budget = min((b for b in budgets if b >= made.get("macs_fraction", 1.0) - SLACK), default=1.0)
