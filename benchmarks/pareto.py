@@ -8,8 +8,8 @@ more than 6 dB behind the best of the others on the first of these images is tol
 model's own solver and of DPM-Solver++. There are only ten classes, so that of `digits` the seeds differ.
 
 `auto` is run twice, once with plans of all blocks alone. It may try more than single settings, on seeds of its own of
-the prompts that all are tuned on; what it computed for that is told as `spent`, in uncached images. The 50 settings that
-a method may try are up to 400 images.
+the prompts that all are tuned on; what it computed for that is told as `spent`, in uncached images. The 50 settings
+that a method may try are up to 400 images.
 
 Peers run in an environment and a process of their own; see `benchmarks.peers`. SmoothCache's rule is run by dicache,
 and so is T-GATE's, whose package knows PixArt alone of the bundled models. What does not run is told below the table.
