@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from dicache.anatomy import Anatomy
-from dicache.profiler.first_blocks import History
 from dicache.profiler.guided import PassOutput
+from dicache.profiler.latest import Latest
 from dicache.profiler.profiles import RATES
 from dicache.profiler.residuals import Residuals
-from dicache.profiler.rings import Ring, wide
+from dicache.profiler.rings import DeltaRing, Ring, SiteRing, wide
 from dicache.profiler.storage import MAGNITUDES, SITE_STATISTICS, TEACACHE_SIGNALS
 from dicache.runtime.streams import Tensors
 
@@ -48,7 +48,7 @@ class Pass:
         self.time: dict[str, Tensor] = {}  # the time signals of the call that runs
         self._residuals = {block: Residuals(RATES, frames) for block in decision_blocks}
         self._middles: dict[int, Tensor] = {}
-        self._histories = {count: History(first_block_lags) for count in first_blocks}
+        self._histories = {count: Latest(first_block_lags) for count in first_blocks}
         self.parts = 1
         self.outputs: dict[tuple[int, int], Tensor] = {}  # whole, by site and step
         self.modulated: Tensor | None = None
@@ -58,10 +58,10 @@ class Pass:
         self._first_sites: dict[int, Tensorlist] = {}
         self._first_deltas: dict[int, Tensorlist] = {}
         self._surviving = [anatomy.blocks[anatomy.segment(b.index)[1] - 1].streams for b in anatomy.blocks]
-        self._sites: Ring | None = None
+        self._sites: SiteRing | None = None
         self._before: list[Tensorlist] = []  # the signals of the step before
-        self._delta_of: dict[int, tuple[Ring, int]] = {}
-        self._deltas: list[tuple[list[int], Ring]] = []
+        self._delta_of: dict[int, tuple[DeltaRing, int]] = {}
+        self._deltas: list[tuple[list[int], DeltaRing]] = []
         self.restart()
 
     def restart(self) -> None:
@@ -130,8 +130,8 @@ class Pass:
             self._entered = into
         if history := self._histories.get(index + 1):
             name = self.anatomy.blocks[index].main_stream
-            compared = history.compare(out[name] - self._entered[name])
-            self._first_blocks.setdefault(self.step, []).append(compared)
+            [sums] = history.compare([(out[name], self._entered[name])])
+            self._first_blocks.setdefault(self.step, []).append(sums / history.size)
         names = self._surviving[index]
         after, before = [out[name] for name in names], [into[name] for name in names]
         if self._ready:
@@ -220,7 +220,7 @@ class Pass:
     def _first_block_arrays(self, steps: int) -> dict[str, np.ndarray]:
         if not self._histories:
             return {}
-        depth = max(history.depth for history in self._histories.values())
+        depth = max(history.lags for history in self._histories.values())
         size = np.full((steps, len(self._histories)), np.nan)
         change = np.full((*size.shape, depth), np.nan)
         for step, rows in self._first_blocks.items():
@@ -253,11 +253,11 @@ class Pass:
         sites = [self._first_sites[place] for place in range(len(self.anatomy.sites))]
         deltas = [self._first_deltas[index] for index in range(len(self.anatomy.blocks))]
         if self._sites is None or not self._sites.fits(sites, self.parts):
-            self._sites = Ring(sites, self.parts, self.lags + 1)
+            self._sites = SiteRing(sites, self.parts, self.lags + 1)
             by_size: dict[tuple[int, ...], list[int]] = {}
             for index, tensors in enumerate(deltas):
                 by_size.setdefault(tuple(tensor.numel() for tensor in tensors), []).append(index)
-            self._deltas = [(same, Ring([deltas[i] for i in same], 1, 2)) for same in by_size.values()]
+            self._deltas = [(same, DeltaRing([deltas[i] for i in same])) for same in by_size.values()]
             self._delta_of = {i: (ring, k) for same, ring in self._deltas for k, i in enumerate(same)}
         for ring in self._rings():
             ring.restart()

@@ -24,8 +24,7 @@ from dicache.anatomy.unets import is_unet
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, default_conditions, sample
 from dicache.profiler import storage
-from dicache.profiler.first_blocks import MOST_LAGS
-from dicache.profiler.profiles import ProfileError, Provenance, Run
+from dicache.profiler.profiles import MOST_LAGS, ProfileError, Provenance, Run
 from dicache.profiler.recorder import Recorder
 from dicache.runtime.apply import denoiser
 from dicache.schedules import FirstBlockPolicy, Schedule, Target
