@@ -2,8 +2,8 @@
 
 Models of random weights with and without recorders make one denoising step each, in rotating order, on the thread's CPU
 clock; per step the median over repetitions is taken, and the steps are summed. A second model without recorders shows
-the noise. What is fetched when a run is over is counted as a step more; `written` adds the file: a run is appended to
-one of `--runs` runs. Beside it stands what is held, as `dicache profile` says it before it starts.
+the noise. What is fetched when a run is over is counted as a step more; `written` adds the file, from the copy of the
+runs before to the new one. Beside it stands what is held, as `dicache profile` says it before it starts.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,14 +47,18 @@ class Measured:
     def run(self, path: Path | None) -> Iterator[None]:
         """Make a run, step by step, and a last one that hands out what was recorded."""
         latents, loop = self.loop.start, self.loop
-        loop.scheduler.set_timesteps(self.steps)
-        for t in loop.scheduler.timesteps:
-            latents = loop.denoise(latents, t, loop.call(latents, t))
+        with storage.adding(path) if path else nullcontext() as addition:
+            if self.recorder and addition:
+                self.recorder.add_to(addition.priors, self.provenance)
             yield
-        if self.recorder is not None:
-            record = self.recorder.record(Run("", 0), self.provenance)
-            if path is not None:
-                storage.append(path, record)
+            loop.scheduler.set_timesteps(self.steps)
+            for t in loop.scheduler.timesteps:
+                latents = loop.denoise(latents, t, loop.call(latents, t))
+                yield
+            if self.recorder:
+                record = self.recorder.record(Run("", 0), self.provenance)
+                if addition:
+                    addition.write(record)
         yield
 
     @property
@@ -97,15 +102,16 @@ def measure(size: str, steps: int, rounds: int) -> dict[str, dict[str, float]]:
     anatomy = survey(make_model(*SIZES[size]))
     watched = variants(steps, anatomy)
     models = {name: Measured(size, steps, anatomy, given) for name, given in watched.items()}
-    seconds = np.zeros((rounds + 1, steps + 1, len(models)))
+    seconds = np.zeros((rounds + 1, steps + 2, len(models)))
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / f"{index}.h5" for index, name in enumerate(models) if name.endswith("written")}
         for turn in tqdm(range(rounds + 1), leave=False):
             if turn == 1:  # in the first the passes are named and the memory is set up
                 for name, path in paths.items():
-                    storage.create(path, models[name].provenance)
+                    recorder = models[name].recorder
+                    storage.create(path, models[name].provenance, recorder.priors if recorder else None)
             runs = [model.run(paths.get(name) if turn else None) for name, model in models.items()]
-            for step in range(steps + 1):
+            for step in range(steps + 2):
                 for place in range(len(runs)):
                     index = (place + turn + step) % len(runs)
                     start = time.thread_time()
@@ -114,11 +120,11 @@ def measure(size: str, steps: int, rounds: int) -> dict[str, dict[str, float]]:
     totals = np.median(seconds[1:], axis=0).sum(axis=0)
     found = {}
     for index, (name, model) in enumerate(models.items()):
-        recorder, given = model.recorder, watched[name] or {}
+        recorder = model.recorder
         device = host = 0
         if recorder is not None:
             device = recorder.bytes
-            host = steps * recorder.bytes_a_step + recorder.output_bytes(given.get("priors", {}))
+            host = steps * recorder.bytes_a_step
         found[name] = {"time": totals[index] / totals[0], "device": device, "host": host}
     return found
 

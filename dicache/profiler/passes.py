@@ -50,7 +50,7 @@ class Pass:
         self._middles: dict[int, Tensor] = {}
         self._histories = {count: Latest(first_block_lags) for count in first_blocks}
         self.parts = 1
-        self.outputs: dict[tuple[int, int], Tensor] = {}  # whole, by site and step
+        self.site_shapes: list[tuple[int, ...]] = []  # (tokens of all tensors, channels)
         self.modulated: Tensor | None = None
         self._entered: Tensors = {}
         self._residual: Tensorlist = []
@@ -68,7 +68,6 @@ class Pass:
         """Forget the generation before, but not the memory that was set up for it."""
         self.step, self._ready, self._compared = -1, False, False
         self._before = []
-        self.outputs.clear()
         for residuals in self._residuals.values():
             residuals.restart()
         self._tables: dict[str, dict[int, Tensor]] = {"sites": {}, "change": {}, "size": {}, "magnitude": {}}
@@ -85,10 +84,6 @@ class Pass:
         held_by += [residuals.bytes for residuals in self._residuals.values()]
         held_by += [history.bytes for history in self._histories.values()]
         return sum(held_by) + sum(tensor.nbytes for tensor in held)
-
-    def site_size(self, place: int) -> int:
-        """Return how many numbers a site gives."""
-        return sum(self._sites.sizes[place]) if self._sites is not None else 0
 
     def begin(self, step: int, parts: int) -> None:
         """Begin a step. A pass that was left out for some steps is not compared across the gap."""
@@ -109,10 +104,10 @@ class Pass:
         else:
             self._first_sites[place] = out
 
-    def keep(self, place: int, out: Tensorlist) -> None:
-        """Keep what a site gave, whole, on the CPU: (parts, tokens of all tensors, channels)."""
-        rows = [tensor.reshape(self.parts, -1, tensor.shape[-1]).float() for tensor in out]
-        self.outputs[place, self.step] = torch.cat(rows, dim=1).cpu()
+    def together(self, out: Tensorlist) -> Tensor:
+        """Return what a site gave as one tensor, (parts, tokens of all tensors, channels)."""
+        rows = [tensor.reshape(self.parts, -1, tensor.shape[-1]) for tensor in out]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
     def middle(self, index: int, stream: Tensor) -> None:
         """Take the stream as a block's attention left it."""
@@ -252,6 +247,7 @@ class Pass:
         """Make the rings, or take those of the run before, and write the first step into them."""
         sites = [self._first_sites[place] for place in range(len(self.anatomy.sites))]
         deltas = [self._first_deltas[index] for index in range(len(self.anatomy.blocks))]
+        self.site_shapes = [tuple(self.together(tensors).shape[1:]) for tensors in sites]
         if self._sites is None or not self._sites.fits(sites, self.parts):
             self._sites = SiteRing(sites, self.parts, self.lags + 1)
             by_size: dict[tuple[int, ...], list[int]] = {}

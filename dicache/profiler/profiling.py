@@ -6,7 +6,7 @@ import math
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -171,19 +171,22 @@ def profile_pipeline(
         provenance = _provenance(pipeline, component, name, anatomy, sampling, recorder, priors)
         if before is not None:
             _check_resumable(output, before, provenance, done, planned)
-        need = _need(recorder, provenance, steps_kept, len(planned))
+        need = _need(recorder, provenance, len(planned))
         if progress:
             tqdm.write(f"needs {need}", file=sys.stderr)
         _check_need(need, max_memory, output)
         if before is None:
-            storage.create(output, provenance)
+            storage.create(output, provenance, recorder.priors)
         bar = tqdm(planned, initial=len(done), desc=f"profile {name}", unit="run", disable=not progress)
         with bar:
             for run, condition in list(zip(planned, conditions, strict=True))[len(done) :]:
-                sample(pipeline, [condition], [run.seed], sampling)
-                failure = recorder.failure()
-                status = "ok" if failure is None else f"failed at {failure}"
-                storage.append(output, recorder.record(replace(run, status=status), provenance))
+                with storage.adding(output) as addition:
+                    if steps_kept:
+                        recorder.add_to(addition.priors, provenance)
+                    sample(pipeline, [condition], [run.seed], sampling)
+                    failure = recorder.failure()
+                    status = "ok" if failure is None else f"failed at {failure}"
+                    addition.write(recorder.record(replace(run, status=status), provenance))
                 bar.update()
     _, finished = storage.header(output)
     if not any(run.ok for run in finished):
@@ -297,13 +300,13 @@ def _first_step(pipeline: Any, recorder: Recorder, run: Callable[[], Any]) -> No
     raise ProfileError(f"the {type(pipeline).__name__} ended without a step in which it calls the model")
 
 
-def _need(recorder: Recorder, provenance: Provenance, priors: Mapping[str, Sequence[int]], runs: int) -> Need:
+def _need(recorder: Recorder, provenance: Provenance, runs: int) -> Need:
     steps = len(provenance.target.timesteps or ())
     shapes = storage.shapes(provenance)
     rows = sum(8 * math.prod(shape) for shape in shapes.values())
-    whole = recorder.output_bytes(priors)
-    tables = TABLE * (len(shapes) + len(priors))
-    return Need(recorder.bytes, steps * recorder.bytes_a_step + whole, runs * rows + whole + tables)
+    priors = sum(4 * len(kept) * math.prod(shape) for kept, shape in recorder.priors.values())
+    tables = TABLE * (len(shapes) + len(recorder.priors))
+    return Need(recorder.bytes, steps * recorder.bytes_a_step, runs * rows + priors + tables)
 
 
 def _check_need(need: Need, max_memory: int | None, output: Path) -> None:

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from dicache.anatomy import Anatomy, StepClock
@@ -17,8 +17,9 @@ from dicache.anatomy.signal import frames_of
 from dicache.anatomy.time_embedding import Reading, watch_reading
 from dicache.profiler.guided import GuidedSteps
 from dicache.profiler.passes import Pass
+from dicache.profiler.priors import Priors
 from dicache.profiler.profiles import Provenance, Run
-from dicache.profiler.storage import RunRecord
+from dicache.profiler.storage import PriorShape, RunRecord
 from dicache.runtime.generation import Call, Generation
 from dicache.runtime.naming import PassNames
 from dicache.runtime.streams import Streams
@@ -34,7 +35,7 @@ class Recorder:
         model: The pipeline's denoiser.
         anatomy: The model's.
         lags: How many steps back each branch's output is compared with.
-        priors: Steps at which a site's outputs are handed out whole, by the site's key.
+        priors: Steps at which a site's outputs are added to the means of all runs, by the site's key.
         time: Where the time embedding and its projection are read, by the name of the signal.
         first_blocks: How many of the first blocks, rising, to compare the residual of.
         first_block_lags: How many steps back.
@@ -59,11 +60,14 @@ class Recorder:
         self._denoiser = model
         self._anatomy = anatomy
         self._places = {key: place for place, key in enumerate(anatomy.sites)}
-        self._wanted = [frozenset((priors or {}).get(key, ())) for key in anatomy.sites]
+        self._wanted = {key: tuple(sorted(steps)) for key, steps in (priors or {}).items() if steps}
+        self._priors: Priors | None = None
+        self._first_parts: dict[str, int] = {}
         self._generation: Generation | None = None
         self._guided: GuidedSteps | None = None
         self._passes: dict[str, Pass] = {}
         self._running: Pass | None = None  # that of the call that runs
+        self._name = ""  # its
         self._context: str | None = None
         self._names = PassNames(model, self._named)
         self._overrides = Overrides()
@@ -73,7 +77,7 @@ class Recorder:
             self._overrides.set(module, self._block(block.index, Streams(block, module, module.forward)))
             for site in block.sites:
                 branch = self._overrides.part(model, f"{block.module}.{site.module}")
-                self._overrides.set(branch, self._site(self._places[block.key(site)], branch.forward))
+                self._overrides.set(branch, self._site(block.key(site), branch.forward))
         for index in self.decision_blocks:
             if anatomy.blocks[index].middle:
                 module = self._overrides.part(model, f"{anatomy.blocks[index].module}.{anatomy.blocks[index].middle}")
@@ -115,16 +119,20 @@ class Recorder:
 
     @property
     def bytes_a_step(self) -> int:
-        """Memory on the CPU for each step of a run, whole outputs for priors not counted."""
+        """Memory on the CPU for each step of a run."""
         return self._guided.bytes // max(1, self._generation.step) if self._guided and self._generation else 0
 
-    def output_bytes(self, priors: Mapping[str, Sequence[int]]) -> int:
-        """Return the bytes of these sites' outputs at these steps, in float32."""
-        return sum(
-            4 * len(steps) * found.site_size(self._places[key])
-            for found in self._passes.values()
-            for key, steps in priors.items()
-        )
+    @property
+    def priors(self) -> dict[str, PriorShape]:
+        """The steps at which a site's outputs are wanted, and their shape: (parts of all passes, tokens, channels)."""
+        shapes = next((found.site_shapes for found in self._passes.values() if found.site_shapes), [])
+        return {key: (steps, (sum(self.parts), *shapes[self._places[key]])) for key, steps in self._wanted.items()}
+
+    def add_to(self, priors: Priors, provenance: Provenance) -> None:
+        """Add the outputs of the next generation to these means."""
+        self._priors = priors
+        firsts = [0, *accumulate(provenance.parts)]
+        self._first_parts = dict(zip(provenance.contexts, firsts, strict=False))
 
     def record(self, run: Run, provenance: Provenance) -> RunRecord:
         """Return the rows of the latest generation; NaN where a pass or a step was not seen."""
@@ -136,13 +144,7 @@ class Recorder:
         arrays = {name: np.stack([record[name] for record in records]) for name in records[0]}
         parts = zip(provenance.contexts, provenance.parts, strict=True)
         columns = [(name, part) for name, count in parts for part in range(count)]
-        outputs: dict[str, dict[int, np.ndarray]] = {}
-        for key, place in self._places.items():
-            for step in sorted(self._wanted[place]):
-                whole = [found.outputs[place, step] for found in passes if (place, step) in found.outputs]
-                if len(whole) == len(passes):
-                    outputs.setdefault(key, {})[step] = torch.cat(whole).numpy()
-        return RunRecord(run, arrays | self._guided.arrays(columns), outputs)
+        return RunRecord(run, arrays | self._guided.arrays(columns))
 
     def failure(self) -> str | None:
         """Return where the latest generation first met a NaN or an infinity, or None: `step 3 in 7.mlp`."""
@@ -183,6 +185,8 @@ class Recorder:
         passes = {name: found.given() for name, found in self._passes.items() if found.step == step}
         if passes:
             self._guided.add(step, passes, self._clock.model_output)
+        if self._priors is not None:
+            self._priors.flush()
         self._generation.begin_step()
 
     def _model(self, forward: Forward) -> Forward:
@@ -193,7 +197,8 @@ class Recorder:
             name, _ = generation.lane(self._context, Call(args, kwargs))
             if name not in self._passes:
                 self._passes[name] = self._new_pass(frames_of(self._denoiser, latents_of(args, kwargs).shape))
-            self._running = record = self._passes[name]
+            self._running, self._name = self._passes[name], name
+            record = self._running
             self._overrides.rewind()
             record.begin(generation.step, len(latents_of(args, kwargs)))
             try:
@@ -237,8 +242,8 @@ class Recorder:
 
         return run
 
-    def _site(self, place: int, forward: Forward) -> Forward:
-        wanted = self._wanted[place]
+    def _site(self, key: str, forward: Forward) -> Forward:
+        place, wanted = self._places[key], frozenset(self._wanted.get(key, ()))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             record = self._running
@@ -247,8 +252,8 @@ class Recorder:
             out = forward(*args, **kwargs)
             tensors = list(tensors_of(out))
             record.site(place, tensors)
-            if wanted and record.step in wanted:
-                record.keep(place, tensors)
+            if record.step in wanted and self._priors is not None and self._name in self._first_parts:
+                self._priors.add(key, record.step, self._first_parts[self._name], record.together(tensors))
             return out
 
         return run
