@@ -20,7 +20,7 @@ class Prior:
 
     steps: tuple[int, ...]
     counts: np.ndarray
-    means: np.ndarray
+    means: Tensor
 
 
 @dataclass
@@ -33,6 +33,7 @@ class Priors:
 
     sites: Mapping[str, Prior]
     _arriving: list[tuple[Tensor, int, Tensor]] = field(default_factory=list)
+    _device: str = ""
 
     def add(self, key: str, step: int, first: int, output: Tensor) -> None:
         """Take what a site gave.
@@ -46,16 +47,17 @@ class Priors:
         prior = self.sites[key]
         place, parts = prior.steps.index(step), slice(first, first + len(output))
         prior.counts[parts, place] += 1
-        arriving = torch.from_numpy(prior.means[parts, place]), int(prior.counts[first, place])
+        arriving = prior.means[parts, place], int(prior.counts[first, place])
         if output.device.type == "cpu":
             _take(*arriving, output)
         else:
+            self._device = output.device.type
             self._arriving.append((*arriving, output.float().to("cpu", non_blocking=True)))
 
     def flush(self) -> None:
         """Wait for the outputs that are on their way from the device, and take them."""
         if self._arriving:
-            torch.accelerator.synchronize()
+            getattr(torch, self._device).synchronize()
         for means, count, output in self._arriving:
             _take(means, count, output)
         self._arriving.clear()

@@ -16,6 +16,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import torch
 
 from dicache.anatomy import AnatomyError
 from dicache.profiler.priors import Prior, Priors
@@ -154,7 +155,7 @@ class Addition:
                 start = dataset.id.get_offset()
                 if start is None:
                     raise ProfileError(f"{self._path} holds priors in the form of an older version; choose another -o")
-                means = np.memmap(self._part, np.float32, "r+", start, dataset.shape)
+                means = torch.from_numpy(np.memmap(self._part, np.float32, "r+", start, dataset.shape))
                 steps = tuple(int(step) for step in dataset.attrs["steps"])
                 sites[key] = Prior(steps, dataset.attrs["counts"][:], means)
         return Priors(sites)

@@ -234,7 +234,7 @@ def test_a_run_that_is_broken_off_is_no_part_of_the_priors(tmp_path: Path) -> No
 
 
 def test_a_step_that_one_pass_leaves_out_has_no_prior() -> None:
-    prior = Prior((0, 1), np.zeros((2, 2), int), np.zeros((2, 2, 1, 1), np.float32))
+    prior = Prior((0, 1), np.zeros((2, 2), int), torch.zeros(2, 2, 1, 1))
     priors = Priors({"0.attn": prior})
     for step, part, value in ((0, 0, 1.0), (0, 1, 5.0), (1, 0, 7.0), (0, 0, 2.0), (0, 0, 6.0)):
         priors.add("0.attn", step, part, torch.full((1, 1, 1), value))
