@@ -15,6 +15,7 @@ from dicache.anatomy.nested import tensors_of
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.signal import frames_of
 from dicache.anatomy.time_embedding import Reading, watch_reading
+from dicache.profiler.batches import Batch
 from dicache.profiler.guided import GuidedSteps
 from dicache.profiler.passes import Pass
 from dicache.profiler.priors import Priors
@@ -40,6 +41,9 @@ class Recorder:
         first_blocks: How many of the first blocks, rising, to compare the residual of.
         first_block_lags: How many steps back.
         decision_blocks: Blocks of which what they add to the stream is measured for AdaCache.
+
+    Attributes:
+        runs: How many are in a batch of the next generation, each a sample, or one in each half; set beforehand.
     """
 
     def __init__(
@@ -64,10 +68,11 @@ class Recorder:
         self._priors: Priors | None = None
         self._first_parts: dict[str, int] = {}
         self._generation: Generation | None = None
-        self._guided: GuidedSteps | None = None
-        self._passes: dict[str, Pass] = {}
-        self._running: Pass | None = None  # that of the call that runs
-        self._name = ""  # its
+        self.runs = 1  # in a batch of the next generation
+        self._guided: list[GuidedSteps] = []  # by run
+        self._passes: dict[str, list[Pass]] = {}  # by name of the guidance pass, and by run
+        self._running: Batch | None = None  # of the call that runs
+        self._name = ""  # of its guidance pass
         self._context: str | None = None
         self._names = PassNames(model, self._named)
         self._overrides = Overrides()
@@ -105,50 +110,61 @@ class Recorder:
     @property
     def contexts(self) -> tuple[str, ...]:
         """Names of the guidance passes of the latest generation, in the order in which they came."""
-        return tuple(name for name, found in self._passes.items() if found.step >= 0)
+        return tuple(name for name, (first, *_) in self._passes.items() if first.step >= 0)
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """How many samples each pass has in its batch: 2 where it holds the guided and the unguided half."""
-        return tuple(self._passes[name].parts for name in self.contexts)
+        """How many samples of a run each pass has in its batch: 2 where it holds the guided and the unguided half."""
+        return tuple(self._passes[name][0].parts for name in self.contexts)
 
     @property
     def bytes(self) -> int:
         """Memory that is held on the model's device."""
-        return sum(found.bytes for found in self._passes.values())
+        return sum(found.bytes for passes in self._passes.values() for found in passes)
 
     @property
     def bytes_a_step(self) -> int:
-        """Memory on the CPU for each step of a run."""
-        return self._guided.bytes // max(1, self._generation.step) if self._guided and self._generation else 0
+        """Memory on the CPU for each step of a generation."""
+        steps = max(1, self._generation.step) if self._generation else 1
+        return sum(guided.bytes for guided in self._guided) // steps
 
     @property
     def priors(self) -> dict[str, PriorShape]:
         """The steps at which a site's outputs are wanted, and their shape: (parts of all passes, tokens, channels)."""
-        shapes = next((found.site_shapes for found in self._passes.values() if found.site_shapes), [])
+        shapes = next((first.site_shapes for first, *_ in self._passes.values() if first.site_shapes), [])
         return {key: (steps, (sum(self.parts), *shapes[self._places[key]])) for key, steps in self._wanted.items()}
 
-    def add_to(self, priors: Priors, provenance: Provenance) -> None:
-        """Add the outputs of the next generation to these means."""
+    def outputs(self, place: int = 0) -> Tensor:
+        """Return what the scheduler was given for a run in each step in which the model was called, (steps, ...)."""
+        return self._guided[place].outputs
+
+    def add_to(self, priors: Priors | None, provenance: Provenance) -> None:
+        """Add the outputs of the next generation to these means, or to none."""
         self._priors = priors
         firsts = [0, *accumulate(provenance.parts)]
         self._first_parts = dict(zip(provenance.contexts, firsts, strict=False))
 
-    def record(self, run: Run, provenance: Provenance) -> RunRecord:
-        """Return the rows of the latest generation; NaN where a pass or a step was not seen."""
+    def record(self, run: Run, provenance: Provenance, place: int = 0) -> RunRecord:
+        """Return the rows of a run of the latest generation; NaN where a pass or a step was not seen.
+
+        Args:
+            run: Which.
+            provenance: Of the profile.
+            place: Of the run in the batch.
+        """
         assert self._generation is not None
-        assert self._guided is not None
-        steps, empty = self._generation.steps, self._new_pass()
-        passes = [self._passes.get(name, empty) for name in provenance.contexts]
+        steps, empty = self._generation.steps, [self._new_pass()] * self.runs
+        passes = [self._passes.get(name, empty)[place] for name in provenance.contexts]
         records = [found.arrays(steps) for found in passes]
         arrays = {name: np.stack([record[name] for record in records]) for name in records[0]}
         parts = zip(provenance.contexts, provenance.parts, strict=True)
         columns = [(name, part) for name, count in parts for part in range(count)]
-        return RunRecord(run, arrays | self._guided.arrays(columns))
+        return RunRecord(run, arrays | self._guided[place].arrays(columns))
 
-    def failure(self) -> str | None:
-        """Return where the latest generation first met a NaN or an infinity, or None: `step 3 in 7.mlp`."""
-        found = [place for record in self._passes.values() if (place := record.failure()) is not None]
+    def failure(self, place: int = 0) -> str | None:
+        """Return where a run of the latest generation first met a NaN or an infinity, or None: `step 3 in 7.mlp`."""
+        passes = [passes[place] for passes in self._passes.values() if place < len(passes)]
+        found = [first for each in passes if (first := each.failure()) is not None]
         if not found:
             return None
         step, index = min(found)
@@ -160,7 +176,7 @@ class Recorder:
 
     def _time(self, name: str, embedding: Tensor) -> None:
         if self._running is not None:
-            self._running.time[name] = embedding
+            self._running.time(name, embedding)
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
@@ -174,17 +190,19 @@ class Recorder:
         self._generation = Generation(len(scheduler.timesteps))
         self._generation.begin_step()
         kinds = [key.partition(".")[2] for key in self._anatomy.sites]
-        self._guided = GuidedSteps(kinds, self._generation.steps)
-        for found in self._passes.values():
-            found.restart()
+        self._guided = [GuidedSteps(kinds, self._generation.steps) for _ in range(self.runs)]
+        for passes in self._passes.values():
+            for each in passes:
+                each.restart()
 
     def _step(self) -> None:
-        if self._generation is None or self._guided is None or self._generation.finished:
+        if self._generation is None or self._generation.finished:
             return
         step = self._generation.step
-        passes = {name: found.given() for name, found in self._passes.items() if found.step == step}
-        if passes:
-            self._guided.add(step, passes, self._clock.model_output)
+        for run, guided in enumerate(self._guided):
+            passes = {name: found[run].given() for name, found in self._passes.items() if found[0].step == step}
+            if passes:
+                guided.add(step, passes, self._clock.model_output[run])
         if self._priors is not None:
             self._priors.flush()
         self._generation.begin_step()
@@ -195,15 +213,16 @@ class Recorder:
             if generation is None or generation.finished:
                 return forward(*args, **kwargs)
             name, _ = generation.lane(self._context, Call(args, kwargs))
-            if name not in self._passes:
-                self._passes[name] = self._new_pass(frames_of(self._denoiser, latents_of(args, kwargs).shape))
-            self._running, self._name = self._passes[name], name
-            record = self._running
+            latents = latents_of(args, kwargs)
+            passes = self._passes.setdefault(name, [])
+            while len(passes) < self.runs:
+                passes.append(self._new_pass(frames_of(self._denoiser, latents.shape)))
+            self._running, self._name = Batch(passes[: self.runs], len(latents)), name
             self._overrides.rewind()
-            record.begin(generation.step, len(latents_of(args, kwargs)))
+            self._running.begin(generation.step)
             try:
                 out = forward(*args, **kwargs)
-                record.end(list(tensors_of(out)))
+                self._running.end(list(tensors_of(out)))
             finally:
                 self._running = None
             return out
@@ -212,12 +231,12 @@ class Recorder:
 
     def _block(self, index: int, streams: Streams) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
-            record = self._running
-            if record is None:
+            running = self._running
+            if running is None:
                 return streams.forward(*args, **kwargs)
             into = streams.read(args, kwargs)
             returned = streams.forward(*args, **kwargs)
-            record.block(index, into, streams.unpack(returned))
+            running.block(index, into, streams.unpack(returned))
             return returned
 
         return run
@@ -227,7 +246,7 @@ class Recorder:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._running is not None:
-                self._running.modulated = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+                self._running.entered(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
             return forward(*args, **kwargs)
 
         return run
@@ -246,14 +265,16 @@ class Recorder:
         place, wanted = self._places[key], frozenset(self._wanted.get(key, ()))
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            record = self._running
-            if record is None:
+            running = self._running
+            if running is None:
                 return forward(*args, **kwargs)
             out = forward(*args, **kwargs)
             tensors = list(tensors_of(out))
-            record.site(place, tensors)
-            if record.step in wanted and self._priors is not None and self._name in self._first_parts:
-                self._priors.add(key, record.step, self._first_parts[self._name], record.together(tensors))
+            running.site(place, tensors)
+            first, step = self._first_parts.get(self._name), running.passes[0].step
+            if self._priors is not None and first is not None and step in wanted:
+                for each, own in zip(running.passes, running.split_all(tensors), strict=True):
+                    self._priors.add(key, step, first, each.together(own))
             return out
 
         return run

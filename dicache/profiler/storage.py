@@ -134,6 +134,10 @@ class Addition:
         """Takes the outputs of the run, where the profile holds priors."""
         return self._copy()
 
+    def drop(self) -> None:
+        """Take the profile as it was, without what was added since."""
+        self.priors = self._copy()
+
     def write(self, record: RunRecord) -> None:
         """Add what was recorded. The outputs of a run that failed are no part of the priors."""
         priors = self.priors if record.run.ok else self._copy()
