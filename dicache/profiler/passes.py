@@ -11,7 +11,7 @@ from dicache.profiler.guided import PassOutput
 from dicache.profiler.latest import Latest
 from dicache.profiler.profiles import RATES
 from dicache.profiler.residuals import Residuals
-from dicache.profiler.rings import DeltaRing, Ring, SiteRing, wide
+from dicache.profiler.rings import DeltaRing, Ring, SiteRing, fetched, wide
 from dicache.profiler.storage import MAGNITUDES, SITE_STATISTICS, TEACACHE_SIGNALS
 from dicache.runtime.streams import Tensors
 
@@ -172,8 +172,9 @@ class Pass:
 
     def failure(self) -> tuple[int, int] | None:
         """Return the first step and site whose output is not finite."""
-        for step, sums in self._tables["sites"].items():
-            bad = (~torch.isfinite(sums[:, 0])).nonzero()
+        table = self._tables["sites"]
+        for step, sums in zip(table, fetched(list(table.values())), strict=True):
+            bad = np.flatnonzero(~np.isfinite(sums[:, 0]))
             if len(bad):
                 return step, int(bad[0])
         return None
@@ -193,9 +194,9 @@ class Pass:
         if self._sites is None:
             return out | {"delta/cosine": _cosine(out["delta/gram"])}
         sums, changes, sizes, magnitudes = (
-            dict(zip(table, torch.stack(list(table.values())).cpu().double().numpy(), strict=True)) if table else {}
-            for table in self._tables.values()
+            dict(zip(table, fetched(list(table.values())), strict=True)) for table in self._tables.values()
         )
+        grams = iter(fetched([gram for step in seen for gram in self._grams[step]]))
         counts = np.array([sum(sizes) for sizes in self._sites.sizes])[:, None]
         for step, since in seen.items():
             back, found = min(since, lags), sums[step]  # (sites, 2 lags + 2)
@@ -208,8 +209,8 @@ class Pass:
                     out[f"teacache/{name}"][step] = changes[step][place], sizes[step - 1][place]
                 ratio, square, cosine = magnitudes[step]
                 out["magnitude"][step] = ratio, np.sqrt(max(square - ratio**2, 0)), 1 - cosine
-            for (places, _), gram in zip(self._deltas, self._grams[step], strict=True):
-                _place_gram(out["delta/gram"][step], places, gram.cpu().double().numpy(), bool(since), self.anatomy)
+            for places, _ in self._deltas:
+                _place_gram(out["delta/gram"][step], places, next(grams), bool(since), self.anatomy)
         return out | {"delta/cosine": _cosine(out["delta/gram"])}
 
     def _first_block_arrays(self, steps: int) -> dict[str, np.ndarray]:
@@ -218,9 +219,10 @@ class Pass:
         depth = max(history.lags for history in self._histories.values())
         size = np.full((steps, len(self._histories)), np.nan)
         change = np.full((*size.shape, depth), np.nan)
+        found_rows = iter(fetched([row for rows in self._first_blocks.values() for row in rows]))
         for step, rows in self._first_blocks.items():
-            for place, row in enumerate(rows):
-                found = row.cpu().double().numpy()
+            for place in range(len(rows)):
+                found = next(found_rows)
                 size[step, place], change[step, place, : len(found) - 1] = found[0], found[1:]
         return {"first_block/size": size, "first_block/change": change}
 

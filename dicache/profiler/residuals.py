@@ -8,6 +8,7 @@ from dicache.anatomy import AnatomyError
 from dicache.anatomy.signal import motion_of
 from dicache.profiler.latest import Change, Latest
 from dicache.profiler.profiles import RESIDUALS
+from dicache.profiler.rings import fetched
 
 
 class Residuals:
@@ -63,8 +64,8 @@ class Residuals:
             "diff_l1": np.full((steps, len(RESIDUALS), self._lags), np.nan),
             "between_frames": np.full((steps, len(RESIDUALS)), np.nan),
         }
-        for step, row in self._rows.items():
-            found, back = row.cpu().numpy(), min(seen[step], self._lags)
+        for step, found in zip(self._rows, fetched(list(self._rows.values())), strict=True):
+            back = min(seen[step], self._lags)
             out["between_frames"][step, places] = found[:, 0]
             out["abs_l1"][step, places] = found[:, 1] / self._latest.size
             out["diff_l1"][step, places, :back] = found[:, 2 : 2 + back] / self._latest.size

@@ -8,6 +8,7 @@ run, and in large ones each site while it is still in the processor's cache.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from torch import Tensor
 # little above a power of 2, so that little is lost to padding.
 ROW = 1031
 CHUNK = 4_000_000  # numbers that are looked at together on a device that starts its operations ahead
-CACHED = 1 << 20  # on a CPU: a megabyte of float32, what a core keeps close by
+CACHED = 1 << 20  # on a CPU: four megabytes of float32, which stay in its cache from one operation to the next
 SIGNS = 20240611  # seed of the sketch's signs
 
 
@@ -311,6 +312,15 @@ class DeltaRing(Ring):
 
     def _held(self) -> list[Tensor]:
         return [*super()._held(), self._scratch]
+
+
+def fetched(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """Return tensors of one device as arrays in float64, waiting for the device once."""
+    if not tensors:
+        return []
+    whole = torch.cat([tensor.flatten().to(wide(tensor.device)) for tensor in tensors]).cpu().double().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])[:-1]
+    return [part.reshape(tensor.shape) for part, tensor in zip(np.split(whole, ends), tensors, strict=True)]
 
 
 def wide(device: torch.device) -> torch.dtype:
