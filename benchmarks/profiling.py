@@ -1,8 +1,9 @@
 """What measuring costs: `python benchmarks/profiling.py`.
 
-Runs of one image with and without recorders take turns on the thread's CPU clock; each round gives a ratio, of which
-the median and the quartiles are told. A second run without recorders shows the noise. Loading, surveying and writing
-the file are not in it; the last row adds what one run costs to write.
+Models of random weights with and without recorders make one denoising step each, in rotating order, on the thread's CPU
+clock; per step the median over repetitions is taken, and the steps are summed. A second model without recorders shows
+the noise. What is fetched when a run is over is counted as a step more; `written` adds the file, from the copy of the
+runs before to the new one. Beside it stands what is held, as `dicache profile` says it before it starts.
 """
 
 import argparse
@@ -10,8 +11,10 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -20,84 +23,121 @@ import torch
 from tqdm import tqdm
 
 import dicache
-from dicache.anatomy import survey
+from benchmarks.loops import Loop, make_model
+from benchmarks.replay import SIZES
+from dicache.anatomy import Anatomy, survey
 from dicache.cli.command import table
-from dicache.models.loading import load
-from dicache.models.sampling import Sampling, default_conditions, sample
-from dicache.profiler import Run, storage
-from dicache.profiler.first_blocks import MOST_LAGS
-from dicache.profiler.profiling import profile_pipeline, usual_decision_block
+from dicache.profiler import Provenance, Run, storage
+from dicache.profiler.profiles import MOST_LAGS
+from dicache.profiler.profiling import usual_decision_block
 from dicache.profiler.recorder import Recorder
-from dicache.runtime.apply import denoiser
+from dicache.schedules import Target
 
 
-def measure(model: str, steps: int, rounds: int) -> dict[str, list[float]]:
-    """Return, for each variant, its seconds divided by those of the plain run of the same round."""
-    pipeline = load(model, device="cpu")
-    [condition] = default_conditions(pipeline, 1)
-    sampling = Sampling(steps=steps)
-    network = denoiser(pipeline)
-    anatomy = survey(network)
+class Measured:
+    """A model with a recorder, or without."""
+
+    def __init__(self, size: str, steps: int, anatomy: Anatomy, watched: Mapping[str, Any] | None) -> None:
+        model = make_model(*SIZES[size])
+        self.loop = Loop(model, steps)
+        self.steps, self.anatomy = steps, anatomy
+        pipeline = SimpleNamespace(scheduler=self.loop.scheduler)
+        self.recorder = None if watched is None else Recorder(pipeline, model, anatomy, **watched)
+
+    def run(self, path: Path | None) -> Iterator[None]:
+        """Make a run, step by step, and a last one that hands out what was recorded."""
+        latents, loop = self.loop.start, self.loop
+        with storage.adding(path) if path else nullcontext() as addition:
+            if self.recorder and addition:
+                self.recorder.add_to(addition.priors, self.provenance)
+            yield
+            loop.scheduler.set_timesteps(self.steps)
+            for t in loop.scheduler.timesteps:
+                latents = loop.denoise(latents, t, loop.call(latents, t))
+                yield
+            if self.recorder:
+                record = self.recorder.record(Run("", 0), self.provenance)
+                if addition:
+                    addition.write(record)
+        yield
+
+    @property
+    def provenance(self) -> Provenance:
+        recorder = self.recorder
+        assert recorder is not None
+        return Provenance(
+            "random",
+            self.anatomy,
+            Target(timesteps=tuple(range(self.steps))),
+            {},
+            {},
+            recorder.lags,
+            recorder.contexts,
+            recorder.parts,
+            decision_blocks=recorder.decision_blocks,
+            first_blocks=recorder.first_blocks,
+            first_block_lags=recorder.first_block_lags,
+        )
+
+
+def variants(steps: int, anatomy: Anatomy) -> dict[str, dict[str, Any] | None]:
+    """Return what the recorders watch, by the name of the row."""
+    first = {"first_blocks": (1,), "first_block_lags": min(MOST_LAGS, steps - 1)}
+    usual = {**first, "decision_blocks": [usual_decision_block(anatomy)]}
     everything = {key: range(steps) for key in anatomy.sites}
-    first: dict[str, Any] = {"first_blocks": (1,), "first_block_lags": min(MOST_LAGS, steps - 1)}
-    decision: dict[str, Any] = {"decision_blocks": [usual_decision_block(anatomy)]}
+    return {
+        "plain": None,
+        "plain again": None,
+        "1 lag": {"lags": 1},
+        "3 lags": {"lags": 3},
+        "3 lags, first block": {"lags": 3, **first},
+        "as profile does": {"lags": 3, **usual},
+        "as profile does, written": {"lags": 3, **usual},
+        "as profile does, priors, written": {"lags": 3, "priors": everything, **usual},
+    }
 
-    def run() -> float:
-        start = time.thread_time()
-        sample(pipeline, [condition], [0], sampling)
-        return time.thread_time() - start
 
-    def recorded(lags: int, priors: bool = False, **watched: Any) -> Callable[[], float]:
-        def once() -> float:
-            with Recorder(pipeline, network, anatomy, lags, everything if priors else None, **watched):
-                sample(pipeline, [condition], [0], Sampling(steps=2))  # sets up the buffers, as the first of many runs
-                return run()
-
-        return once
-
+def measure(size: str, steps: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Return, for each variant, its time as a multiple of the plain one, and the bytes that it holds."""
+    anatomy = survey(make_model(*SIZES[size]))
+    watched = variants(steps, anatomy)
+    models = {name: Measured(size, steps, anatomy, given) for name, given in watched.items()}
+    seconds = np.zeros((rounds + 1, steps + 2, len(models)))
     with tempfile.TemporaryDirectory() as folder:
-        path = profile_pipeline(pipeline, model, Path(folder) / "p.h5", [condition], sampling=sampling, progress=False)
-        provenance, _ = storage.header(path)
-
-        def written() -> float:
-            with Recorder(pipeline, network, anatomy, 3, **first, **decision) as recorder:
-                sample(pipeline, [condition], [0], Sampling(steps=2))
-                start = time.thread_time()
-                sample(pipeline, [condition], [0], sampling)
-                storage.append(path, recorder.record(Run(condition, 0), provenance))
-                return time.thread_time() - start
-
-        variants = {
-            "plain again": run,
-            "1 lag": recorded(1),
-            "3 lags": recorded(3),
-            "3 lags, first block": recorded(3, **first),
-            "3 lags, decision block": recorded(3, **decision),
-            "as profile does": recorded(3, **first, **decision),
-            "as profile does, priors": recorded(3, priors=True, **first, **decision),
-            "as profile does, with the writing": written,
-        }
-        ratios: dict[str, list[float]] = {name: [] for name in variants}
-        for turn in tqdm(range(-1, rounds), leave=False):
-            plain = run()
-            order = list(variants)[turn % len(variants) :] + list(variants)[: turn % len(variants)]
-            for name in order:
-                ratio = variants[name]() / plain
-                if turn >= 0:
-                    ratios[name].append(ratio)
-    return ratios
+        paths = {name: Path(folder) / f"{index}.h5" for index, name in enumerate(models) if name.endswith("written")}
+        for turn in tqdm(range(rounds + 1), leave=False):
+            if turn == 1:  # in the first the passes are named and the memory is set up
+                for name, path in paths.items():
+                    recorder = models[name].recorder
+                    storage.create(path, models[name].provenance, recorder.priors if recorder else None)
+            runs = [model.run(paths.get(name) if turn else None) for name, model in models.items()]
+            for step in range(steps + 2):
+                for place in range(len(runs)):
+                    index = (place + turn + step) % len(runs)
+                    start = time.thread_time()
+                    next(runs[index])
+                    seconds[turn, step, index] = time.thread_time() - start
+    totals = np.median(seconds[1:], axis=0).sum(axis=0)
+    found = {}
+    for index, (name, model) in enumerate(models.items()):
+        recorder = model.recorder
+        device = host = 0
+        if recorder is not None:
+            device = recorder.bytes
+            host = steps * recorder.bytes_a_step
+        found[name] = {"time": totals[index] / totals[0], "device": device, "host": host}
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="digits")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["digits", "medium"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "profiling.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    ratios = measure(options.model, options.steps, options.rounds)
-    quartiles = {name: np.percentile(values, [25, 50, 75]).round(3).tolist() for name, values in ratios.items()}
+    torch.set_grad_enabled(False)
     machine = {
         "cpu": platform.processor() or platform.machine(),
         "threads": 1,
@@ -105,13 +145,21 @@ def main() -> None:
         "diffusers": diffusers.__version__,
         "dicache": dicache.__version__,
     }
+    content: dict[str, Any] = {"steps": options.steps, "rounds": options.rounds, "machine": machine, "sizes": {}}
+    texts = []
+    for size in options.sizes:
+        found = content["sizes"][size] = measure(size, options.steps, options.rounds)
+        layers, _, width, side = SIZES[size]
+        rows = [
+            [name, f"{row['time']:.3f}", f"{row['device'] / 1e6:.1f}", f"{row['host'] / 1e6:.1f}"]
+            for name, row in found.items()
+        ]
+        head = [f"{size}: {layers} x {width} x {side**2}", "time", "MB on device", "MB of main memory"]
+        texts.append(table(head, rows))
+        print(texts[-1], end="\n\n")  # noqa: T201
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    content = {"model": options.model, "steps": options.steps, "rounds": options.rounds, "machine": machine}
-    options.output.write_text(json.dumps({**content, "quartiles": quartiles}, indent=2) + "\n")
-    rows = [[name, *(f"{value:.3f}" for value in values)] for name, values in quartiles.items()]
-    text = table(["a run, as a multiple of a plain one", "25 %", "median", "75 %"], rows)
-    options.output.with_suffix(".txt").write_text(text + "\n")
-    print(text)  # noqa: T201
+    options.output.write_text(json.dumps(content, indent=2) + "\n")
+    options.output.with_suffix(".txt").write_text("\n\n".join(texts) + "\n")
 
 
 if __name__ == "__main__":

@@ -179,11 +179,23 @@ def fit_rescale(x: np.ndarray, y: np.ndarray, *, degree: int = 4, negative: Nega
     )
 
 
+def rescaled(policy: TeaCachePolicy, x: np.ndarray) -> np.ndarray:
+    """Return what changes x add to the policy's sum: its `rescale`, of many."""
+    if policy.negative != "reference":
+        x = np.clip(x, *policy.input_range)
+    value = np.zeros(x.shape)
+    for coefficient in policy.coefficients:
+        value = value * x + coefficient
+    if policy.negative == "clamp":
+        return np.maximum(value, 0.0)
+    return np.abs(value) if policy.negative == "abs" else value
+
+
 def _applied(policy: TeaCachePolicy, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return what a policy foretells at x; where x lies outside its range; where p is negative, and where it falls."""
     low, high = policy.input_range
     at = x if policy.negative == "reference" else np.clip(x, low, high)
-    foretold = np.reshape([policy.rescale(float(value)) for value in x.flat], x.shape)
+    foretold = rescaled(policy, x)
     slope = np.polyval(np.polyder(policy.coefficients), at)
     return foretold, (x < low) | (x > high), np.polyval(policy.coefficients, at) < 0, slope < 0
 

@@ -6,10 +6,12 @@ import numpy as np
 
 from dicache.anatomy import Anatomy
 from dicache.calibrate.methods import CalibrationError
+from dicache.calibrate.rescale import rescaled
 from dicache.profiler import Profile
 from dicache.profiler.profiles import RATES
 from dicache.schedules import AdaCachePolicy, FirstBlockPolicy, TeaCachePolicy
 from dicache.schedules.policies import Policy
+from dicache.schedules.policies.adacache import Motion
 
 
 def decisions(policy: Policy, profile: Profile) -> np.ndarray:
@@ -34,15 +36,17 @@ def simulate(policy: TeaCachePolicy, x: np.ndarray) -> np.ndarray:
         policy: The rule.
         x: Relative L1 change of the modulated input, shape (runs, contexts, steps - 1), from step 1 on.
     """
-    runs, contexts, changes = x.shape
-    steps = changes + 1
-    computed = np.zeros((runs, contexts, steps), dtype=bool)
-    for run in range(runs):
-        for context in range(contexts):
-            memory = policy.remember()
-            for step in range(steps):
-                change = float(x[run, context, step - 1]) if step else None
-                computed[run, context, step] = policy.decide(step, steps, change, memory)
+    steps = x.shape[2] + 1
+    added = rescaled(policy, x)
+    computed = np.ones((*x.shape[:2], steps), dtype=bool)
+    accumulated = np.zeros(x.shape[:2])
+    for step in range(1, steps):
+        if policy.forced(step, steps):
+            accumulated[:] = 0
+            continue
+        accumulated += added[..., step - 1]
+        computed[..., step] = ~((-np.inf < accumulated) & (accumulated < policy.threshold))  # so that a NaN computes
+        accumulated[computed[..., step]] = 0
     return computed
 
 
@@ -90,18 +94,42 @@ def simulate_rates(policy: AdaCachePolicy, changes: np.ndarray, motion: np.ndarr
         changes: Of what each decision block adds, shape (runs, contexts, steps, blocks, lags), lag 1 first.
         motion: Of the last of them, shape (runs, contexts, steps); None where the policy leaves it out.
     """
-    runs, contexts, steps = changes.shape[:3]
-    computed = np.zeros((runs, contexts, steps), dtype=bool)
-    for run, context in np.ndindex(runs, contexts):
-        memory = policy.remember()
-        for step in range(steps):
-            last = memory.last
-            computed[run, context, step] = policy.decide(step, steps, None, memory)
-            if computed[run, context, step] and last is not None and policy.watches(step, steps):
-                found = changes[run, context, step, :, step - last - 1].tolist()
-                moved = None if motion is None else float(motion[run, context, step])
-                policy.observe(step, steps, found, moved, memory)
+    passes, (steps, blocks) = changes.shape[:2], changes.shape[2:4]
+    computed = np.zeros((*passes, steps), dtype=bool)
+    last, rate = np.full(passes, -1), np.ones(passes, dtype=int)  # -1 for none
+    before = np.ones(passes)  # M of the step that was computed last
+    counts = policy.motion if motion is not None else None
+    moved = None if counts is None or motion is None else _moved(counts, motion)
+    for step in range(steps):
+        due = policy.forced(step, steps) | (last < 0) | (step >= last + rate)
+        gap = np.where(last < 0, 1, step - last)
+        seen = due & (last >= 0)
+        computed[..., step] = due
+        if policy.watches(step, steps) and seen.any():
+            lag = np.where(seen, step - last - 1, 0)[..., None, None]  # (runs, contexts, 1, 1)
+            found = np.take_along_axis(changes[:, :, step], lag, axis=-1)[..., 0]  # (runs, contexts, blocks)
+            distance = sum(found[..., block] for block in range(blocks)) / blocks / gap
+            if counts is not None and moved is not None:
+                now = moved[..., step]
+                distance = distance * (now + np.abs(counts.gradient * (now - before) / gap))
+                before = np.where(seen, now, before)
+            unknown = seen & np.isnan(distance)
+            *entries, (_, slowest) = policy.codebook
+            chosen = np.full(passes, slowest)
+            for limit, each in reversed(entries):
+                chosen[distance < limit] = each
+            rate = np.where(seen, np.where(unknown, 1, chosen), rate)
+            before = np.where(unknown, 1.0, before)
+        last = np.where(due, step, last)
     return computed
+
+
+def _moved(settings: Motion, motion: np.ndarray) -> np.ndarray:
+    """Return M of each step, (runs, contexts, steps)."""
+    steps = motion.shape[-1]
+    active = np.array([settings.active(step, steps) for step in range(steps)])
+    powers = [(value / settings.scale) ** settings.power for value in motion.ravel().tolist()]  # as at run time
+    return np.where(active, np.reshape(powers, motion.shape), 1.0)
 
 
 def simulate_first_block(policy: FirstBlockPolicy, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -116,19 +144,26 @@ def simulate_first_block(policy: FirstBlockPolicy, x: np.ndarray) -> tuple[np.nd
         Which steps are computed, boolean, shape (runs, contexts, steps); and which of them only because the last
         computed one lies farther back than there are lags, so that the change is not known.
     """
-    runs, contexts, steps, lags = x.shape
-    computed, unknown = np.zeros((2, runs, contexts, steps), dtype=bool)
-    for run in range(runs):
-        for context in range(contexts):
-            memory, last = policy.remember(), 0
-            for step in range(steps):
-                lag = step - last
-                change = float(x[run, context, step, lag - 1]) if 1 <= lag <= lags else None
-                may_skip = not policy.forced(step, steps) and policy.allows(memory)
-                computed[run, context, step] = policy.decide(step, steps, change, memory)
-                unknown[run, context, step] = lag > lags and may_skip and np.isfinite(x[run, context, step, 0])
-                if computed[run, context, step]:
-                    last = step
+    passes, (steps, lags) = x.shape[:2], x.shape[2:]
+    computed, unknown = np.zeros((2, *passes, steps), dtype=bool)
+    last, in_a_row, in_all = np.zeros((3, *passes), dtype=int)
+    most_in_a_row = steps if policy.max_continuous is None else policy.max_continuous
+    most_in_all = steps if policy.max_cached is None else policy.max_cached
+    for step in range(steps):
+        lag = step - last
+        known = (lag >= 1) & (lag <= lags)
+        place = np.where(known, lag - 1, 0)[..., None]
+        change = np.take_along_axis(x[:, :, step], place, axis=-1)[..., 0]
+        may_skip = (in_a_row < most_in_a_row) & (in_all < most_in_all)
+        if policy.forced(step, steps) or policy.threshold <= 0:
+            may_skip[:] = False
+        below = change <= policy.threshold if policy.at_threshold == "reuse" else change < policy.threshold
+        skipped = may_skip & known & below
+        unknown[..., step] = (lag > lags) & may_skip & np.isfinite(x[:, :, step, 0])
+        computed[..., step] = ~skipped
+        in_a_row = np.where(skipped, in_a_row + 1, 0)
+        in_all += skipped
+        last = np.where(skipped, last, step)
     return computed, unknown
 
 
@@ -139,16 +174,14 @@ def residual_error(profile: Profile, computed: np.ndarray) -> float | None:
         profile: With the products of all steps' residuals.
         computed: What is computed, boolean, shape (runs, contexts, steps).
     """
-    errors = []
-    for gram, passes in zip(profile.arrays["body/gram"], computed, strict=True):
-        for row in passes:
-            last = 0
-            for step, computes in enumerate(row):
-                if computes:
-                    last = step
-                    continue
-                now, then, both = gram[step, step], gram[last, last], gram[step, last]
-                errors.append(float(np.sqrt(max(now + then - 2 * both, 0.0) / now)) if now > 0 else np.nan)
+    grams, steps = profile.arrays["body/gram"], np.arange(computed.shape[-1])
+    sizes = np.diagonal(grams, axis1=1, axis2=2)  # (runs, steps)
+    last = np.maximum.accumulate(np.where(computed, steps, 0), axis=-1)  # (runs, contexts, steps)
+    runs = np.arange(len(grams))[:, None, None]
+    now, then, both = sizes[:, None], sizes[runs, last], grams[runs, steps, last]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        errors = np.sqrt(np.maximum(now + then - 2 * both, 0.0) / now)
+    errors = np.where(now > 0, errors, np.nan)[~computed]
     return float(np.nanmean(errors)) if np.isfinite(errors).any() else None
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from dicache.anatomy import Anatomy
 from dicache.calibrate.methods import Axis, CalibrationError, body_plan, method
-from dicache.calibrate.rescale import Judged, fit_rescale, judge
+from dicache.calibrate.rescale import Judged, fit_rescale, judge, rescaled
 from dicache.calibrate.simulating import called_steps, find_limit, macs_fraction, simulate
 from dicache.calibrate.spaces import AimedSpace
 from dicache.calibrate.teacache_published import IN_WORDS, SIGNALS, Signal, published, published_for, quoted_in_words
@@ -285,7 +285,7 @@ def _find_threshold(
     policy: TeaCachePolicy, x: np.ndarray, anatomy: Anatomy, target_speedup: float, *, beforehand: bool
 ) -> float:
     """Return the smallest threshold with which the simulated rule reaches a speed-up in multiply-accumulates."""
-    foretold = np.vectorize(policy.rescale, otypes=[float])(np.nan_to_num(x, nan=0.0))
+    foretold = rescaled(policy, np.nan_to_num(x, nan=0.0))
     highest = float(np.maximum(foretold, 0).sum(axis=-1).max()) * 1.001 + 1e-9  # no sum of changes reaches it
     called = called_steps(x)
 

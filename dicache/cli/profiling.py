@@ -35,6 +35,9 @@ from dicache.cli.profiles import FOLDER
     type=Numbers(),
     help="For FirstBlockCache: how many of the first blocks to watch, such as 1,8.  [default: 1, where it can be]",
 )
+@click.option(
+    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Runs that are made in one call of the model."
+)
 @click.option("--max-memory", type=Bytes(), help="Refuse to start if more is needed, such as 8GB.")
 @click.option("--no-prompts", is_flag=True, help="Write down a hash of each prompt, not the prompt.")
 @click.option("--resume", is_flag=True, help="Go on with a profile that was broken off.")
@@ -59,6 +62,7 @@ def profile(
     priors_for: str | None,
     decision_blocks: tuple[int, ...] | None,
     first_blocks: tuple[int, ...] | None,
+    batch: int,
     max_memory: int | None,
     no_prompts: bool,
     resume: bool,
@@ -97,6 +101,7 @@ def profile(
         priors=Schedule.load(priors_for) if priors_for else priors,
         decision_blocks=decision_blocks,
         first_blocks=first_blocks,
+        batch=batch,
         max_memory=max_memory,
         keep_prompts=not no_prompts,
         resume=resume,

@@ -78,9 +78,14 @@ class GuidedSteps:
     _passes: dict[int, dict[str, PassOutput]] = field(default_factory=dict)
 
     def add(self, step: int, passes: Mapping[str, PassOutput], guided: Tensor) -> None:
-        """Add a step: its passes by name, in order, and what the scheduler was given, batch first."""
-        self._guided[step] = guided[0].cpu()
+        """Add a step: its passes by name, in order, and what the scheduler was given for the run's sample."""
+        self._guided[step] = guided.cpu()
         self._passes[step] = {name: found.cpu() for name, found in passes.items()}
+
+    @property
+    def outputs(self) -> Tensor:
+        """What the scheduler was given, (steps that were added, ...)."""
+        return torch.stack(list(self._guided.values()))
 
     @property
     def bytes(self) -> int:

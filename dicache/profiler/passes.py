@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from dicache.anatomy import Anatomy
-from dicache.profiler.first_blocks import History
 from dicache.profiler.guided import PassOutput
+from dicache.profiler.latest import Latest
 from dicache.profiler.profiles import RATES
 from dicache.profiler.residuals import Residuals
-from dicache.profiler.rings import Ring, wide
+from dicache.profiler.rings import DeltaRing, Ring, SiteRing, fetched, wide
 from dicache.profiler.storage import MAGNITUDES, SITE_STATISTICS, TEACACHE_SIGNALS
 from dicache.runtime.streams import Tensors
 
@@ -48,9 +48,9 @@ class Pass:
         self.time: dict[str, Tensor] = {}  # the time signals of the call that runs
         self._residuals = {block: Residuals(RATES, frames) for block in decision_blocks}
         self._middles: dict[int, Tensor] = {}
-        self._histories = {count: History(first_block_lags) for count in first_blocks}
+        self._histories = {count: Latest(first_block_lags) for count in first_blocks}
         self.parts = 1
-        self.outputs: dict[tuple[int, int], Tensor] = {}  # whole, by site and step
+        self.site_shapes: list[tuple[int, ...]] = []  # (tokens of all tensors, channels)
         self.modulated: Tensor | None = None
         self._entered: Tensors = {}
         self._residual: Tensorlist = []
@@ -58,17 +58,16 @@ class Pass:
         self._first_sites: dict[int, Tensorlist] = {}
         self._first_deltas: dict[int, Tensorlist] = {}
         self._surviving = [anatomy.blocks[anatomy.segment(b.index)[1] - 1].streams for b in anatomy.blocks]
-        self._sites: Ring | None = None
+        self._sites: SiteRing | None = None
         self._before: list[Tensorlist] = []  # the signals of the step before
-        self._delta_of: dict[int, tuple[Ring, int]] = {}
-        self._deltas: list[tuple[list[int], Ring]] = []
+        self._delta_of: dict[int, tuple[DeltaRing, int]] = {}
+        self._deltas: list[tuple[list[int], DeltaRing]] = []
         self.restart()
 
     def restart(self) -> None:
         """Forget the generation before, but not the memory that was set up for it."""
         self.step, self._ready, self._compared = -1, False, False
         self._before = []
-        self.outputs.clear()
         for residuals in self._residuals.values():
             residuals.restart()
         self._tables: dict[str, dict[int, Tensor]] = {"sites": {}, "change": {}, "size": {}, "magnitude": {}}
@@ -85,10 +84,6 @@ class Pass:
         held_by += [residuals.bytes for residuals in self._residuals.values()]
         held_by += [history.bytes for history in self._histories.values()]
         return sum(held_by) + sum(tensor.nbytes for tensor in held)
-
-    def site_size(self, place: int) -> int:
-        """Return how many numbers a site gives."""
-        return sum(self._sites.sizes[place]) if self._sites is not None else 0
 
     def begin(self, step: int, parts: int) -> None:
         """Begin a step. A pass that was left out for some steps is not compared across the gap."""
@@ -109,10 +104,10 @@ class Pass:
         else:
             self._first_sites[place] = out
 
-    def keep(self, place: int, out: Tensorlist) -> None:
-        """Keep what a site gave, whole, on the CPU: (parts, tokens of all tensors, channels)."""
-        rows = [tensor.reshape(self.parts, -1, tensor.shape[-1]).float() for tensor in out]
-        self.outputs[place, self.step] = torch.cat(rows, dim=1).cpu()
+    def together(self, out: Tensorlist) -> Tensor:
+        """Return what a site gave as one tensor, (parts, tokens of all tensors, channels)."""
+        rows = [tensor.reshape(self.parts, -1, tensor.shape[-1]) for tensor in out]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
     def middle(self, index: int, stream: Tensor) -> None:
         """Take the stream as a block's attention left it."""
@@ -130,8 +125,8 @@ class Pass:
             self._entered = into
         if history := self._histories.get(index + 1):
             name = self.anatomy.blocks[index].main_stream
-            compared = history.compare(out[name] - self._entered[name])
-            self._first_blocks.setdefault(self.step, []).append(compared)
+            [sums] = history.compare([(out[name], self._entered[name])])
+            self._first_blocks.setdefault(self.step, []).append(sums / history.size)
         names = self._surviving[index]
         after, before = [out[name] for name in names], [into[name] for name in names]
         if self._ready:
@@ -177,8 +172,9 @@ class Pass:
 
     def failure(self) -> tuple[int, int] | None:
         """Return the first step and site whose output is not finite."""
-        for step, sums in self._tables["sites"].items():
-            bad = (~torch.isfinite(sums[:, 0])).nonzero()
+        table = self._tables["sites"]
+        for step, sums in zip(table, fetched(list(table.values())), strict=True):
+            bad = np.flatnonzero(~np.isfinite(sums[:, 0]))
             if len(bad):
                 return step, int(bad[0])
         return None
@@ -198,9 +194,9 @@ class Pass:
         if self._sites is None:
             return out | {"delta/cosine": _cosine(out["delta/gram"])}
         sums, changes, sizes, magnitudes = (
-            dict(zip(table, torch.stack(list(table.values())).cpu().double().numpy(), strict=True)) if table else {}
-            for table in self._tables.values()
+            dict(zip(table, fetched(list(table.values())), strict=True)) for table in self._tables.values()
         )
+        grams = iter(fetched([gram for step in seen for gram in self._grams[step]]))
         counts = np.array([sum(sizes) for sizes in self._sites.sizes])[:, None]
         for step, since in seen.items():
             back, found = min(since, lags), sums[step]  # (sites, 2 lags + 2)
@@ -213,19 +209,20 @@ class Pass:
                     out[f"teacache/{name}"][step] = changes[step][place], sizes[step - 1][place]
                 ratio, square, cosine = magnitudes[step]
                 out["magnitude"][step] = ratio, np.sqrt(max(square - ratio**2, 0)), 1 - cosine
-            for (places, _), gram in zip(self._deltas, self._grams[step], strict=True):
-                _place_gram(out["delta/gram"][step], places, gram.cpu().double().numpy(), bool(since), self.anatomy)
+            for places, _ in self._deltas:
+                _place_gram(out["delta/gram"][step], places, next(grams), bool(since), self.anatomy)
         return out | {"delta/cosine": _cosine(out["delta/gram"])}
 
     def _first_block_arrays(self, steps: int) -> dict[str, np.ndarray]:
         if not self._histories:
             return {}
-        depth = max(history.depth for history in self._histories.values())
+        depth = max(history.lags for history in self._histories.values())
         size = np.full((steps, len(self._histories)), np.nan)
         change = np.full((*size.shape, depth), np.nan)
+        found_rows = iter(fetched([row for rows in self._first_blocks.values() for row in rows]))
         for step, rows in self._first_blocks.items():
-            for place, row in enumerate(rows):
-                found = row.cpu().double().numpy()
+            for place in range(len(rows)):
+                found = next(found_rows)
                 size[step, place], change[step, place, : len(found) - 1] = found[0], found[1:]
         return {"first_block/size": size, "first_block/change": change}
 
@@ -252,12 +249,13 @@ class Pass:
         """Make the rings, or take those of the run before, and write the first step into them."""
         sites = [self._first_sites[place] for place in range(len(self.anatomy.sites))]
         deltas = [self._first_deltas[index] for index in range(len(self.anatomy.blocks))]
+        self.site_shapes = [tuple(self.together(tensors).shape[1:]) for tensors in sites]
         if self._sites is None or not self._sites.fits(sites, self.parts):
-            self._sites = Ring(sites, self.parts, self.lags + 1)
+            self._sites = SiteRing(sites, self.parts, self.lags + 1)
             by_size: dict[tuple[int, ...], list[int]] = {}
             for index, tensors in enumerate(deltas):
                 by_size.setdefault(tuple(tensor.numel() for tensor in tensors), []).append(index)
-            self._deltas = [(same, Ring([deltas[i] for i in same], 1, 2)) for same in by_size.values()]
+            self._deltas = [(same, DeltaRing([deltas[i] for i in same])) for same in by_size.values()]
             self._delta_of = {i: (ring, k) for same, ring in self._deltas for k, i in enumerate(same)}
         for ring in self._rings():
             ring.restart()

@@ -11,6 +11,7 @@ from dicache.anatomy import Anatomy
 from dicache.schedules import Schedule, Target
 
 FORMAT = "dicache.profile/1"
+MOST_LAGS = 16  # of the first blocks, after which a simulation computes: a third of 50 steps in a row
 RATES = 12  # steps back that a decision block's residuals are compared with: the largest published rate of AdaCache
 RESIDUALS = ("attn", "rest", "block")  # what a block's attention adds to the stream, what all behind it adds, and both
 

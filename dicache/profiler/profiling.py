@@ -6,12 +6,13 @@ import math
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import dicache
@@ -24,8 +25,8 @@ from dicache.anatomy.unets import is_unet
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, default_conditions, sample
 from dicache.profiler import storage
-from dicache.profiler.first_blocks import MOST_LAGS
-from dicache.profiler.profiles import ProfileError, Provenance, Run
+from dicache.profiler.guided import LINEAR
+from dicache.profiler.profiles import MOST_LAGS, ProfileError, Provenance, Run
 from dicache.profiler.recorder import Recorder
 from dicache.runtime.apply import denoiser
 from dicache.schedules import FirstBlockPolicy, Schedule, Target
@@ -98,6 +99,7 @@ def profile_pipeline(
     max_memory: int | None = None,
     keep_prompts: bool = True,
     resume: bool = False,
+    batch: int = 1,
     progress: bool = True,
 ) -> Path:
     """Measure a pipeline and write its profile.
@@ -125,6 +127,8 @@ def profile_pipeline(
         max_memory: Bytes, of the device or of main memory, above which to refuse.
         keep_prompts: Whether to write prompts down, or what they hash to. Who guesses a prompt can verify the guess.
         resume: Go on with the file if it is there and was begun with the same model and settings.
+        batch: How many runs the pipeline makes in one call. So many are made one by one first, and then once more
+            together, to see that the model makes the same of them.
         progress: Whether to show the need and a bar on standard error.
 
     Returns:
@@ -132,10 +136,11 @@ def profile_pipeline(
 
     Raises:
         ProfileError: If the file exists and may not or cannot be gone on with, it needs too much memory or disk, or
-            every run failed.
+            every run failed, or runs in a batch are not what they are alone.
     """
-    if not conditions or lags < 1:
-        raise ProfileError(f"a profile needs at least one run and one lag, found {len(conditions)} and {lags}")
+    if not conditions or lags < 1 or batch < 1:
+        found = f"{len(conditions)}, {lags} and {batch}"
+        raise ProfileError(f"a profile needs at least one run, one lag and one run in a batch, found {found}")
     sampling = (sampling or Sampling()).resolved(pipeline)
     planned = [
         Run(condition if keep_prompts else hashed(condition), seed + i) for i, condition in enumerate(conditions)
@@ -168,24 +173,55 @@ def profile_pipeline(
     counts = _counts_of_first_blocks(first_blocks, anatomy)
     first_lags = min(MOST_LAGS, steps - 1) if counts else 0
     with Recorder(pipeline, model, anatomy, lags, steps_kept, time, counts, first_lags, blocks) as recorder:
-        _first_step(pipeline, recorder, lambda: sample(pipeline, conditions[:1], [seed], sampling))
+
+        def call(together: Sequence[tuple[Run, str]]) -> None:
+            recorder.runs = len(together)
+            sample(pipeline, [condition for _, condition in together], [run.seed for run, _ in together], sampling)
+
+        every = list(zip(planned, conditions, strict=True))
+        ahead = every[len(done) :]
+        _first_step(pipeline, recorder, lambda: call(ahead[:batch] or every[:1]))
         provenance = _provenance(pipeline, component, name, anatomy, sampling, recorder, priors)
         if before is not None:
             _check_resumable(output, before, provenance, done, planned)
-        need = _need(recorder, provenance, steps_kept, len(planned))
+        need = _need(recorder, provenance, len(planned))
         if progress:
             tqdm.write(f"needs {need}", file=sys.stderr)
         _check_need(need, max_memory, output)
         if before is None:
-            storage.create(output, provenance)
-        bar = tqdm(planned, initial=len(done), desc=f"profile {name}", unit="run", disable=not progress)
-        with bar:
-            for run, condition in list(zip(planned, conditions, strict=True))[len(done) :]:
-                sample(pipeline, [condition], [run.seed], sampling)
-                failure = recorder.failure()
-                status = "ok" if failure is None else f"failed at {failure}"
-                storage.append(output, recorder.record(replace(run, status=status), provenance))
-                bar.update()
+            storage.create(output, provenance, recorder.priors)
+
+        def make(together: Sequence[tuple[Run, str]]) -> bool:
+            """Make some runs and write them; or none of them, if they would have to be taken apart again."""
+            with storage.adding(output) as addition:
+                recorder.add_to(addition.priors if steps_kept else None, provenance)
+                call(together)
+                failures = [recorder.failure(place) for place in range(len(together))]
+                if steps_kept and len(together) > 1 and any(failures):
+                    addition.drop()
+                    return False
+                for place, ((run, _), failure) in enumerate(zip(together, failures, strict=True)):
+                    status = "ok" if failure is None else f"failed at {failure}"
+                    addition.write(recorder.record(replace(run, status=status), provenance, place))
+            bar.update(len(together))
+            return True
+
+        with tqdm(planned, initial=len(done), desc=f"profile {name}", unit="run", disable=not progress) as bar:
+            trial = ahead[:batch] if 1 < batch < len(ahead) else []
+            alone = []
+            for single in trial:
+                make([single])
+                alone.append(recorder.outputs())
+            if trial:
+                recorder.add_to(None, provenance)
+                call(trial)
+                for place, outputs in enumerate(alone):
+                    _check_alike(outputs, recorder.outputs(place))
+            for start in range(len(trial), len(ahead), batch):
+                together = ahead[start : start + batch]
+                if not make(together):
+                    for single in together:
+                        make([single])
     _, finished = storage.header(output)
     if not any(run.ok for run in finished):
         raise ProfileError(f"every run {finished[0].status}: the model's outputs are not finite; try another --dtype")
@@ -298,13 +334,31 @@ def _first_step(pipeline: Any, recorder: Recorder, run: Callable[[], Any]) -> No
     raise ProfileError(f"the {type(pipeline).__name__} ended without a step in which it calls the model")
 
 
-def _need(recorder: Recorder, provenance: Provenance, priors: Mapping[str, Sequence[int]], runs: int) -> Need:
+def _check_alike(alone: Tensor, together: Tensor) -> None:
+    """Refuse what a model makes of a run in a batch, if it is not what it makes of it alone.
+
+    Some pipelines cut a single prompt to its length, and pad several of them.
+
+    Args:
+        alone: What the scheduler was given in each step, (steps, ...).
+        together: The same of the run in a batch.
+    """
+    apart = (together.float() - alone.float()).flatten(1).norm(dim=1) / alone.float().flatten(1).norm(dim=1)
+    if (apart > LINEAR).any():  # not so of NaN: such a run is kept as failed
+        raise ProfileError(
+            f"what the model makes of a run depends on the others in its batch: an output of step "
+            f"{int((apart > LINEAR).nonzero()[0])} differs by {float(apart.max()):.2g} of its size. Go on with "
+            "--batch 1 --resume"
+        )
+
+
+def _need(recorder: Recorder, provenance: Provenance, runs: int) -> Need:
     steps = len(provenance.target.timesteps or ())
     shapes = storage.shapes(provenance)
     rows = sum(8 * math.prod(shape) for shape in shapes.values())
-    whole = recorder.output_bytes(priors)
-    tables = TABLE * (len(shapes) + len(priors))
-    return Need(recorder.bytes, steps * recorder.bytes_a_step + whole, runs * rows + whole + tables)
+    priors = sum(4 * len(kept) * math.prod(shape) for kept, shape in recorder.priors.values())
+    tables = TABLE * (len(shapes) + len(recorder.priors))
+    return Need(recorder.bytes, steps * recorder.bytes_a_step, runs * rows + priors + tables)
 
 
 def _check_need(need: Need, max_memory: int | None, output: Path) -> None:

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from dicache.anatomy import Anatomy, StepClock
@@ -15,10 +15,12 @@ from dicache.anatomy.nested import tensors_of
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.signal import frames_of
 from dicache.anatomy.time_embedding import Reading, watch_reading
+from dicache.profiler.batches import Batch
 from dicache.profiler.guided import GuidedSteps
 from dicache.profiler.passes import Pass
+from dicache.profiler.priors import Priors
 from dicache.profiler.profiles import Provenance, Run
-from dicache.profiler.storage import RunRecord
+from dicache.profiler.storage import PriorShape, RunRecord
 from dicache.runtime.generation import Call, Generation
 from dicache.runtime.naming import PassNames
 from dicache.runtime.streams import Streams
@@ -34,11 +36,14 @@ class Recorder:
         model: The pipeline's denoiser.
         anatomy: The model's.
         lags: How many steps back each branch's output is compared with.
-        priors: Steps at which a site's outputs are handed out whole, by the site's key.
+        priors: Steps at which a site's outputs are added to the means of all runs, by the site's key.
         time: Where the time embedding and its projection are read, by the name of the signal.
         first_blocks: How many of the first blocks, rising, to compare the residual of.
         first_block_lags: How many steps back.
         decision_blocks: Blocks of which what they add to the stream is measured for AdaCache.
+
+    Attributes:
+        runs: How many are in a batch of the next generation, each a sample, or one in each half; set beforehand.
     """
 
     def __init__(
@@ -59,11 +64,15 @@ class Recorder:
         self._denoiser = model
         self._anatomy = anatomy
         self._places = {key: place for place, key in enumerate(anatomy.sites)}
-        self._wanted = [frozenset((priors or {}).get(key, ())) for key in anatomy.sites]
+        self._wanted = {key: tuple(sorted(steps)) for key, steps in (priors or {}).items() if steps}
+        self._priors: Priors | None = None
+        self._first_parts: dict[str, int] = {}
         self._generation: Generation | None = None
-        self._guided: GuidedSteps | None = None
-        self._passes: dict[str, Pass] = {}
-        self._running: Pass | None = None  # that of the call that runs
+        self.runs = 1  # in a batch of the next generation
+        self._guided: list[GuidedSteps] = []  # by run
+        self._passes: dict[str, list[Pass]] = {}  # by name of the guidance pass, and by run
+        self._running: Batch | None = None  # of the call that runs
+        self._name = ""  # of its guidance pass
         self._context: str | None = None
         self._names = PassNames(model, self._named)
         self._overrides = Overrides()
@@ -73,7 +82,7 @@ class Recorder:
             self._overrides.set(module, self._block(block.index, Streams(block, module, module.forward)))
             for site in block.sites:
                 branch = self._overrides.part(model, f"{block.module}.{site.module}")
-                self._overrides.set(branch, self._site(self._places[block.key(site)], branch.forward))
+                self._overrides.set(branch, self._site(block.key(site), branch.forward))
         for index in self.decision_blocks:
             if anatomy.blocks[index].middle:
                 module = self._overrides.part(model, f"{anatomy.blocks[index].module}.{anatomy.blocks[index].middle}")
@@ -101,52 +110,61 @@ class Recorder:
     @property
     def contexts(self) -> tuple[str, ...]:
         """Names of the guidance passes of the latest generation, in the order in which they came."""
-        return tuple(name for name, found in self._passes.items() if found.step >= 0)
+        return tuple(name for name, (first, *_) in self._passes.items() if first.step >= 0)
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """How many samples each pass has in its batch: 2 where it holds the guided and the unguided half."""
-        return tuple(self._passes[name].parts for name in self.contexts)
+        """How many samples of a run each pass has in its batch: 2 where it holds the guided and the unguided half."""
+        return tuple(self._passes[name][0].parts for name in self.contexts)
 
     @property
     def bytes(self) -> int:
         """Memory that is held on the model's device."""
-        return sum(found.bytes for found in self._passes.values())
+        return sum(found.bytes for passes in self._passes.values() for found in passes)
 
     @property
     def bytes_a_step(self) -> int:
-        """Memory on the CPU for each step of a run, whole outputs for priors not counted."""
-        return self._guided.bytes // max(1, self._generation.step) if self._guided and self._generation else 0
+        """Memory on the CPU for each step of a generation."""
+        steps = max(1, self._generation.step) if self._generation else 1
+        return sum(guided.bytes for guided in self._guided) // steps
 
-    def output_bytes(self, priors: Mapping[str, Sequence[int]]) -> int:
-        """Return the bytes of these sites' outputs at these steps, in float32."""
-        return sum(
-            4 * len(steps) * found.site_size(self._places[key])
-            for found in self._passes.values()
-            for key, steps in priors.items()
-        )
+    @property
+    def priors(self) -> dict[str, PriorShape]:
+        """The steps at which a site's outputs are wanted, and their shape: (parts of all passes, tokens, channels)."""
+        shapes = next((first.site_shapes for first, *_ in self._passes.values() if first.site_shapes), [])
+        return {key: (steps, (sum(self.parts), *shapes[self._places[key]])) for key, steps in self._wanted.items()}
 
-    def record(self, run: Run, provenance: Provenance) -> RunRecord:
-        """Return the rows of the latest generation; NaN where a pass or a step was not seen."""
+    def outputs(self, place: int = 0) -> Tensor:
+        """Return what the scheduler was given for a run in each step in which the model was called, (steps, ...)."""
+        return self._guided[place].outputs
+
+    def add_to(self, priors: Priors | None, provenance: Provenance) -> None:
+        """Add the outputs of the next generation to these means, or to none."""
+        self._priors = priors
+        firsts = [0, *accumulate(provenance.parts)]
+        self._first_parts = dict(zip(provenance.contexts, firsts, strict=False))
+
+    def record(self, run: Run, provenance: Provenance, place: int = 0) -> RunRecord:
+        """Return the rows of a run of the latest generation; NaN where a pass or a step was not seen.
+
+        Args:
+            run: Which.
+            provenance: Of the profile.
+            place: Of the run in the batch.
+        """
         assert self._generation is not None
-        assert self._guided is not None
-        steps, empty = self._generation.steps, self._new_pass()
-        passes = [self._passes.get(name, empty) for name in provenance.contexts]
+        steps, empty = self._generation.steps, [self._new_pass()] * self.runs
+        passes = [self._passes.get(name, empty)[place] for name in provenance.contexts]
         records = [found.arrays(steps) for found in passes]
         arrays = {name: np.stack([record[name] for record in records]) for name in records[0]}
         parts = zip(provenance.contexts, provenance.parts, strict=True)
         columns = [(name, part) for name, count in parts for part in range(count)]
-        outputs: dict[str, dict[int, np.ndarray]] = {}
-        for key, place in self._places.items():
-            for step in sorted(self._wanted[place]):
-                whole = [found.outputs[place, step] for found in passes if (place, step) in found.outputs]
-                if len(whole) == len(passes):
-                    outputs.setdefault(key, {})[step] = torch.cat(whole).numpy()
-        return RunRecord(run, arrays | self._guided.arrays(columns), outputs)
+        return RunRecord(run, arrays | self._guided[place].arrays(columns))
 
-    def failure(self) -> str | None:
-        """Return where the latest generation first met a NaN or an infinity, or None: `step 3 in 7.mlp`."""
-        found = [place for record in self._passes.values() if (place := record.failure()) is not None]
+    def failure(self, place: int = 0) -> str | None:
+        """Return where a run of the latest generation first met a NaN or an infinity, or None: `step 3 in 7.mlp`."""
+        passes = [passes[place] for passes in self._passes.values() if place < len(passes)]
+        found = [first for each in passes if (first := each.failure()) is not None]
         if not found:
             return None
         step, index = min(found)
@@ -158,7 +176,7 @@ class Recorder:
 
     def _time(self, name: str, embedding: Tensor) -> None:
         if self._running is not None:
-            self._running.time[name] = embedding
+            self._running.time(name, embedding)
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
@@ -172,17 +190,21 @@ class Recorder:
         self._generation = Generation(len(scheduler.timesteps))
         self._generation.begin_step()
         kinds = [key.partition(".")[2] for key in self._anatomy.sites]
-        self._guided = GuidedSteps(kinds, self._generation.steps)
-        for found in self._passes.values():
-            found.restart()
+        self._guided = [GuidedSteps(kinds, self._generation.steps) for _ in range(self.runs)]
+        for passes in self._passes.values():
+            for each in passes:
+                each.restart()
 
     def _step(self) -> None:
-        if self._generation is None or self._guided is None or self._generation.finished:
+        if self._generation is None or self._generation.finished:
             return
         step = self._generation.step
-        passes = {name: found.given() for name, found in self._passes.items() if found.step == step}
-        if passes:
-            self._guided.add(step, passes, self._clock.model_output)
+        for run, guided in enumerate(self._guided):
+            passes = {name: found[run].given() for name, found in self._passes.items() if found[0].step == step}
+            if passes:
+                guided.add(step, passes, self._clock.model_output[run])
+        if self._priors is not None:
+            self._priors.flush()
         self._generation.begin_step()
 
     def _model(self, forward: Forward) -> Forward:
@@ -191,14 +213,16 @@ class Recorder:
             if generation is None or generation.finished:
                 return forward(*args, **kwargs)
             name, _ = generation.lane(self._context, Call(args, kwargs))
-            if name not in self._passes:
-                self._passes[name] = self._new_pass(frames_of(self._denoiser, latents_of(args, kwargs).shape))
-            self._running = record = self._passes[name]
+            latents = latents_of(args, kwargs)
+            passes = self._passes.setdefault(name, [])
+            while len(passes) < self.runs:
+                passes.append(self._new_pass(frames_of(self._denoiser, latents.shape)))
+            self._running, self._name = Batch(passes[: self.runs], len(latents)), name
             self._overrides.rewind()
-            record.begin(generation.step, len(latents_of(args, kwargs)))
+            self._running.begin(generation.step)
             try:
                 out = forward(*args, **kwargs)
-                record.end(list(tensors_of(out)))
+                self._running.end(list(tensors_of(out)))
             finally:
                 self._running = None
             return out
@@ -207,12 +231,12 @@ class Recorder:
 
     def _block(self, index: int, streams: Streams) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
-            record = self._running
-            if record is None:
+            running = self._running
+            if running is None:
                 return streams.forward(*args, **kwargs)
             into = streams.read(args, kwargs)
             returned = streams.forward(*args, **kwargs)
-            record.block(index, into, streams.unpack(returned))
+            running.block(index, into, streams.unpack(returned))
             return returned
 
         return run
@@ -222,7 +246,7 @@ class Recorder:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if self._running is not None:
-                self._running.modulated = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+                self._running.entered(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)))
             return forward(*args, **kwargs)
 
         return run
@@ -237,18 +261,20 @@ class Recorder:
 
         return run
 
-    def _site(self, place: int, forward: Forward) -> Forward:
-        wanted = self._wanted[place]
+    def _site(self, key: str, forward: Forward) -> Forward:
+        place, wanted = self._places[key], frozenset(self._wanted.get(key, ()))
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            record = self._running
-            if record is None:
+            running = self._running
+            if running is None:
                 return forward(*args, **kwargs)
             out = forward(*args, **kwargs)
             tensors = list(tensors_of(out))
-            record.site(place, tensors)
-            if wanted and record.step in wanted:
-                record.keep(place, tensors)
+            running.site(place, tensors)
+            first, step = self._first_parts.get(self._name), running.passes[0].step
+            if self._priors is not None and first is not None and step in wanted:
+                for each, own in zip(running.passes, running.split_all(tensors), strict=True):
+                    self._priors.add(key, step, first, each.together(own))
             return out
 
         return run

@@ -7,22 +7,27 @@ a whole file with all runs that were finished.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import torch
 
 from dicache.anatomy import AnatomyError
+from dicache.profiler.priors import Prior, Priors
 from dicache.profiler.profiles import FORMAT, RATES, RESIDUALS, Profile, ProfileError, Provenance, Run
 from dicache.schedules import ScheduleError
 
 SITE_STATISTICS = ("diff_l1", "abs_l1", "dot", "norm2")
 TEACACHE_SIGNALS = ("input", "residual", "body", "output")
+ALIGNED = 4096  # bytes: whole pages of memory, for the means that are changed in place
 MAGNITUDES = ("ratio", "ratio_deviation", "cosine_distance")
+PriorShape = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,10 @@ class RunRecord:
     Attributes:
         run: Which.
         arrays: Every dataset without its runs axis.
-        outputs: Whole outputs for the priors: site -> step -> (parts of all passes, tokens, channels).
     """
 
     run: Run
     arrays: Mapping[str, np.ndarray]
-    outputs: Mapping[str, Mapping[int, np.ndarray]]
 
 
 def shapes(provenance: Provenance) -> dict[str, tuple[int, ...]]:
@@ -70,10 +73,20 @@ def _first_block_shapes(provenance: Provenance, contexts: int, steps: int) -> di
     return {"first_block/size": size, "first_block/change": (*size, provenance.first_block_lags)}
 
 
-def create(path: Path, provenance: Provenance) -> None:
-    """Write a profile without runs, in place of whatever was there."""
+def create(path: Path, provenance: Provenance, priors: Mapping[str, PriorShape] | None = None) -> None:
+    """Write a profile without runs, in place of whatever was there.
+
+    Args:
+        path: Of the file.
+        provenance: Where it comes from.
+        priors: Sites whose mean outputs are kept, with their steps and the shape of an output: (parts of all passes,
+            tokens, channels).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as part, h5py.File(part, "w") as file:
+    with (
+        _replacing(path) as part,
+        h5py.File(part, "w", alignment_threshold=ALIGNED, alignment_interval=ALIGNED) as file,
+    ):
         file.attrs["format"] = FORMAT
         file.attrs["provenance"] = json.dumps(provenance.to_json())
         text = h5py.string_dtype()
@@ -89,37 +102,79 @@ def create(path: Path, provenance: Provenance) -> None:
                 compression="gzip",
                 shuffle=True,
             )
+        for key, prior in (priors or {}).items():
+            _create_prior(file.require_group("priors"), key, prior)
 
 
 def append(path: Path, record: RunRecord) -> None:
     """Add one run to a profile."""
+    with adding(path) as addition:
+        addition.write(record)
+
+
+@contextmanager
+def adding(path: Path) -> Iterator["Addition"]:
+    """Begin a run, which is in the profile when the block is left without an error.
+
+    Raises:
+        ProfileError: If the profile holds priors in the form of an older version.
+    """
     with _replacing(path) as part:
-        shutil.copyfile(path, part)
-        with h5py.File(part, "r+") as file:
+        yield Addition(path, part)
+
+
+class Addition:
+    """A copy of a profile, to which a run is added; made when it is first needed."""
+
+    def __init__(self, path: Path, part: Path) -> None:
+        self._path, self._part = path, part
+
+    @cached_property
+    def priors(self) -> Priors:
+        """Takes the outputs of the run, where the profile holds priors."""
+        return self._copy()
+
+    def drop(self) -> None:
+        """Take the profile as it was, without what was added since."""
+        self.priors = self._copy()
+
+    def write(self, record: RunRecord) -> None:
+        """Add what was recorded. The outputs of a run that failed are no part of the priors."""
+        priors = self.priors if record.run.ok else self._copy()
+        priors.flush()
+        with h5py.File(self._part, "r+") as file:
             columns = {f"runs/{name}": value for name, value in vars(record.run).items()}
             for name, value in {**columns, **record.arrays}.items():
                 dataset = file[name]
                 dataset.resize(len(dataset) + 1, axis=0)
                 dataset[-1] = value
-            if record.run.ok and record.outputs:
-                _add_to_priors(file, record.outputs)
+            for key, prior in priors.sites.items():
+                file[f"priors/{key}"].attrs["counts"] = prior.counts
+
+    def _copy(self) -> Priors:
+        shutil.copyfile(self._path, self._part)
+        sites = {}
+        with h5py.File(self._part, "r") as file:
+            for key, dataset in file.get("priors", {}).items():
+                start = dataset.id.get_offset()
+                if start is None:
+                    raise ProfileError(f"{self._path} holds priors in the form of an older version; choose another -o")
+                means = torch.from_numpy(np.memmap(self._part, np.float32, "r+", start, dataset.shape))
+                steps = tuple(int(step) for step in dataset.attrs["steps"])
+                sites[key] = Prior(steps, dataset.attrs["counts"][:], means)
+        return Priors(sites)
 
 
-def _add_to_priors(file: h5py.File, outputs: Mapping[str, Mapping[int, np.ndarray]]) -> None:
-    """Take a run's outputs into the means of all runs."""
-    group = file.require_group("priors")
-    group.attrs["runs"] = int(group.attrs.get("runs", 0)) + 1
-    for key, by_step in outputs.items():
-        steps = sorted(by_step)
-        if key not in group:
-            first = by_step[steps[0]]  # (parts, tokens, channels)
-            shape = (len(first), len(steps), *first.shape[1:])
-            dataset = group.create_dataset(key, shape, np.float32, chunks=(1, 1, *first.shape[1:]))
-            dataset.attrs["steps"] = steps
-        dataset = group[key]
-        for place, step in enumerate(steps):
-            mean = dataset[:, place].astype(np.float64)
-            dataset[:, place] = mean + (by_step[step] - mean) / group.attrs["runs"]
+def _create_prior(group: Any, key: str, shape: PriorShape) -> None:
+    """Make room for the mean outputs of a site, in one piece, so that they can be changed in place."""
+    steps, (parts, *output) = shape
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple((parts, len(steps), *output))
+    h5py.h5d.create(group.id, key.encode(), h5py.h5t.IEEE_F32LE, space, settings)
+    group[key].attrs["steps"] = steps
+    group[key].attrs["counts"] = np.zeros((parts, len(steps)), np.int64)
 
 
 def load(path: str | os.PathLike[str]) -> Profile:
@@ -152,7 +207,9 @@ def load_prior(path: str | os.PathLike[str], site: str) -> tuple[tuple[int, ...]
         if f"priors/{site}" not in file:
             raise ProfileError(f"{path} has no prior of {site}; profile again with --priors")
         dataset = file[f"priors/{site}"]
-        return tuple(int(step) for step in dataset.attrs["steps"]), dataset[:]
+        steps = np.array(dataset.attrs["steps"])
+        whole = np.flatnonzero((dataset.attrs.get("counts", np.ones((1, len(steps)))) > 0).all(axis=0))
+        return tuple(steps[whole].tolist()), dataset[:, whole]
 
 
 def has_priors(path: str | os.PathLike[str]) -> bool:

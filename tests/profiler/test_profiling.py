@@ -15,6 +15,7 @@ from dicache.anatomy import Inputs, describe
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, sample
 from dicache.profiler import ProfileError, storage
+from dicache.profiler.priors import Prior, Priors
 from dicache.profiler.profiling import hashed, profile_pipeline
 from dicache.schedules import Plan, Rule, Schedule, Target
 from tests.tiny import anatomy_of, arguments, dit, pipeline_of, pixart
@@ -137,7 +138,7 @@ def test_a_failed_run_is_kept_with_its_place_and_left_out(tmp_path: Path) -> Non
         profile_pipeline(pipeline, "tiny", tmp_path / "bad.h5", ["1"], sampling=SAMPLING, progress=False)
     provenance, runs = storage.header(path)
     rows = {name: np.zeros(shape) for name, shape in storage.shapes(provenance).items()}
-    storage.append(path, storage.RunRecord(replace(runs[0], status="failed at step 1 in 0.attn"), rows, {}))
+    storage.append(path, storage.RunRecord(replace(runs[0], status="failed at step 1 in 0.attn"), rows))
     profile = storage.load(path)
     assert len(profile.runs) == 4
     assert len(profile.delta_cosine) == 3
@@ -210,9 +211,35 @@ def test_a_failed_run_is_no_part_of_the_priors(tmp_path: Path) -> None:
     before = storage.load_prior(path, "0.attn")[1]
     provenance, runs = storage.header(path)
     rows = {name: np.zeros(shape) for name, shape in storage.shapes(provenance).items()}
-    bad = {"0.attn": {step: np.full_like(before[:, 0], np.nan) for step in range(4)}}
-    storage.append(path, storage.RunRecord(replace(runs[0], status="failed at step 1 in 0.attn"), rows, bad))
+    with storage.adding(path) as addition:
+        addition.priors.add("0.attn", 1, 0, torch.full(before[:, 1].shape, torch.nan))
+        addition.write(storage.RunRecord(replace(runs[0], status="failed at step 1 in 0.attn"), rows))
     assert np.array_equal(storage.load_prior(path, "0.attn")[1], before)
+    assert len(storage.header(path)[1]) == 4
+
+
+def test_a_run_that_is_broken_off_is_no_part_of_the_priors(tmp_path: Path) -> None:
+    path = profiled(tmp_path / "p.h5", priors=True)
+    content = path.read_bytes()
+
+    def break_off() -> None:
+        with storage.adding(path) as addition:
+            addition.priors.add("0.attn", 1, 0, torch.ones(storage.load_prior(path, "0.attn")[1][:, 1].shape))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        break_off()
+    assert path.read_bytes() == content
+    assert [file.name for file in tmp_path.iterdir()] == ["p.h5"]
+
+
+def test_a_step_that_one_pass_leaves_out_has_no_prior() -> None:
+    prior = Prior((0, 1), np.zeros((2, 2), int), torch.zeros(2, 2, 1, 1))
+    priors = Priors({"0.attn": prior})
+    for step, part, value in ((0, 0, 1.0), (0, 1, 5.0), (1, 0, 7.0), (0, 0, 2.0), (0, 0, 6.0)):
+        priors.add("0.attn", step, part, torch.full((1, 1, 1), value))
+    assert prior.counts.tolist() == [[3, 1], [1, 0]]
+    assert prior.means[:, :, 0, 0].tolist() == [[3.0, 7.0], [5.0, 0.0]]
 
 
 def test_priors_for_a_plan_are_of_its_reused_steps_and_their_sources(tmp_path: Path) -> None:

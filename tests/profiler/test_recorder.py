@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dicache.anatomy import Anatomy, survey
 from dicache.anatomy.overrides import Overrides
 from dicache.models.sampling import Sampling
-from dicache.profiler import Profile, ProfileError, Provenance, Run, first_blocks
-from dicache.profiler.first_blocks import History
+from dicache.profiler import Profile, ProfileError, Provenance, Run, rings
+from dicache.profiler.latest import Latest
 from dicache.profiler.recorder import Recorder
 from dicache.runtime.apply import denoiser
 from dicache.runtime.streams import Streams, Tensors
@@ -244,19 +244,18 @@ def test_the_first_blocks_residuals_are_compared_over_all_lags(build: Any) -> No
                     assert relative == pytest.approx(found / sizes[step - lag, place], rel=1e-9)
 
 
-def test_many_steps_of_a_large_residual_are_compared_in_several_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(0))
-    at_once, one_by_one = History(4), History(4)
+@pytest.mark.parametrize("numbers", [1, 9, 1_000])
+def test_the_latest_changes_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    monkeypatch.setattr(rings, "CACHED", numbers)
+    rows = torch.randn(9, 2, 5, generator=torch.Generator().manual_seed(0))
+    latest = Latest(4)
     for step, row in enumerate(rows):
-        monkeypatch.setattr(first_blocks, "CHUNK", 1_000)
-        found = at_once.compare(row)
-        monkeypatch.setattr(first_blocks, "CHUNK", 20)
-        assert torch.equal(one_by_one.compare(row), found)
-        assert one_by_one.bytes == (4 + 2) * 10 * 4  # what it comes to, from the first step on
-        want = [row.abs().mean(), *((row - rows[step - lag]).abs().mean() for lag in range(1, min(step, 4) + 1))]
-        assert found.tolist() == pytest.approx([float(x) for x in want])
-    one_by_one.clear()
-    assert len(one_by_one.compare(rows[0])) == 1
+        found = latest.compare([(row, torch.zeros(2, 5))])
+        assert latest.bytes == 5 * 10 * 4 + 4 * max(1, min(numbers, 50))  # what it comes to, from the first step on
+        want = [row.abs().sum(), *((row - rows[step - lag]).abs().sum() for lag in range(1, min(step, 4) + 1))]
+        assert found[0].tolist() == pytest.approx([float(x) for x in want])
+    latest.clear()
+    assert latest.compare([(rows[0], rows[1])]).tolist() == [[pytest.approx(float((rows[0] - rows[1]).abs().sum()))]]
 
 
 @every_transformer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dicache.profiler import ProfileError, residuals, storage
+from dicache.profiler import ProfileError, rings, storage
 from dicache.profiler.profiles import RATES, RESIDUALS
 from dicache.profiler.profiling import usual_decision_block
 from dicache.profiler.residuals import Residuals
@@ -29,7 +29,7 @@ def streams(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("chunk", [1, 700, 1 << 20])
 @pytest.mark.parametrize("seen", [True, False])
 def test_what_is_measured_is_what_was_added(monkeypatch: pytest.MonkeyPatch, chunk: int, seen: bool) -> None:
-    monkeypatch.setattr(residuals, "CHUNK", chunk)
+    monkeypatch.setattr(rings, "CACHED", chunk)
     measured = Residuals(LAGS, FRAMES)
     for seed in range(2 * STEPS):
         if seed == STEPS:

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from dicache.profiler import rings
-from dicache.profiler.rings import ROW, Ring
+from dicache.profiler.rings import ROW, DeltaRing, SiteRing
 
 SIZES = ((2, 5, 7), (2, 3000), (2, 5, 7))  # a row's fraction, and more than two rows a part
 
@@ -18,8 +18,8 @@ def outputs(seed: int, *, dtype: torch.dtype = torch.float32) -> list[list[Tenso
     return [[tensor.to(dtype) for tensor in group] for group in groups]
 
 
-def filled(steps: int, depth: int = 3, dtype: torch.dtype = torch.float32) -> Ring:
-    ring = Ring(outputs(0, dtype=dtype), 2, depth)
+def filled(steps: int, depth: int = 3, dtype: torch.dtype = torch.float32) -> SiteRing:
+    ring = SiteRing(outputs(0, dtype=dtype), 2, depth)
     for step in range(steps):
         if step:
             ring.advance()
@@ -32,9 +32,9 @@ def flat(group: list[Tensor]) -> Tensor:
     return torch.cat([tensor.double().reshape(2, -1) for tensor in group], dim=1).flatten()
 
 
-@pytest.mark.parametrize("chunk", [rings.CHUNK, 1])
+@pytest.mark.parametrize("chunk", [rings.CACHED, 1])
 def test_the_sums_are_those_of_the_tensors(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(rings, "CHUNK", chunk)
+    monkeypatch.setattr(rings, "CACHED", chunk)
     found = filled(5).sums()
     for place in range(3):
         now, one, two = (flat(outputs(step)[place]) for step in (4, 3, 2))
@@ -49,14 +49,24 @@ def test_short_floats_are_summed_in_long_ones(dtype: torch.dtype) -> None:
     assert found[1, [0, 1, 2]] == pytest.approx(torch.stack([now.abs().sum(), now @ now, now @ before]), rel=1e-6)
 
 
-def test_differences_are_written_as_such() -> None:
-    ring = filled(1)
+def test_a_group_that_is_written_twice_or_out_of_order_is_summed_as_it_was_last() -> None:
+    ring = filled(2)
+    ring.sums()
     ring.advance()
-    for place in range(3):
-        ring.write_change(place, outputs(2)[place], outputs(1)[place])
-    for place in range(3):
-        change = flat(outputs(2)[place]) - flat(outputs(1)[place])
-        assert ring.sums()[place, 1] == pytest.approx((change @ change).item(), rel=1e-6)
+    for place in (2, 0, 2, 1):
+        ring.write(place, outputs(9 if place == 2 else 2)[place])
+    ring.write(2, outputs(2)[2])
+    assert torch.equal(ring.sums(), filled(3).sums())
+    assert torch.equal(ring.sketch(), filled(3).sketch())
+
+
+def test_differences_are_written_as_such() -> None:
+    one, two = ([outputs(seed)[0], outputs(seed + 5)[0]] for seed in (1, 2))
+    ring = DeltaRing(one)
+    for place in range(2):
+        ring.write_change(place, two[place], one[place])
+    changes = torch.stack([flat(two[place]) - flat(one[place]) for place in range(2)])
+    assert torch.allclose(ring.gram()[:2, :2], changes @ changes.T, rtol=1e-6)
 
 
 def test_a_ring_knows_what_it_was_made_for() -> None:
@@ -66,14 +76,14 @@ def test_a_ring_knows_what_it_was_made_for() -> None:
     assert not ring.fits(outputs(5)[:2], 2)
 
 
-@pytest.mark.parametrize("chunk", [rings.CHUNK, 1])
+@pytest.mark.parametrize("chunk", [rings.CACHED, 1])
 def test_products_of_changes_keep_their_digits(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """Neighbouring steps differ by 1e-4 here: the difference of float32 products would be right to a digit or two."""
-    monkeypatch.setattr(rings, "CHUNK", chunk)
+    monkeypatch.setattr(rings, "CACHED", chunk)
     generator = torch.Generator().manual_seed(0)
     before = [[torch.randn(2, 4000, generator=generator)] for _ in range(3)]
     now = [[group[0] + 1e-4 * torch.randn(2, 4000, generator=generator)] for group in before]
-    ring = Ring(before, 1, 2)
+    ring = DeltaRing(before)
     for step in (before, now):
         ring.advance()
         for place, group in enumerate(step):
@@ -86,7 +96,7 @@ def test_products_of_changes_keep_their_digits(monkeypatch: pytest.MonkeyPatch, 
 
 def test_groups_of_different_sizes_have_no_products() -> None:
     with pytest.raises(ValueError, match="different sizes"):
-        filled(1).gram()
+        DeltaRing(outputs(0))
 
 
 def test_a_sketch_is_linear_and_keeps_products() -> None:
@@ -97,7 +107,7 @@ def test_a_sketch_is_linear_and_keeps_products() -> None:
     mixed = 0.7 * x + 0.3 * y
     sketches = []
     for tensor in (x, y, mixed):
-        ring = Ring([[tensor]], 1, 2)
+        ring = SiteRing([[tensor]], 1, 2)
         ring.write(0, [tensor])
         sketches.append(ring.sketch()[0, 0])
     assert sketches[0].shape == (ROW,)
@@ -110,7 +120,7 @@ def test_the_deviation_of_a_sketch_is_as_stated() -> None:
     errors = []
     for seed in range(60):
         x = torch.randn(1, 40000, generator=torch.Generator().manual_seed(seed))
-        ring = Ring([[x]], 1, 2)
+        ring = SiteRing([[x]], 1, 2)
         ring.write(0, [x])
         errors.append((ring.sketch().square().sum() / x.square().sum()).item() - 1)
     deviation = torch.tensor(errors).std().item()

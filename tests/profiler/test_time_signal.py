@@ -79,7 +79,7 @@ def test_a_profile_holds_the_same_in_every_run_and_guidance_pass() -> None:
         assert recorder.time_signals == ("time", "time_projected")
         for seed in (0, 1):
             run(seed)
-            rows += [found.arrays(STEPS) for found in recorder._passes.values()]
+            rows += [found.arrays(STEPS) for [found] in recorder._passes.values()]
     assert len(rows) == 4
     for name, want in measure_time(pipe, anatomy, run).items():
         for row in rows:
