@@ -1,12 +1,13 @@
 """Attach a schedule to a pipeline or a model."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, get_args
 
 from torch import nn
 
 from dicache.runtime.cache import Cache
+from dicache.runtime.compiled import Compiling
 from dicache.runtime.errors import CacheError
 from dicache.runtime.fitting import BOUND, Fit, Fitting
 from dicache.runtime.ranks import Ranks, group_of
@@ -24,6 +25,7 @@ def apply(
     allow: Collection[str] = (),
     component: str | None = None,
     group: Any | None = None,
+    compile: bool | str | Mapping[str, Any] = False,  # noqa: A002
 ) -> Cache:
     """Attach a schedule to a pipeline or a bare model, and return the cache that replays it.
 
@@ -45,6 +47,9 @@ def apply(
         group: Process group of `torch.distributed` that the model's tokens or samples are spread over, so that all its
             ranks decide alike on what is skipped; they must call the model for the same steps. Where diffusers has
             spread the model (`enable_parallelism`), its own group is taken. A plan decides nothing, and needs none.
+        compile: Whether the model's steps are compiled by `torch.compile(fullgraph=True)`, each kind of step to one
+            graph: settings of it (`backend`, `mode`, `options`, `dynamic`), True for its own, or `cudagraphs`, by which
+            each graph is also captured on the CUDA device. The first generation compiles.
 
     Raises:
         ScheduleError: If the schedule cannot be read or was made for something else.
@@ -60,12 +65,13 @@ def apply(
     if unknown := sorted(set(allow) - set(BOUND)):
         raise ValueError(f"allow names {unknown[0]!r}; what may be allowed to differ is {', '.join(BOUND)}")
     model = denoiser(target, component)
+    compiling = Compiling.asked(compile, model)
     pipeline = None if model is target else target
     allowed = frozenset(allow) | ({"num_inference_steps"} if "timesteps" in allow else set())
     fitting = Fitting(model, schedule, fit, allowed)
     fitting.check_model(None if pipeline is None else pipeline.scheduler)
     ranks = Ranks(group_of(model) if group is None else group, next(model.parameters()).device)
-    return Cache(model, schedule, pipeline, fitting, ranks)
+    return Cache(model, schedule, pipeline, fitting, ranks, compiling)
 
 
 def denoiser(target: Any, component: str | None = None) -> nn.Module:

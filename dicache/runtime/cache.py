@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from dicache.anatomy.clock import StepClock
 from dicache.runtime.adaptive import Adaptive
 from dicache.runtime.callers import guidance_scale, loop_scheduler
+from dicache.runtime.compiled import CompiledAdaptive, CompiledReplay, Compiling
 from dicache.runtime.errors import CacheError, CacheWarning
 from dicache.runtime.executor import Executor, Forward, Installer
+from dicache.runtime.features import compiled
 from dicache.runtime.fitting import Fitting
 from dicache.runtime.generation import Call, Generation
 from dicache.runtime.guidance import WHOLE, Collapse, twice
@@ -50,6 +52,7 @@ class Cache:
         pipeline: Any | None,
         fitting: Fitting,
         ranks: Ranks,
+        compiling: Compiling | None = None,
     ) -> None:
         if _MARK in model.__dict__:
             raise CacheError(
@@ -62,6 +65,7 @@ class Cache:
         self._pipeline = pipeline
         self._fitting = fitting
         self._ranks = ranks
+        self._compiling = compiling
         self.known: Callable[[int], Any] | None = None
         self._warned = False
         self._lock = RLock()
@@ -88,10 +92,15 @@ class Cache:
             raise
 
     def _executor_of(self, schedule: Schedule) -> Executor:
+        model, installer, stats, compiling = self._model, self._installer, self.stats, self._compiling
+        if schedule.plan is not None and compiling is not None:
+            return CompiledReplay(model, schedule, installer, stats, compiling)
         if schedule.plan is not None:
-            return Replay(self._model, schedule, self._installer, self.stats)
+            return Replay(model, schedule, installer, stats)
         assert schedule.policy is not None
-        return Adaptive(self._model, schedule.anatomy, schedule.policy, self._installer, self.stats, self._ranks)
+        if compiling is not None:
+            return CompiledAdaptive(model, schedule.anatomy, schedule.policy, installer, stats, self._ranks, compiling)
+        return Adaptive(model, schedule.anatomy, schedule.policy, installer, stats, self._ranks)
 
     # The life of a generation
 
@@ -211,6 +220,8 @@ class Cache:
             self._calling = None  # an interrupt may have come before it was said that a call had ended
             self._installer.uninstall()
             self._check_component()
+            if self._compiling is not None and (said := compiled(self._model)):
+                raise CacheError(f"the schedule compiles the model's steps, and {said}")
             if self._installer.outdated:
                 self._follow_the_model()
             self._stand_in_front()
@@ -346,9 +357,9 @@ class Cache:
                 executor.prepare(lane, runs[0], generation)
                 if collapse is not None and action == "half":
                     args, kwargs = collapse.first_half(args, kwargs, call.batch)
-                    out = twice(self._forward(*args, **kwargs), call.batch)
+                    out = twice(self._run(executor, args, kwargs), call.batch)
                 else:
-                    out = self._forward(*args, **kwargs)
+                    out = self._run(executor, args, kwargs)
                 self._installer.check_turns()
                 executor.finish(lane)
             if collapse is not None and action == "lead":
@@ -374,6 +385,11 @@ class Cache:
         if generation.step == generation.steps - 1 and self.schedule.policy is not None:
             self._warn_of_extremes(self.schedule.policy, generation, name)
         return out
+
+    def _run(self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(executor, (CompiledReplay, CompiledAdaptive)):
+            return executor.run(self._forward, args, kwargs)
+        return self._forward(*args, **kwargs)
 
     def _first_step(self, clock: StepClock, call: Call) -> int:
         """Return the step that a sampling loop begins with: image-to-image begins in the middle."""

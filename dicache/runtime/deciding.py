@@ -150,6 +150,11 @@ class ByResiduals(Decider[AdaCachePolicy]):
         self._measuring = len(self._before) == len(self._watched)
         return compute
 
+    @property
+    def watching(self) -> bool:
+        """Whether what the decision blocks add is to be told in the call that runs, by `take`, in their order."""
+        return self._watching
+
     def leave(self) -> None:
         super().leave()
         self._middle, self._sums, self._before = None, [], {}
@@ -195,13 +200,13 @@ class ByResiduals(Decider[AdaCachePolicy]):
                 stop = streams.unpack(returned)[name] if branch != "attn" else self._middle
                 assert start is not None
                 assert stop is not None
-                self._take(block.index, stop - start)
+                self.take(block.index, stop - start)
             self._middle = None
             return returned
 
         return run
 
-    def _take(self, index: int, residual: Tensor) -> None:
+    def take(self, index: int, residual: Tensor) -> None:
         """Keep what a decision block adds; with that of the last of them, choose the rate."""
         before = self._before.pop(index, None)
         self.entries[_residual(index)] = residual
@@ -259,6 +264,10 @@ class ByFirstBlocks(Decider[FirstBlockPolicy]):
 
         for block in (head, tail):
             program[model.get_submodule(block.module)] = watched(block)
+
+    def saw(self, added: Tensor | None) -> None:
+        """Take what the first blocks have added in the call that runs; None if it left one out."""
+        self._added = added
 
     def decide(self, seen: Tensor | None) -> bool:
         added, self._added = self._added, None

@@ -65,7 +65,7 @@ def obstacle(model: nn.Module, schedule: Schedule) -> str | None:
 def compiled(model: nn.Module) -> str | None:
     """Return in one sentence why a schedule cannot be applied to a compiled model; None if it is not compiled."""
     wrapped = isinstance(vars(model).get("_modules", {}).get("_orig_mod"), nn.Module)  # by torch.compile(model)
-    if wrapped or any(vars(part).get("_compiled_call_impl") is not None for part in model.modules()):
+    if wrapped or any(vars(part).get("_compiled_call_impl") is not None for part in modules_of(model)):
         return (
             "the model is compiled already, and what it was compiled to may not see a schedule; apply it uncompiled, "
             "and compile afterwards"

@@ -9,7 +9,7 @@ from torch import Tensor
 from dicache.anatomy.nested import each, tensors_of
 from dicache.runtime.stats import Stats
 from dicache.schedules import Corrections, ScheduleError
-from dicache.schedules.corrections import name_of
+from dicache.schedules.corrections import Form, name_of
 
 
 def foretell(outputs: Sequence[Any], coefficients: Sequence[float], scale: float = 1.0) -> Any:
@@ -70,24 +70,25 @@ class Corrector:
         Raises:
             ScheduleError: If the trend is for another batch or another size.
         """
+        return corrected(out, self.factors(out, batch), self._corrections.form)
+
+    def factors(self, out: Any, batch: int) -> list[Tensor]:
+        """Return what each tensor of an output is multiplied by, or what is added to it: (parts, its tokens, channels).
+
+        Args:
+            out: What is held.
+            batch: Samples in the call: equally many for each part.
+
+        Raises:
+            ScheduleError: If the trend is for another batch or another size.
+        """
         tensors = list(tensors_of(out))
         known = (batch, tensors[0].shape, tensors[0].dtype, tensors[0].device)
         if known not in self._known:
             self._check(tensors, batch)
             self._load(tensors, batch)
             self._known.add(known)
-        factors = iter(self._factors)
-        samples = batch // self._parts
-        act = torch.mul if self._corrections.form == "multiply" else torch.add
-
-        def correct(parts: Sequence[Tensor]) -> Tensor:
-            factor, (tensor,) = next(factors), parts
-            if samples == 1:
-                return act(tensor, factor.view(tensor.shape))
-            rows = tensor.reshape(self._parts, samples, *factor.shape[1:])
-            return act(rows, factor[:, None]).view(tensor.shape)
-
-        return each([out], correct)
+        return self._factors
 
     def _check(self, tensors: list[Tensor], batch: int) -> None:
         parts, tokens, channels = self._trend.shape
@@ -113,6 +114,28 @@ class Corrector:
             for factor, x in zip(whole.split([_tokens(x, batch) for x in tensors], dim=1), tensors, strict=True)
         ]
         self._stats.bytes_of_corrections += sum(factor.nbytes for factor in self._factors) - before
+
+
+def corrected(out: Any, factors: Sequence[Tensor], form: Form) -> Any:
+    """Return an output with each of its tensors multiplied by a factor, or with it added.
+
+    Args:
+        out: A tensor, or several in tuples, lists and dictionaries; its first axis holds equally many samples for each
+            part of a factor.
+        factors: Of each tensor, (parts, its tokens, channels).
+        form: `multiply` or `add`.
+    """
+    left = iter(factors)
+    act = torch.mul if form == "multiply" else torch.add
+
+    def correct(tensors: Sequence[Tensor]) -> Tensor:
+        factor, (tensor,) = next(left), tensors
+        if tensor.numel() == factor.numel():
+            return act(tensor, factor.view(tensor.shape))
+        rows = tensor.reshape(len(factor), -1, *factor.shape[1:])
+        return act(rows, factor[:, None]).view(tensor.shape)
+
+    return each([out], correct)
 
 
 def _tokens(tensor: Tensor, batch: int) -> int:

@@ -25,6 +25,18 @@ class Streams:
         """Return the streams that enter with a call, by argument name."""
         return {name: kwargs[name] if name in kwargs else args[place] for name, place in self._places}
 
+    def put(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], streams: Mapping[str, Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of a call with other streams in them."""
+        given, named = list(args), dict(kwargs)
+        for name, place in self._places:
+            if name in named:
+                named[name] = streams[name]
+            else:
+                given[place] = streams[name]
+        return tuple(given), named
+
     def unpack(self, returned: Any) -> Tensors:
         """Return the streams that leave with what the block returned."""
         if isinstance(self._returns, str):

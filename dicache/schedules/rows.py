@@ -97,7 +97,8 @@ class Rows:
 
 
 def distinct_rows(plan: Plan, anatomy: Anatomy) -> int:
-    """Return how many rows of a plan do different things, whatever the weights of what they predict.
+    """Return how many rows of a plan do different things, whatever the weights of what they predict, and however many
+    outputs from before stay.
 
     It is how many graphs a compiled replay needs for a guidance pass; of passes with rules of their own, the most.
     """
@@ -107,7 +108,7 @@ def distinct_rows(plan: Plan, anatomy: Anatomy) -> int:
 def _distinct(rows: Rows) -> int:
     def does(row: Row) -> Hashable:
         predicts = frozenset((key, len(coefficients)) for key, coefficients in row.predict)
-        return row.reuse, row.skip, row.keep, row.keep_delta, row.keep_older, row.features, predicts
+        return row.reuse, row.skip, row.keep, row.keep_delta, row.features, predicts
 
     return len({does(rows.row(step)) for step in range(rows.steps)})
 

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -110,3 +112,25 @@ def test_one_graph_of_a_whole_model_is_refused_since_the_schedule_stands_between
         call = torch.compile(model, backend="eager", fullgraph=True)
         with pytest.raises(Exception, match="compile it without fullgraph=True, or block by block"):
             outputs(model, call, cache)
+
+
+def test_a_schedule_that_compiles_follows_adapters() -> None:
+    model, schedule, counter = small(), schedule_of(small, "reuse"), CompileCounter()
+    with apply(model, schedule, compile={"backend": counter}) as cache:
+        bare = outputs(model, model, cache)
+        compiled = counter.frame_count
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))  # type: ignore[operator]
+        adapted = outputs(model, model, cache)
+        assert counter.frame_count == 2 * compiled
+        assert not torch.equal(adapted, bare)
+    with apply(model, schedule) as cache:
+        assert torch.equal(outputs(model, model, cache), adapted)
+
+
+def test_a_schedule_that_compiles_refuses_offloading() -> None:
+    model = accelerate.cpu_offload(sd3(), execution_device="cpu")
+    with (
+        apply(model, schedule_of(sd3, "reuse"), compile={"backend": "eager"}) as cache,
+        pytest.raises(CacheError, match=r"could not be compiled to one graph: .* Take off what cannot be"),
+    ):
+        outputs(model, model, cache)
