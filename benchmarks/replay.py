@@ -7,6 +7,7 @@ lockstep, in one process: in the peers' environment, which is made on first use 
 
 import argparse
 import json
+import logging
 import os
 import platform
 import sys
@@ -198,6 +199,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.without_peers and Path(sys.prefix) != peers.ENVIRONMENT:
         os.execv(peers.python(), [str(peers.python()), "-m", "benchmarks.replay", *sys.argv[1:]])
+    logging.disable(logging.INFO)  # of cache-dit, which tells of every attachment
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     records, lines = [], []
