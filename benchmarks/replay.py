@@ -215,6 +215,12 @@ def main() -> None:
             lines.append([f"{size}: {what}", *[""] * (len(COLUMNS) - 1)])
             lines += [line(record, found[PLAIN].total) for record in made]
             records += made
+            write(options, lines, records)  # after each, as all of them take a while
+    print((options.output / "replay.txt").read_text())  # noqa: T201
+
+
+def write(options: argparse.Namespace, lines: list[list[str]], records: list[dict[str, Any]]) -> None:
+    """Write what has been measured so far, as a table for people and as records for machines."""
     device = torch.cuda.get_device_name() if options.device == "cuda" else "one thread of the CPU, no GPU"
     machine = (
         f"{platform.processor() or platform.machine()}, {device}, torch {torch.__version__}, "
@@ -222,11 +228,10 @@ def main() -> None:
     )
     text = (
         f"{machine}\nMedians of {options.repetitions} interleaved repetitions ({max(3, options.repetitions // 2)} of "
-        f"medium). Memory in activations.\n{table(COLUMNS, lines)}"
+        f"medium). Memory in activations.\n{table(COLUMNS, lines)}\n"
     )
-    print(text)  # noqa: T201
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "replay.txt").write_text(f"{text}\n")
+    (options.output / "replay.txt").write_text(text)
     (options.output / "replay.json").write_text(json.dumps({"machine": machine, "records": records}, indent=2) + "\n")
 
 
