@@ -222,7 +222,8 @@ class Replay:
 
     def _give(self, key: Hashable) -> Forward:
         def give(*_args: Any, **_kwargs: Any) -> Any:
-            return self._kept(key)
+            kept = self._entries.get(key)
+            return self._kept(key) if kept is None else kept
 
         return give
 
