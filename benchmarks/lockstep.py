@@ -85,7 +85,8 @@ def timed(loop: Iterator[Tensor], device: str) -> tuple[float, Tensor]:
 
 def macs(variant: Variant) -> list[float]:
     """Return the multiply-accumulates of each step."""
-    loop, found = variant(), []
+    loop = variant()
+    found: list[float] = []
     next(loop)
     while True:
         counter = MacCounter()
