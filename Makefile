@@ -25,7 +25,7 @@ pytest: .venv/installed .venv/extra/installed
 	$(BIN)/pytest -n 2
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/replay.py
+	$(BIN)/python -m benchmarks.replay
 
 format: .venv/installed
 	$(BIN)/ruff format .

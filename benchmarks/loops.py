@@ -1,6 +1,7 @@
 """Hand-written loops that truly skip the work: what a cache can reach at best.
 
-Each is a generator that yields after every denoising step, so that variants can advance in lockstep.
+Each is a generator that yields the latents when it is ready to begin, and after every denoising step, so that variants
+can advance in lockstep.
 """
 
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ class Loop:
 def plain(model: Any, steps: int) -> Iterator[Tensor]:
     """Run the model as it is."""
     loop = Loop(model, steps)
-    latents = loop.start
+    yield (latents := loop.start)
     for t in loop.scheduler.timesteps:
         latents = loop.denoise(latents, t, loop.call(latents, t))
         yield latents
@@ -73,7 +74,7 @@ def plain(model: Any, steps: int) -> Iterator[Tensor]:
 def cached(model: Any, steps: int, cache: dicache.Cache) -> Iterator[Tensor]:
     """Run the model with a schedule attached."""
     loop = Loop(model, steps)
-    latents = loop.start
+    yield (latents := loop.start)
     cache.begin_generation(steps)
     for t in loop.scheduler.timesteps:
         cache.begin_step()
@@ -84,7 +85,7 @@ def cached(model: Any, steps: int, cache: dicache.Cache) -> Iterator[Tensor]:
 def branches_by_hand(model: Any, steps: int, computes: str) -> Iterator[Tensor]:
     """Reuse the outputs of attention and MLP; a cheap step runs only modulation layers and gated sums."""
     loop = Loop(model, steps)
-    latents = loop.start
+    yield (latents := loop.start)
     kept: list[tuple[Tensor, Tensor]] = []
     for t, letter in zip(loop.scheduler.timesteps, computes, strict=True):
         x, time = model.pos_embed(torch.cat([latents, latents])), t.expand(2)
@@ -112,7 +113,7 @@ def branches_by_hand(model: Any, steps: int, computes: str) -> Iterator[Tensor]:
 def body_by_hand(model: Any, steps: int, computes: str) -> Iterator[Tensor]:
     """Reuse the change that all blocks make together; a cheap step runs no block."""
     loop = Loop(model, steps)
-    latents = loop.start
+    yield (latents := loop.start)
     delta = torch.empty(0)
     for t, letter in zip(loop.scheduler.timesteps, computes, strict=True):
         into, time = model.pos_embed(torch.cat([latents, latents])), t.expand(2)

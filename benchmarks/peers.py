@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = ROOT / "build" / "peers"
-PINNED = ("cache-dit==1.5.3", "tgate==1.0.0", "DeepCache==0.1.1")  # tgate imports the last of them
+PINNED = ("cache-dit==1.5.3", "dit-smoothcache==0.1.1", "tgate==1.0.0", "DeepCache==0.1.1")  # tgate imports the last
 
 THRESHOLDS = (0.02, 0.04, 0.06, 0.08, 0.1, 0.13, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
 

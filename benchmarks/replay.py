@@ -1,25 +1,28 @@
-"""How much of the ideal speed-up a schedule reaches: `python benchmarks/replay.py`.
+"""How much of the ideal speed-up a schedule reaches, and other projects' caches: `python -m benchmarks.replay`.
 
-Every variant is a generator that makes one denoising step at a time. They advance in lockstep, in rotating order, on
-the thread's CPU clock; per step the median over repetitions is taken and the steps are summed. A second unhooked model
-shows the noise.
+Ideal is what the steps that a variant computes take unhooked, and its other steps in a loop written by hand that truly
+skips the work (`benchmarks.loops`). A second unhooked model shows the noise. What is compared with one another runs in
+lockstep, in one process: in the peers' environment, which is made on first use (`benchmarks.peers`).
 """
 
 import argparse
 import json
+import logging
+import os
 import platform
-import time
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import diffusers
-import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 import dicache
+from benchmarks import peers
+from benchmarks.lockstep import Measured, Variant, held, measure
 from benchmarks.loops import body_by_hand, branches_by_hand, cached, make_model, plain
 from dicache.anatomy import survey
 from dicache.calibrate.fora import Fora
@@ -27,36 +30,95 @@ from dicache.cli.command import table
 from dicache.schedules import Corrections, Plan, Rule, Schedule, Target
 from dicache.schedules.corrections import name_of
 
-# name: layers, heads, width, tokens a side
+# name: layers, heads, width, tokens a side, steps, share of the repetitions
 SIZES = {
-    "noop": (28, 2, 32, 2),
-    "digits": (12, 3, 96, 8),
-    "small": (8, 4, 128, 8),
-    "medium": (12, 6, 384, 16),
+    "noop": (28, 2, 32, 2, 18, 1.0),
+    "digits": (12, 3, 96, 8, 18, 1.0),
+    "small": (8, 4, 128, 8, 18, 1.0),
+    "medium": (12, 6, 384, 16, 6, 0.5),
+    "dit-xl": (28, 16, 1152, 16, 18, 1.0),  # takes a GPU
 }
-Variant = Callable[[], Iterator[Tensor]]
+USUAL = ("noop", "digits", "small", "medium")
+PLAIN, AGAIN, HAND, EOC = "unhooked", "unhooked again", "by hand", "dicache EOC on FORA N=2"
+COLUMNS = ["", "computed", "time / unhooked", "speed-up", "ideal", "achieved / ideal", "held", "held after"]
 
 
-def variants(size: str, steps: int) -> dict[str, Variant]:
-    """Return the loops to compare, each on a model of its own."""
-    shape = SIZES[size]
-    anatomy = survey(make_model(*shape))
-    computes = "".join("C" if i % 2 == 0 else "." for i in range(steps))
-    plans = {
-        "compute all": Plan(steps),
-        "FORA N=2": Fora(2, "start").plan(anatomy, steps),
-        "body skip N=2": Plan(steps, (Rule("skip", computes),)),
-    }
-    schedules = {name: Schedule("benchmark", {}, anatomy, Target(), steps, plan) for name, plan in plans.items()}
-    schedules["EOC on FORA N=2"] = corrected(schedules["FORA N=2"], tokens=shape[3] ** 2, width=shape[2])
-    model = {name: make_model(*shape) for name in ("plain", "again", *schedules, "branches", "body")}
-    return {
-        "unhooked": lambda: plain(model["plain"], steps),
-        "unhooked again": lambda: plain(model["again"], steps),
-        **{name: _cached(model[name], steps, schedule) for name, schedule in schedules.items()},
-        "FORA N=2 by hand": lambda: branches_by_hand(model["branches"], steps, computes),
-        "body skip N=2 by hand": lambda: body_by_hand(model["body"], steps, computes),
-    }
+class Bench:
+    """One size: makes the models, each variant one of its own, and what runs on them."""
+
+    def __init__(self, size: str, steps: int | None, device: str, with_peers: bool) -> None:
+        *shape, usual, self.share = SIZES[size]
+        self.shape: tuple[int, ...] = tuple(int(x) for x in shape)
+        self.size, self.device, self.with_peers = size, device, with_peers
+        self.steps = steps or int(usual)
+        self.anatomy = survey(self.model())
+        _, _, width, side = self.shape
+        self.activation = 2 * side**2 * width * 4  # bytes of one of a guided pass
+
+    def model(self) -> Any:
+        return make_model(*self.shape).to(self.device)
+
+    def schedule(self, plan: Plan) -> Schedule:
+        return Schedule("benchmark", {}, self.anatomy, Target(), self.steps, plan)
+
+    def ours(self, schedule: Schedule) -> Variant:
+        model = self.model()
+        return partial(cached, model, self.steps, dicache.apply(model, schedule))
+
+    def beside(self, which: str, interval: int | None = None) -> dict[str, Variant]:
+        """Return the loops of the peers, empty where they are not installed."""
+        if not self.with_peers:
+            return {}
+        from benchmarks import attached
+
+        make = getattr(attached, which)
+        found = make() if interval is None else make(interval)
+        name = "{}" if interval is None else f"{{}} N={interval}"
+        return {
+            name.format(peer): partial(attached.loop, self.model(), self.steps, attach)
+            for peer, attach in found.items()
+        }
+
+    def unhooked(self) -> dict[str, Variant]:
+        return {name: partial(plain, self.model(), self.steps) for name in (PLAIN, AGAIN)}
+
+    def computing(self) -> dict[str, Variant]:
+        return {
+            **self.unhooked(),
+            "dicache": self.ours(self.schedule(Plan(self.steps))),
+            **self.beside("computing"),
+        }
+
+    def branches(self) -> dict[str, Variant]:
+        plans = {n: self.schedule(Fora(n, "start").plan(self.anatomy, self.steps)) for n in (2, 3)}
+        _, _, width, side = self.shape
+        return {
+            **self.unhooked(),
+            HAND: partial(branches_by_hand, self.model(), self.steps, letters(2, self.steps)),
+            **{f"dicache N={n}": self.ours(schedule) for n, schedule in plans.items()},
+            EOC: self.ours(corrected(plans[2], tokens=side**2, width=width)),
+            **self.beside("branches", 2),
+            **self.beside("branches", 3),
+        }
+
+    def bodies(self) -> dict[str, Variant]:
+        computes = letters(2, self.steps)
+        return {
+            **self.unhooked(),
+            HAND: partial(body_by_hand, self.model(), self.steps, computes),
+            "dicache N=2": self.ours(self.schedule(Plan(self.steps, (Rule("skip", computes),)))),
+            **self.beside("bodies", 2),
+        }
+
+    def workloads(self) -> Iterator[tuple[str, dict[str, Variant]]]:
+        yield "everything computed", self.computing()
+        yield "attention and MLP", self.branches()
+        yield "body", self.bodies()
+
+
+def letters(interval: int, steps: int) -> str:
+    """Return a letter a step, `C` for each `interval`th one from the first on."""
+    return "".join("C" if step % interval == 0 else "." for step in range(steps))
 
 
 def corrected(base: Schedule, *, tokens: int, width: int) -> Schedule:
@@ -73,65 +135,104 @@ def corrected(base: Schedule, *, tokens: int, width: int) -> Schedule:
     return replace(base, corrections=Corrections("multiply", 0.01, {"0": 2}, sites, tensors))
 
 
-def _cached(model: object, steps: int, schedule: Schedule) -> Variant:
-    cache = dicache.apply(model, schedule)
-    return lambda: cached(model, steps, cache)
+def check(what: str, found: Mapping[str, Measured]) -> None:
+    """Refuse figures of a replay that is not what is done by hand."""
+    want = found[HAND if HAND in found else PLAIN].latents
+    ours = found["dicache" if "dicache" in found else "dicache N=2"].latents
+    difference = (ours - want).abs().max() / found[PLAIN].latents.abs().max()
+    assert difference < (1e-4 if HAND in found else 1e-30), f"{what}: {difference} from what is done by hand"
 
 
-@torch.no_grad()
-def measure(loops: dict[str, Variant], steps: int, repetitions: int) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Return the seconds of one generation of each variant, and its last latents."""
-    names = list(loops)
-    seconds = np.zeros((repetitions, len(names), steps))
-    last: dict[str, Tensor] = {}
-    for repetition in tqdm(range(-1, repetitions), leave=False):
-        running = [loops[name]() for name in names]
-        for step in range(steps):
-            for turn in range(len(names)):
-                place = (repetition + step + turn) % len(names)
-                start = time.thread_time()
-                latents = next(running[place])
-                spent = time.thread_time() - start
-                last[names[place]] = latents
-                if repetition >= 0:
-                    seconds[repetition, place, step] = spent
-        for loop in running:
-            assert next(loop, None) is None
-    medians = np.median(seconds, axis=0).sum(axis=1)
-    return dict(zip(names, medians.tolist(), strict=True)), last
+def ideal(variant: Measured, found: Mapping[str, Measured]) -> float:
+    """Return the seconds of the steps that a variant computes, unhooked, and of its others, by hand."""
+    cheap = variant.letters.count(".")
+    return variant.letters.count("C") * found[PLAIN].mean("C") + (cheap * found[HAND].mean(".") if cheap else 0)
+
+
+def rows(bench: Bench, what: str, found: Mapping[str, Measured], loops: Mapping[str, Variant]) -> list[dict[str, Any]]:
+    """Return a record for each variant; bytes held are those between steps that the unhooked loop does not hold."""
+    base = found[PLAIN].total
+    memory = {name: held(loop) for name, loop in loops.items()}
+    most, after = memory[PLAIN]
+    made: list[dict[str, Any]] = []
+    for name, one in found.items():
+        record = {
+            "size": bench.size,
+            "workload": what,
+            "variant": name,
+            "letters": one.letters,
+            "seconds": one.seconds.tolist(),
+            "ratio": one.total / base,
+            "held": (memory[name][0] - most) / bench.activation,
+            "held_after": (memory[name][1] - after) / bench.activation,
+        }
+        if "." in one.letters:
+            record |= {"ideal_seconds": ideal(one, found), "achieved": ideal(one, found) / one.total}
+        made.append(record)
+    return made
+
+
+def line(record: Mapping[str, Any], base: float) -> list[str]:
+    """Return a row of the table."""
+    letters, cheap = record["letters"], "achieved" in record
+    return [
+        f"  {record['variant']}",
+        f"{letters.count('C')}/{len(letters)}",
+        f"{record['ratio']:.3f}",
+        f"{1 / record['ratio']:.2f}" if cheap else "-",
+        f"{base / record['ideal_seconds']:.2f}" if cheap else "-",
+        f"{record['achieved']:.3f}" if cheap else "-",
+        f"{record['held']:.1f}",
+        f"{record['held_after']:.1f}",
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(USUAL))
+    parser.add_argument("--workloads", nargs="+", help="words of those to run [default: all]")
+    parser.add_argument("--steps", type=int, help="[default: 18, medium 6]")
     parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--without-peers", action="store_true")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
+    if not options.without_peers and Path(sys.prefix) != peers.ENVIRONMENT:
+        os.execv(peers.python(), [str(peers.python()), "-m", "benchmarks.replay", *sys.argv[1:]])
+    logging.disable(logging.INFO)  # of cache-dit, which tells of every attachment
     torch.set_num_threads(1)
-    rows, record = [], []
+    torch.set_grad_enabled(False)
+    records, lines = [], []
     for size in options.sizes:
-        repetitions = max(3, options.repetitions // (5 if size == "medium" else 1))
-        seconds, last = measure(variants(size, options.steps), options.steps, repetitions)
-        base = seconds["unhooked"]
-        for name in ("FORA N=2", "body skip N=2"):
-            difference = (last[name] - last[f"{name} by hand"]).abs().max() / last["unhooked"].abs().max()
-            assert difference < 1e-4, f"{size}: {name} is not what is done by hand, {difference}"
-            speedup, ideal = base / seconds[name], base / seconds[f"{name} by hand"]
-            rows.append([f"{size} {name}", f"{speedup:.2f}", f"{ideal:.2f}", f"{speedup / ideal:.3f}"])
-        added = seconds["EOC on FORA N=2"] / seconds["FORA N=2"]
-        rows.append([f"{size} EOC on FORA N=2 / FORA N=2", f"{added:.3f}", "-", "-"])
-        overhead = [seconds[name] / base for name in ("compute all", "unhooked again")]
-        rows.append([f"{size} compute all / noise", *(f"{x:.3f}" for x in overhead), "-"])
-        record.append({"size": size, "shape": SIZES[size], "repetitions": repetitions, "seconds": seconds})
-    text = table(["", "speed-up", "by hand", "ratio"], rows)
+        bench = Bench(size, options.steps, options.device, not options.without_peers)
+        repetitions = max(3, round(options.repetitions * bench.share))
+        for what, loops in bench.workloads():
+            if options.workloads and not any(word in what for word in options.workloads):
+                continue
+            found = measure(loops, bench.steps, repetitions, options.device)
+            check(f"{size}, {what}", found)
+            made = rows(bench, what, found, loops)
+            lines.append([f"{size}: {what}", *[""] * (len(COLUMNS) - 1)])
+            lines += [line(record, found[PLAIN].total) for record in made]
+            records += made
+            write(options, lines, records)  # after each, as all of them take a while
+    print((options.output / "replay.txt").read_text())  # noqa: T201
+
+
+def write(options: argparse.Namespace, lines: list[list[str]], records: list[dict[str, Any]]) -> None:
+    """Write what has been measured so far, as a table for people and as records for machines."""
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "one thread of the CPU, no GPU"
     machine = (
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+        f"{platform.processor() or platform.machine()}, {device}, torch {torch.__version__}, "
+        f"diffusers {diffusers.__version__}"
     )
-    print(f"{machine}, one thread, {options.steps} steps\n{text}")  # noqa: T201
+    text = (
+        f"{machine}\nMedians of {options.repetitions} interleaved repetitions ({max(3, options.repetitions // 2)} of "
+        f"medium). Memory in activations.\n{table(COLUMNS, lines)}\n"
+    )
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "replay.txt").write_text(f"{machine}, one thread, {options.steps} steps\n{text}\n")
-    (options.output / "replay.json").write_text(json.dumps({"machine": machine, "sizes": record}, indent=2) + "\n")
+    (options.output / "replay.txt").write_text(text)
+    (options.output / "replay.json").write_text(json.dumps({"machine": machine, "records": records}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

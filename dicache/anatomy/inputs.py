@@ -146,6 +146,9 @@ def latents_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     Raises:
         AnatomyError: If there is no tensor.
     """
+    first = args[0] if args else next((kwargs[name] for name in LATENTS if name in kwargs), None)
+    if isinstance(first, Tensor) and first.is_floating_point():
+        return first
     value = _latents_among(Inputs(args, kwargs))
     if isinstance(value, Tensor):
         return value

@@ -62,7 +62,7 @@ class Overrides:
     @property
     def between_turns(self) -> bool:
         """Whether a module was called less often than it was when it was looked at, in the call that has ended."""
-        return any(self._next.values())
+        return bool(self._next) and any(self._next.values())
 
     def rewind(self) -> None:
         """Begin with the first call of every module again, in case the model's call before was broken off."""
@@ -121,8 +121,9 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     """Return the modules of a model, itself first: as its `modules()`, which takes several times as long."""
     found, seen = [model], {model}
     for part in found:  # grows on the way
-        for child in part._modules.values():
-            if child is not None and child not in seen:
-                seen.add(child)
-                found.append(child)
+        if children := part._modules:  # most have none
+            for child in children.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    found.append(child)
     return found

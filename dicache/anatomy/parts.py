@@ -51,6 +51,7 @@ class Block:
     macs: int = 0  # of one call, its sites included
     shapes: tuple[tuple[int, ...], ...] = ()  # of a U-Net: of its stream as it enters and as it leaves, without batch
     middle: str = ""  # path inside the block of the module that is given the stream as the attention left it, if any
+    one_token: bool = field(default=False, compare=False)  # whether, all branches reused, its norms may give one token
 
     @property
     def module(self) -> str:
@@ -143,7 +144,7 @@ class Anatomy:
         def shape(block: Block) -> tuple[Any, ...]:
             norms = tuple(sorted(block.norms.items()))
             where = (block.index - block.position, block.path, block.kind, block.returns)
-            return *where, block.sites, norms, block.macs, block.shapes, block.middle
+            return *where, block.sites, norms, block.macs, block.shapes, block.middle, block.one_token
 
         blocks = []
         for _, run in groupby(self.blocks, key=shape):
@@ -160,6 +161,7 @@ class Anatomy:
                     "macs": first.macs,
                     **({"shapes": [list(shape) for shape in first.shapes]} if first.shapes else {}),
                     **({"middle": first.middle} if first.middle else {}),
+                    **({"one_token": True} if first.one_token else {}),
                 }
             )
         return {
@@ -219,7 +221,7 @@ def _written(site: Site) -> dict[str, Any]:
 
 def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
     keys = {"blocks", "module", "class", "returns", "sites", "norms", "macs"}
-    check_keys("anatomy block", entry, keys, optional={"shapes", "middle"})
+    check_keys("anatomy block", entry, keys, optional={"shapes", "middle", "one_token"})
     first, last = parse_span(entry["blocks"])
     path, _, positions = entry["module"].rpartition(".")
     start, end = parse_span(positions)
@@ -246,6 +248,7 @@ def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
             macs=int(entry["macs"]),
             shapes=tuple(tuple(int(n) for n in shape) for shape in entry.get("shapes", ())),
             middle=str(entry.get("middle", "")),
+            one_token=entry.get("one_token") is True,
         )
         for offset in range(last - first + 1)
     ]

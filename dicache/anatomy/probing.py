@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dicache.anatomy.overrides import Overrides, without_turn
+from dicache.anatomy.overrides import TURN, Overrides, without_turn
 from dicache.anatomy.parts import MADE, AnatomyError, Block
 from dicache.anatomy.recognising import norms
-from dicache.anatomy.standins import pass_on, view_of_zero
+from dicache.anatomy.standins import one_token, pass_on, view_of_zero
 from dicache.anatomy.watching import BlockCall, Returns
 
 Forward = Callable[..., Any]
@@ -195,6 +195,22 @@ def norms_of(block: Block, call: BlockCall) -> dict[str, tuple[str, ...]]:
         )
     got = probe.run(every, {**inner, **{name: lambda _: pass_on for name in found}})
     return found if same(want, got) and same(before, streams) else {}
+
+
+def does_with_one_token(block: Block, call: BlockCall) -> bool:
+    """Whether the norms of a block may give one token while all its branches are reused: its output is then the same.
+
+    Nothing looks at the values that a norm gives; a block that looks at how many there are, refuses or differs.
+    """
+    probe, replaced = Probe(call), {path: (lambda _: one_token) for path in block.norms}
+    inner = {path: probe.nothing(path) for site in block.sites for path in site.inner}
+    every = [site.module for site in block.sites]
+    if not replaced or any(TURN in path for path in (*every, *inner, *replaced)):
+        return False
+    try:
+        return same(probe.run([*every], inner), probe.run([*every], {**inner, **replaced}))
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+        return False
 
 
 def _far_off(value: Any) -> Any:

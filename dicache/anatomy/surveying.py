@@ -12,7 +12,7 @@ from dicache.anatomy.inputs import Inputs, example_inputs, latents_of
 from dicache.anatomy.macs import TOTAL, count_macs
 from dicache.anatomy.middles import middle_of
 from dicache.anatomy.parts import Anatomy, AnatomyError, Block, Site
-from dicache.anatomy.probing import continued, norms_of
+from dicache.anatomy.probing import continued, does_with_one_token, norms_of
 from dicache.anatomy.recognising import containers
 from dicache.anatomy.streams import check_streams, segments, streams
 from dicache.anatomy.unets import is_unet, unet_blocks, without_additions
@@ -151,7 +151,8 @@ def described(index: int, call: BlockCall, returns: Returns, sites: tuple[Site, 
     )
     if not sure:
         block = replace(block, returns=continued(block, call))
-    return replace(block, norms=norms_of(block, call), middle=middle_of(block, call))
+    block = replace(block, norms=norms_of(block, call), middle=middle_of(block, call))
+    return replace(block, one_token=does_with_one_token(block, call))
 
 
 def _kind(call: BlockCall, returns: Returns) -> Hashable:

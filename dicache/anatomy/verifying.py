@@ -16,7 +16,7 @@ from dicache.anatomy.nested import tensors_of
 from dicache.anatomy.overrides import Overrides, without_turn
 from dicache.anatomy.parts import AnatomyError, Block
 from dicache.anatomy.probing import nan_like
-from dicache.anatomy.standins import pass_on, view_of_zero
+from dicache.anatomy.standins import one_token, pass_on, view_of_zero
 from dicache.anatomy.watching import BlockCall
 
 Given = dict[str, Callable[..., Any]]  # path of a module -> what stands in for its forward
@@ -62,7 +62,7 @@ def _alike(want: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
 
 
 def verified(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], blocks: Sequence[Block]) -> list[Block]:
-    """Return the blocks, without the norms that something reads besides their branches.
+    """Return the blocks, without the norms that something reads besides their branches, or whose tokens it counts.
 
     With every branch giving what it gave, and the norms that feed only branches left out, the model's output is the
     same; and so it is, behind a call with other latents, with every block giving what it gave.
@@ -101,6 +101,10 @@ def verified(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], block
             f"with every branch of the {type(model).__name__} giving what it gave, its output is another: something "
             "else than what they return passes from them to the rest of the model; not supported"
         )
+    blocks = [block if block.index in held else replace(block, norms={}, one_token=False) for block in blocks]
+    brief = {f"{b.module}.{path}": one_token for b in blocks if b.one_token for path in b.norms}
+    if brief and not _alike(want, _output(model, inputs, {**branches, **brief})):
+        blocks = [replace(block, one_token=False) for block in blocks]
     with torch.no_grad():
         other = moved_inputs(model, inputs)
         model(*other.args, **other.kwargs)
@@ -109,7 +113,7 @@ def verified(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], block
             f"with every block of the {type(model).__name__} giving what it gave, its output is another: a block "
             "leaves something behind that it does not return, and that would be old where it is skipped; not supported"
         )
-    return [block if block.index in held else replace(block, norms={}) for block in blocks]
+    return blocks
 
 
 def _holders(model: nn.Module) -> Counter[nn.Module]:
@@ -128,7 +132,8 @@ def _unshared(model: nn.Module, block: Block, holders: Mapping[nn.Module, int]) 
             raise AnatomyError(
                 f"{block.module}.{path} is a part of other modules as well; a shared branch is not supported"
             )
-    return replace(block, norms={path: feeds for path, feeds in block.norms.items() if not shared(path)})
+    norms = {path: feeds for path, feeds in block.norms.items() if not shared(path)}
+    return replace(block, norms=norms, one_token=block.one_token and norms.keys() == block.norms.keys())
 
 
 def unread(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], found: Runs) -> Runs:

@@ -1,8 +1,8 @@
 """A schedule attached to a model."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from threading import RLock, get_ident
 from types import TracebackType
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dicache.anatomy.clock import StepClock
+from dicache.anatomy.overrides import modules_of
 from dicache.runtime.adaptive import Adaptive
 from dicache.runtime.callers import guidance_scale, loop_scheduler
 from dicache.runtime.compiled import CompiledAdaptive, CompiledReplay, Compiling
@@ -115,7 +116,7 @@ class Cache:
         """
         self._check_attached()
         self._requests.current().free()
-        self._begin(self._fitting.check_generation(None, steps, None))
+        self._begin(None, steps, None)
 
     def begin_step(self) -> None:
         """Say that the next step of a bare model's sampling loop begins.
@@ -184,7 +185,7 @@ class Cache:
     def _on_set_timesteps(self, scheduler: Any) -> None:
         self._requests.current().free()
         second = getattr(self._pipeline, "transformer_2", None) is self._model
-        self._begin(self._fitting.check_generation(scheduler, None, guidance_scale(second)))
+        self._begin(scheduler, None, guidance_scale(second))
 
     def _on_step(self) -> None:
         generation = self._requests.current().generation
@@ -214,7 +215,9 @@ class Cache:
                 "apply(), and use begin_generation() and begin_step()"
             )
 
-    def _begin(self, schedule: Schedule) -> None:
+    def _begin(self, scheduler: Any | None, steps: int | None, guidance: float | None) -> None:
+        parts = modules_of(self._model)  # of a large model this takes a while
+        schedule = self._fitting.check_generation(parts, scheduler, steps, guidance)
         levels = schedule.target.noise_levels
         with self._lock:
             self._calling = None  # an interrupt may have come before it was said that a call had ended
@@ -222,7 +225,7 @@ class Cache:
             self._check_component()
             if self._compiling is not None and (said := compiled(self._model)):
                 raise CacheError(f"the schedule compiles the model's steps, and {said}")
-            if self._installer.outdated:
+            if self._installer.outdated(parts):
                 self._follow_the_model()
             self._stand_in_front()
             if levels not in self._executors:
@@ -236,6 +239,7 @@ class Cache:
         request.free()
         request.generation = generation
         request.scheduler = None if self._pipeline is None else id(loop_scheduler())
+        self.stats.held(self._requests.bytes_held())
         self.stats.generations += 1
         if levels not in self._planned:
             self._planned[levels] = schedule.macs_fraction(), schedule.expected_steps
@@ -311,22 +315,21 @@ class Cache:
         if self.known is not None and (output := self.known(generation.step)) is not None:
             generation.answered()
             return output
-        with self._turn():
-            return self._replay(generation, request.context, args, kwargs)
+        with self._lock:  # after all other calls
+            self._installer.rewind()
+            self._calling = get_ident()
+            try:
+                return self._replay(generation, request.context, args, kwargs)
+            finally:
+                self._calling = None
 
     def _plainly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with self._turn():
-            self._installer.uninstall()
-            return self._forward(*args, **kwargs)
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Let one call of the model run, after all others."""
         with self._lock:
             self._installer.rewind()
             self._calling = get_ident()
             try:
-                yield
+                self._installer.uninstall()
+                return self._forward(*args, **kwargs)
             finally:
                 self._calling = None
 
@@ -373,7 +376,9 @@ class Cache:
             raise
         finally:
             executor.leave()
-        stats.held(self._requests.bytes_held())
+        if lane.bytes_held != lane.bytes_told or collapse is not None or self._requests.several:
+            stats.held(self._requests.bytes_held())
+            lane.bytes_told = lane.bytes_held
         if generation.step == generation.steps - 1:  # nothing comes after it, whatever a policy has kept
             lane.clear()
             stats.held(self._requests.bytes_held())

@@ -1,6 +1,6 @@
 """What replays a schedule: its contract, and how its forwards are put on the modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import nn
@@ -51,7 +51,7 @@ class Installer:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._turns = Overrides()
-        self._found = _forwards(model)
+        self._found = _forwards(modules_of(model))
         self._nothing: Program = {}
         self._installed = self._nothing
         self._moves: dict[
@@ -61,13 +61,15 @@ class Installer:
         self._gone = False
         self._changing = False
 
-    @property
-    def outdated(self) -> bool:
+    def outdated(self, parts: Sequence[nn.Module]) -> bool:
         """Whether modules of the model were added, taken away or given another forward since this was made.
 
         Only known while nothing is installed.
+
+        Args:
+            parts: All modules that the model has now.
         """
-        return {**_forwards(self._model), **self._turns.untouched()} != self._found
+        return {**_forwards(parts), **self._turns.untouched()} != self._found
 
     def original(self, module: nn.Module) -> Forward:
         """Return the forward that a module has without any program."""
@@ -169,6 +171,6 @@ class Installer:
         )
 
 
-def _forwards(model: nn.Module) -> dict[nn.Module, Forward | None]:
-    """Return what stands on each module in place of its class's forward, the model itself left out."""
-    return {module: vars(module).get("forward") for module in modules_of(model)[1:]}
+def _forwards(parts: Sequence[nn.Module]) -> dict[nn.Module, Forward | None]:
+    """Return what stands on each module of a model in place of its class's forward, the model itself left out."""
+    return {module: vars(module).get("forward") for module in parts[1:]}

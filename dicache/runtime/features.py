@@ -1,11 +1,10 @@
 """What a model may not have while a schedule is attached to it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
-from dicache.anatomy.overrides import modules_of
 from dicache.schedules import Schedule
 
 PREFETCH = "lazy_prefetch_group_offloading"  # diffusers' names of its hooks
@@ -13,17 +12,23 @@ OFFLOADING = "group_offloading"
 HARMLESS = "peft_autocast_disable"  # replaces a forward, and always runs it
 
 
-def obstacle(model: nn.Module, schedule: Schedule) -> str | None:
+def obstacle(model: nn.Module, parts: Sequence[nn.Module], schedule: Schedule) -> str | None:
     """Return in one sentence why a model cannot take a schedule as it is, and what to do; None if it can.
 
     Looks at what others do to a model that changes which of its layers run, or where. It is asked when the schedule is
     applied and when each generation begins, since much of it can be turned on in between.
+
+    Args:
+        model: The model.
+        parts: All its modules.
+        schedule: To be replayed on it.
     """
     kind = type(model).__name__
-    parts = modules_of(model)
     if model.training:
         return f"the {kind} is in training mode; call its eval() first"
-    if any(vars(part).get("gradient_checkpointing") for part in parts):
+    # Asked for at each generation, of all modules: the few that have any of it are found first.
+    marked = [own for part in parts if "gradient_checkpointing" in (own := vars(part)) or "_diffusers_hook" in own]
+    if any(own.get("gradient_checkpointing") for own in marked):
         return (
             f"the {kind} has gradient checkpointing enabled, which is for training and runs its blocks again; call its "
             "disable_gradient_checkpointing() first"
@@ -33,8 +38,7 @@ def obstacle(model: nn.Module, schedule: Schedule) -> str | None:
             f"the {kind} has another cache enabled, diffusers' {type(config).__name__}, and two caches would each skip "
             "what the other counts on; call its disable_cache() first"
         )
-    # Asked for at each generation: the names of modules take longer than the modules.
-    hooks = list(_hooks(model)) if any("_diffusers_hook" in vars(part) for part in parts) else []
+    hooks = list(_hooks(model)) if any("_diffusers_hook" in own for own in marked) else []
     for path, name, hook in hooks:
         if name != HARMLESS and hasattr(hook, "new_forward"):
             return (

@@ -40,7 +40,7 @@ class Fitting:
         self._schedule = schedule
         self._fit = fit
         self._allow = allow
-        self._modules = _identities(model)
+        self._modules = modules_of(model)
         self._warned: set[str] = set()
 
     def check_model(self, scheduler: Any | None) -> None:
@@ -51,7 +51,7 @@ class Fitting:
             CacheError: If the model cannot take any schedule.
         """
         model = self._model
-        self._check_able()
+        self._check_able(self._modules)
         if said := compiled(model):
             raise CacheError(said)
         differences = [*self._of_structure(), *self._of_weights()]
@@ -64,10 +64,13 @@ class Fitting:
             )
         self._warn("dtype", _dtype(model))
 
-    def check_generation(self, scheduler: Any | None, steps: int | None, guidance: float | None) -> Schedule:
+    def check_generation(
+        self, parts: list[nn.Module], scheduler: Any | None, steps: int | None, guidance: float | None
+    ) -> Schedule:
         """Compare the model, which may have been changed, and the sampler's steps; return what is to be replayed.
 
         Args:
+            parts: All modules of the model.
             scheduler: Of the pipeline; None if a bare model is told its steps.
             steps: How many there will be; None if that is not known.
             guidance: Scale; None if it cannot be seen.
@@ -76,9 +79,9 @@ class Fitting:
             ScheduleError: If the model or the steps differ.
             CacheError: If the model is in training mode.
         """
-        self._check_able()
-        schedule, fit, modules = self._schedule, self._fit, _identities(self._model)
-        changed = [*(self._of_structure() if modules != self._modules else ()), *self._of_weights()]
+        self._check_able(parts)
+        schedule, fit = self._schedule, self._fit
+        changed = [*(self._of_structure() if parts != self._modules else ()), *self._of_weights()]
         others = [] if scheduler is None else self._of_steps(scheduler)
         if steps is not None and steps != schedule.steps:
             others = [f"{schedule.steps} steps, found {steps}"]
@@ -98,7 +101,7 @@ class Fitting:
             schedule = self._mapped(scheduler)
         self._check_guidance(guidance)
         self._warn("dtype", _dtype(self._model))
-        self._modules = modules  # only now: a model that was refused is compared with the same one again
+        self._modules = parts  # only now: a model that was refused is compared with the same one again
         return schedule
 
     def check_latents(self, found: tuple[int, ...]) -> None:
@@ -117,8 +120,8 @@ class Fitting:
             )
         self._warn("latents", found)
 
-    def _check_able(self) -> None:
-        if said := obstacle(self._model, self._schedule):
+    def _check_able(self, parts: list[nn.Module]) -> None:
+        if said := obstacle(self._model, parts, self._schedule):
             raise CacheError(said)
 
     def _check_guidance(self, found: float | None) -> None:
@@ -199,10 +202,6 @@ class Fitting:
 
 def _dtype(model: nn.Module) -> str:
     return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def _identities(model: nn.Module) -> tuple[int, ...]:
-    return tuple(map(id, modules_of(model)))
 
 
 def _levels(scheduler: Any) -> tuple[float, ...] | None:

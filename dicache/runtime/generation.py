@@ -1,7 +1,6 @@
 """State of one running generation, and in it a lane for each guidance pass."""
 
-from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,18 +34,25 @@ class Call:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.given: dict[Hashable, Any] = dict((*enumerate(args), *kwargs.items()))
-        self.tensors: dict[Hashable, Tensor] = {
-            k: value for k, value in self.given.items() if isinstance(value, Tensor)
-        }
+        self.given: dict[Hashable, Any] = dict(enumerate(args))
+        self.given.update(kwargs)
+        self.tensors: dict[Hashable, Tensor] = {}
         self.latents = latents_of(args, kwargs)
-        tensors = tuple((x.shape, x.dtype, x.device) for x in tensors_of(self.given))
-        words = (value for value in self.given.values() if isinstance(value, (str, bool)))
-        self.signature: Signature = (*self.given, *tensors, *words, *_modes({device.type for *_, device in tensors}))
-
-    @property
-    def batch(self) -> int:
-        return len(self.latents)
+        self.batch: int = self.latents.shape[0]
+        decides: list[Hashable] = []  # of each argument
+        devices = set()
+        for key, value in self.given.items():
+            if value is None or isinstance(value, (str, bool)):
+                decides.append(value)
+            elif isinstance(value, Tensor):
+                self.tensors[key] = value
+                decides.append((value.shape, value.dtype, device := value.device))
+                devices.add(device.type)
+            else:
+                inside = tuple((x.shape, x.dtype, x.device) for x in tensors_of(value))
+                decides.append(inside)
+                devices.update(device.type for *_, device in inside)
+        self.signature: Signature = (*self.given, *decides, *_modes(devices))
 
     @property
     def conditions(self) -> dict[Hashable, Tensor]:
@@ -69,7 +75,7 @@ class Seen:
     def same(self, other: Tensor) -> bool:
         """Whether a tensor has what this one had; where it was not written to, nothing is read from a device."""
         unwritten = self._version is not None and self._version == _version(other)
-        if unwritten and _in_place(self._tensor, other):
+        if unwritten and (other is self._tensor or _in_place(self._tensor, other)):
             return True
         return _alike(self._contents, other) and torch.equal(self._contents, other)
 
@@ -90,6 +96,7 @@ class Lane:
         made: Sites whose output has been kept since then.
         memory: What a policy remembers of the pass; None before its first step.
         bytes_held: Memory of the entries.
+        bytes_told: What that was when it was last told.
         marks: Conditions that tell this pass from others, all of them together.
         first: Conditions of its first call.
         steady: Those of them that its second call was given too; None before that one.
@@ -108,6 +115,7 @@ class Lane:
     made: set[str] = field(default_factory=set)
     memory: Memory | None = None
     bytes_held: int = 0
+    bytes_told: int = 0
     marks: dict[Hashable, Seen] = field(default_factory=dict)
     first: dict[Hashable, Seen] = field(default_factory=dict)
     steady: dict[Hashable, Seen] | None = None
@@ -146,7 +154,7 @@ class Generation:
     distances: dict[str, list[float | None]] = field(default_factory=dict)
     collapse: "Collapse | None" = None
     checked: bool = False
-    _calls: Counter[str | None] = field(default_factory=Counter)
+    _calls: dict[str | None, int] = field(default_factory=dict)
     _owners: dict[str, tuple[str, int] | None] = field(default_factory=dict)
 
     def begin_step(self) -> None:
@@ -183,10 +191,11 @@ class Generation:
         The pass is known by the pipeline's name for it, else by its place among the calls of this step, and by its
         batch size: a second pass that comes and goes must not find what another has kept.
         """
-        ordinal = self._calls[context]
-        self._calls[context] += 1
+        ordinal = self._calls.get(context, 0)
+        self._calls[context] = ordinal + 1
         if context is None:
-            name = self._pass(self._name(str(ordinal), None), call)
+            alone = ordinal == 0 and len(self.lanes) == 1 and self._is_alone(call)
+            name = "0" if alone else self._pass(self._name(str(ordinal), None), call)
         else:
             name = self._name(f"{context}{ordinal or ''}", (context, ordinal))
         lane = self.lanes.get((name, call.batch))
@@ -215,6 +224,16 @@ class Generation:
         while self._owners.setdefault(wanted, owner) != owner:
             wanted += "'"
         return wanted
+
+    def _is_alone(self, call: Call) -> bool:
+        """Whether a step's first call is plainly one of the only pass there is: it is given what that always was."""
+        lane = self.lanes.get(("0", call.batch))
+        if lane is None or lane.named or lane.steady is None or lane.step >= self.step:
+            return False
+        for key, seen in lane.steady.items():
+            if key not in call.tensors or not seen.same(call.tensors[key]):
+                return False
+        return True
 
     def _pass(self, name: str, call: Call) -> str:
         """Return the name of an unnamed pass: that of its place, unless its arguments are those of another.
@@ -255,13 +274,13 @@ class Generation:
                     lane.marks[key], peer.marks[key] = lane.first[key], known[key]
 
 
-def _modes(devices: Iterable[str]) -> Iterator[Hashable]:
+def _modes(devices: set[str]) -> list[Hashable]:
     """Return what the dtype of an operator's result depends on besides its arguments; and whether it is an inference
     tensor, which cannot be kept for a call that is not in inference mode."""
-    yield torch.is_inference_mode_enabled()
-    for device in sorted(devices):
-        enabled = torch.is_autocast_enabled(device)
-        yield device, torch.get_autocast_dtype(device) if enabled else None
+    modes: list[Hashable] = [torch.is_inference_mode_enabled()]
+    for device in sorted(devices) if len(devices) > 1 else devices:
+        modes.append((device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None))
+    return modes
 
 
 def _any_same(seen: Mapping[Hashable, Seen], call: Call) -> bool:

@@ -9,6 +9,7 @@ from dicache.anatomy import Anatomy
 from dicache.anatomy.standins import pass_on, view_of_zero
 from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane, Signature
+from dicache.runtime.lean import Lean
 from dicache.runtime.nested_ranges import Nested, shape_keys
 from dicache.runtime.predictors import Corrector, foretell
 from dicache.runtime.stats import Stats, bytes_of
@@ -37,12 +38,13 @@ class Replay:
         self._installer = installer
         self._stats = stats
         self._rows: dict[str, Rows] = {}
-        self._programs: dict[tuple[Any, ...], Program] = {}
+        self._programs: dict[tuple[Any, ...], Lean] = {}
         self._correctors: dict[tuple[str, str, int], Corrector] = {}
         self._steps: dict[tuple[str, int, int], _Step] = {}
-        self._running = _Step(Row(), {}, anatomy)
-        self._entries: dict[Any, Any] = {}  # of the lane whose call is running
-        self._batch = 1  # of that call
+        self._running = _Step(Row(), Lean(model, anatomy, Row(), {}, installer), anatomy)
+        self._kind: tuple[Signature, bool] = ((), False)  # of the call that is running
+        self._entries: dict[Any, Any] = {}  # of its lane
+        self._batch = 1
         self._before: dict[Key, Any] = {}  # last outputs of sites of which older ones stay, when it began
         self._inputs: dict[Range, Tensors] = {}
         self._ran: set[Range] = set()  # ranges whose delta was kept or put in, in the call that runs
@@ -57,25 +59,29 @@ class Replay:
         if lane.since < 0:
             lane.since = generation.step
         step = self._step(context, generation.step, lane.since)
-        if any(entry not in lane.entries for entry, of in step.reads if not isinstance(of, str) or of in lane.made):
+        entries = lane.entries
+        missing = [entry for entry, of in step.reads if entry not in entries]
+        if missing and any(not isinstance(of, str) or of in lane.made for entry, of in step.reads if entry in missing):
             # The pass left out the block of a site that it had called before, or one at which a range begins or ends,
             # so that nothing was kept: it computes. A site that it has never called is not waited for.
             lane.since = generation.step
             lane.made.clear()
             step = self._step(context, generation.step, lane.since)
-        older: dict[Key, int] = dict(step.row.keep_older)
-        self._before = {key: lane.entries.get(key) for key in step.row.keep & older.keys()}
-        for key in step.row.keep.difference(older):
-            lane.entries.pop(key, None)
-        self._installer.install(step.program)
+        if step.ageing:
+            self._before = {key: entries.get(key) for key in step.ageing}
+        for key in step.replaced:
+            entries.pop(key, None)
         self._running = step
-        self._entries = lane.entries
+        self._kind = (lane.signature, lane.single == "halves")
+        self._installer.install(step.lean.program(self._kind))
+        self._entries = entries
         self._batch = lane.batch
 
     def finish(self, lane: Lane) -> None:
         """Release what no later step reads, and count the call."""
         step, stats = self._running, self._stats
-        self._check_ran(step.row, lane)
+        if step.changes or step.row.skip:
+            self._check_ran(step, lane)
         for key in step.released:
             lane.entries.pop(key, None)
         stats.reused_sites += step.reused
@@ -83,18 +89,18 @@ class Replay:
         stats.computed_sites += step.computed
         stats.macs += step.macs / 2 if lane.single == "halves" else step.macs
         if step.changes:  # what a step leaves behind depends on nothing but the step and the shapes
-            shapes = (lane.signature, lane.single == "halves")
-            if shapes not in step.bytes_held:
-                step.bytes_held[shapes] = bytes_of(lane.entries)
-            lane.bytes_held = step.bytes_held[shapes]
+            if self._kind not in step.bytes_held:
+                step.bytes_held[self._kind] = bytes_of(lane.entries)
+            lane.bytes_held = step.bytes_held[self._kind]
 
-    def _check_ran(self, row: Row, lane: Lane) -> None:
+    def _check_ran(self, step: "_Step", lane: Lane) -> None:
         """Forget what was not made anew, and refuse what was not put in, because the model did not call the blocks."""
-        for key in row.keep:
-            if lane.entries.get(key) is self._before.get(key):
-                _forget(lane, key)
-            else:
-                lane.made.add(key)
+        row, entries = step.row, lane.entries
+        absent: list[Key] = [key for key in step.replaced if entries.get(key) is None]
+        absent += [key for key, before in self._before.items() if entries.get(key) is before]
+        for key in absent:
+            _forget(lane, key)
+        lane.made |= row.keep.difference(absent) if absent else row.keep
         if self._anatomy.links:
             return
         for part in row.keep_delta:
@@ -117,10 +123,11 @@ class Replay:
         self._inputs.clear()
         self._ran.clear()
         self._nested.clear()
+        self._running.lean.leave()
 
     @property
     def letter(self) -> str:
-        return "." if self._running.row.reuse or self._running.row.skip else "C"
+        return self._running.letter
 
     @property
     def distance(self) -> None:
@@ -139,7 +146,8 @@ class Replay:
             kept = (row.keep, row.keep_delta, row.keep_older, row.features)
             same = (row.reuse, row.skip, *kept, row.predict, row.scale, *correctors.items())
             if same not in self._programs:
-                self._programs[same] = self._build(row, correctors)
+                program = self._build(row, correctors)
+                self._programs[same] = Lean(self._model, self._anatomy, row, program, self._installer)
             self._steps[key] = _Step(row, self._programs[same], self._anatomy)
         return self._steps[key]
 
@@ -214,7 +222,8 @@ class Replay:
 
     def _give(self, key: Hashable) -> Forward:
         def give(*_args: Any, **_kwargs: Any) -> Any:
-            return self._kept(key)
+            kept = self._entries.get(key)
+            return self._kept(key) if kept is None else kept
 
         return give
 
@@ -289,9 +298,12 @@ class Replay:
 class _Step:
     """One step of one context, ready to run: its row, its forwards, and what it will count."""
 
-    def __init__(self, row: Row, program: Program, anatomy: Anatomy) -> None:
+    def __init__(self, row: Row, lean: Lean, anatomy: Anatomy) -> None:
         self.row = row
-        self.program = program
+        self.lean = lean
+        older: dict[Key, int] = dict(row.keep_older)
+        self.ageing = tuple(key for key in row.keep if key in older)  # sites of which outputs from before stay
+        self.replaced = row.keep.difference(older)
         inner = [(block.key(site), path) for block in anatomy.blocks for site in block.sites for path in site.inner]
         ended = (entry for entry in inner if entry[0] in row.release)
         shapes = (key for part in row.release_delta for key in shape_keys(anatomy, part))
@@ -300,6 +312,7 @@ class _Step:
         used: tuple[Key, ...] = (*row.reuse, *row.skip)
         newest = tuple((key, key) for key in used)
         self.reads = (*newest, *(((key, age + 1), key) for key in used for age in range(ages.get(key, 0))))
+        self.letter = "." if row.reuse or row.skip else "C"
         self.changes = bool(self.released or row.keep or row.keep_delta)
         self.bytes_held: dict[tuple[Signature, bool], int] = {}
         self.computed = self.reused = self.skipped = saved = 0
@@ -324,6 +337,14 @@ def _forget(lane: Lane, key: Key) -> None:
 
 
 def _through(streams: Streams) -> Forward:
+    if streams.alone is not None:
+        name, place = streams.alone
+
+        def pass_by(*args: Any, **kwargs: Any) -> Any:
+            return kwargs[name] if name in kwargs else args[place]
+
+        return pass_by
+
     def through(*args: Any, **kwargs: Any) -> Any:
         return streams.pack(streams.read(args, kwargs))
 

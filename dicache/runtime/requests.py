@@ -77,6 +77,9 @@ class Requests:
 
     The frame that entered a request is on the stack while the request runs, and is not while a generator that holds it
     waits for its turn. Work that was started inside a request, in another thread or task, has it as a context variable.
+
+    Attributes:
+        several: Whether there ever was another than the one of callers that name none.
     """
 
     def __init__(self) -> None:
@@ -84,11 +87,14 @@ class Requests:
         self._entries: tuple[_Entry, ...] = ()
         self._changing = Lock()
         self._made: WeakSet[Request] = WeakSet()
-        self._alone = self.new()
+        self.several = False
+        self._alone = Request(self)
+        self._made.add(self._alone)
 
     def new(self) -> Request:
         request = Request(self)
         with self._changing:
+            self.several = True
             self._made.add(request)
         return request
 
@@ -120,8 +126,10 @@ class Requests:
 
     def bytes_held(self) -> int:
         """Return the memory of what all generations keep."""
-        with self._changing:
-            running = [request.generation for request in self._made]
+        running = [self._alone.generation]
+        if self.several:
+            with self._changing:
+                running = [request.generation for request in self._made]
         return sum(lane.bytes_held for generation in running if generation for lane in generation.lanes.values())
 
     def free(self) -> None:

@@ -20,6 +20,8 @@ class Streams:
         self._returns = block.returns
         parameters = list(signature(module).parameters)
         self._places = [(name, parameters.index(name)) for name in block.streams]
+        # The name and place of the argument that leaves the block by itself, if one does.
+        self.alone = self._places[0] if isinstance(block.returns, str) and len(self._places) == 1 else None
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensors:
         """Return the streams that enter with a call, by argument name."""
