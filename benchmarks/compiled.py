@@ -24,8 +24,7 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 import dicache
-from benchmarks.loops import Loop, cached, head, make_model
-from benchmarks.replay import SIZES
+from benchmarks.loops import SHAPES, Loop, cached, head, make_model
 from dicache.anatomy import survey
 from dicache.calibrate.fora import Fora
 from dicache.cli.command import table
@@ -132,7 +131,7 @@ def medians(loops: dict[str, Variant], steps: int, repetitions: int) -> tuple[di
 @torch.no_grad()
 def compared(size: str, steps: int, repetitions: int) -> list[list[str]]:
     """Return the rows of the table for one size."""
-    shape = SIZES[size]
+    shape = SHAPES[size]
     anatomy = survey(make_model(*shape))
     computes = "".join("C" if i % 2 == 0 else "." for i in range(steps))
     plans = {"FORA N=2": Fora(2, "start").plan(anatomy, steps), "body skip N=2": Plan(steps, (Rule("skip", computes),))}
@@ -172,7 +171,7 @@ def compared(size: str, steps: int, repetitions: int) -> list[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["small", "medium"])
+    parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=["small", "medium"])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")

@@ -16,6 +16,15 @@ import dicache
 GUIDANCE = 4.0
 
 
+SHAPES = {  # layers, heads, width, and the side of the square of tokens
+    "noop": (28, 2, 32, 2),
+    "digits": (12, 3, 96, 8),
+    "small": (8, 4, 128, 8),
+    "medium": (12, 6, 384, 16),
+    "dit-xl": (28, 16, 1152, 16),  # takes a GPU
+}
+
+
 def make_model(layers: int, heads: int, width: int, side: int) -> Any:
     """Return a DiT of random weights with side x side tokens, in which every block matters."""
     torch.manual_seed(0)

@@ -23,8 +23,7 @@ import torch
 from tqdm import tqdm
 
 import dicache
-from benchmarks.loops import Loop, make_model
-from benchmarks.replay import SIZES
+from benchmarks.loops import SHAPES, Loop, make_model
 from dicache.anatomy import Anatomy, survey
 from dicache.cli.command import table
 from dicache.profiler import Provenance, Run, storage
@@ -38,7 +37,7 @@ class Measured:
     """A model with a recorder, or without."""
 
     def __init__(self, size: str, steps: int, anatomy: Anatomy, watched: Mapping[str, Any] | None) -> None:
-        model = make_model(*SIZES[size])
+        model = make_model(*SHAPES[size])
         self.loop = Loop(model, steps)
         self.steps, self.anatomy = steps, anatomy
         pipeline = SimpleNamespace(scheduler=self.loop.scheduler)
@@ -99,7 +98,7 @@ def variants(steps: int, anatomy: Anatomy) -> dict[str, dict[str, Any] | None]:
 
 def measure(size: str, steps: int, rounds: int) -> dict[str, dict[str, float]]:
     """Return, for each variant, its time as a multiple of the plain one, and the bytes that it holds."""
-    anatomy = survey(make_model(*SIZES[size]))
+    anatomy = survey(make_model(*SHAPES[size]))
     watched = variants(steps, anatomy)
     models = {name: Measured(size, steps, anatomy, given) for name, given in watched.items()}
     seconds = np.zeros((rounds + 1, steps + 2, len(models)))
@@ -131,7 +130,7 @@ def measure(size: str, steps: int, rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["digits", "medium"])
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["digits", "medium"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "profiling.json")
@@ -149,7 +148,7 @@ def main() -> None:
     texts = []
     for size in options.sizes:
         found = content["sizes"][size] = measure(size, options.steps, options.rounds)
-        layers, _, width, side = SIZES[size]
+        layers, _, width, side = SHAPES[size]
         rows = [
             [name, f"{row['time']:.3f}", f"{row['device'] / 1e6:.1f}", f"{row['host'] / 1e6:.1f}"]
             for name, row in found.items()

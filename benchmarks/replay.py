@@ -23,7 +23,7 @@ import torch
 import dicache
 from benchmarks import peers
 from benchmarks.lockstep import Measured, Variant, held, measure
-from benchmarks.loops import body_by_hand, branches_by_hand, cached, make_model, plain
+from benchmarks.loops import SHAPES, body_by_hand, branches_by_hand, cached, make_model, plain
 from dicache.anatomy import survey
 from dicache.calibrate.fora import Fora
 from dicache.cli.command import table
@@ -31,13 +31,8 @@ from dicache.schedules import Corrections, Plan, Rule, Schedule, Target
 from dicache.schedules.corrections import name_of
 
 # name: layers, heads, width, tokens a side, steps, share of the repetitions
-SIZES = {
-    "noop": (28, 2, 32, 2, 18, 1.0),
-    "digits": (12, 3, 96, 8, 18, 1.0),
-    "small": (8, 4, 128, 8, 18, 1.0),
-    "medium": (12, 6, 384, 16, 6, 0.5),
-    "dit-xl": (28, 16, 1152, 16, 18, 1.0),  # takes a GPU
-}
+PACE = {"medium": (6, 0.5)}  # steps, and share of the repetitions
+SIZES = {name: (*shape, *PACE.get(name, (18, 1.0))) for name, shape in SHAPES.items()}
 USUAL = ("noop", "digits", "small", "medium")
 PLAIN, AGAIN, HAND, EOC = "unhooked", "unhooked again", "by hand", "dicache EOC on FORA N=2"
 COLUMNS = ["", "computed", "time / unhooked", "speed-up", "ideal", "achieved / ideal", "held", "held after"]

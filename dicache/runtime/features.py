@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from dicache.anatomy.overrides import modules_of
 from dicache.schedules import Schedule
 
 PREFETCH = "lazy_prefetch_group_offloading"  # diffusers' names of its hooks
