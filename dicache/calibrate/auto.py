@@ -21,7 +21,7 @@ from dicache.schedules.rows import distinct_rows
 
 Granularity = Literal["any", "body", "branch"]
 FORESEEN = ("expected_steps", "macs_fraction")  # what a schedule that decides at run time says of what it will compute
-FEWEST_ROWS = 4  # computed and kept, computed and not kept, held, and the first of a kind
+FEWEST_ROWS = 3  # computed and kept, computed and not kept, and held
 
 
 @dataclass(frozen=True)

@@ -178,10 +178,10 @@ def test_ctrl_c_in_a_search_of_settings_ends_all(
 
 def test_what_has_too_many_rows_is_not_searched(profile: Profile) -> None:
     space = spaces_of(profile, 0.5)["taylorseer body 2"]()
-    few = FewRows(space, 4, profile.anatomy)
+    few = FewRows(space, 3, profile.anatomy)
     parameters = dict(space.plain(0.5))
-    assert distinct_rows(few.schedule({**parameters, "order": 1}).plan or Plan(1), profile.anatomy) <= 4
-    with pytest.raises(CalibrationError, match="more than 4 rows"):
+    assert distinct_rows(few.schedule({**parameters, "order": 1}).plan or Plan(1), profile.anatomy) <= 3
+    with pytest.raises(CalibrationError, match="more than 3 rows"):
         few.schedule({**parameters, "interval": 3, "order": 2})
 
 
@@ -215,7 +215,7 @@ def test_a_schedule_that_holds_branches_is_corrected_where_there_are_priors(pipe
 
 @pytest.mark.parametrize(
     ("settings", "found"),
-    [({"max_rows": 3}, "4 or more"), ({"budget": 0}, "above 0"), ({"granularity": "x"}, "any, body, branch")],
+    [({"max_rows": 2}, "3 or more"), ({"budget": 0}, "above 0"), ({"granularity": "x"}, "any, body, branch")],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], found: str) -> None:
     with pytest.raises(CalibrationError, match=found):

@@ -45,4 +45,4 @@ def test_one_goal_is_given(workplace: Path) -> None:
         result = dicache("calibrate", "auto", *words, fails=True)
         assert result.exit_code == 2
         assert "give one of --target-speedup, --max-macs and --min-psnr" in result.stderr
-    assert "4 or more" in refused("calibrate", "auto", "--max-macs", 0.5, "--max-rows", 2)
+    assert "3 or more" in refused("calibrate", "auto", "--max-macs", 0.5, "--max-rows", 2)
