@@ -105,11 +105,15 @@ class Calls:
         if self._compiling.sizes_are_fixed:
             return signature
         if signature not in self._forms:
-            self._forms[signature] = tuple(
-                (len(part[0]), *part[1:]) if isinstance(part, tuple) and isinstance(part[0], torch.Size) else part
-                for part in signature
-            )
+            self._forms[signature] = tuple(map(_without_sizes, signature))
         return self._forms[signature]
+
+
+def _without_sizes(part: Any) -> Any:
+    """Return a part of a signature with the number of dimensions in the place of each shape, also in lists."""
+    if isinstance(part, torch.Size):
+        return len(part)
+    return tuple(map(_without_sizes, part)) if isinstance(part, tuple) else part
 
 
 def _listed(values: Iterable[Any]) -> tuple[Hashable, ...]:
