@@ -3,8 +3,6 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from benchmarks.bench import Bench
@@ -12,6 +10,7 @@ from benchmarks.peers import THRESHOLDS, Settings, grid
 from dicache.calibrate.adacache import AdaCache
 from dicache.calibrate.delta_cache import DeltaCache
 from dicache.calibrate.delta_dit import DeltaDit
+from dicache.calibrate.dp import Dp
 from dicache.calibrate.first_block import FirstBlock
 from dicache.calibrate.fora import Fora
 from dicache.calibrate.magcache import MagCache
@@ -126,16 +125,14 @@ def methods(bench: Bench, steps: int, budgets: Sequence[float]) -> list[Method]:
                 of(TGate),
             ),
         ]
-    if find_spec("dicache.calibrate.dp"):
-        planner = of(import_module("dicache.calibrate.dp").Dp)
-        options: dict[str, Sequence[Any]] = {
-            "max_macs": budgets,
-            "granularity": ("body", "branch"),
-            "aggregate": ("norms", "squares"),
-            "warm_up": (1, 2, 3),
-        }
-        found += [
-            Method("dp, hold", grid(predictor=("hold",), **options), planner),
-            Method("dp, Taylor", grid(predictor=("taylor",), order=(1, 2), **options), planner),
-        ]
-    return found
+    options: dict[str, Sequence[Any]] = {
+        "max_macs": budgets,
+        "granularity": ("body", "branch"),
+        "aggregate": ("norms", "squares"),
+        "warm_up": (1, 2, 3),
+    }
+    return [
+        *found,
+        Method("dp, hold", grid(predictor=("hold",), **options), of(Dp)),
+        Method("dp, Taylor", grid(predictor=("taylor",), order=(1, 2), **options), of(Dp)),
+    ]

@@ -230,10 +230,7 @@ class Generation:
         lane = self.lanes.get(("0", call.batch))
         if lane is None or lane.named or lane.steady is None or lane.step >= self.step:
             return False
-        for key, seen in lane.steady.items():
-            if key not in call.tensors or not seen.same(call.tensors[key]):
-                return False
-        return True
+        return _all_same(lane.steady, call)
 
     def _pass(self, name: str, call: Call) -> str:
         """Return the name of an unnamed pass: that of its place, unless its arguments are those of another.
