@@ -2,14 +2,12 @@
 
 The ideal takes, for the steps that are computed, the time of the compiled model without a schedule, and for the others
 that of a compiled function, written by hand, which runs what is left of the model and nothing else. All variants
-advance in lockstep, one denoising step each in rotating order, on the thread's CPU clock, and the median over
-repetitions is taken for each step. A second uncached copy shows the noise.
+advance in lockstep (`benchmarks.lockstep`), and a second uncached copy shows the noise. On a GPU rows are captured as
+CUDA graphs as well.
 """
 
 import argparse
-import os
 import platform
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,9 +19,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
-from tqdm import tqdm
 
 import dicache
+from benchmarks.lockstep import Variant, in_turns
 from benchmarks.loops import SHAPES, Loop, cached, head, make_model
 from dicache.anatomy import survey
 from dicache.calibrate.fora import Fora
@@ -31,7 +29,6 @@ from dicache.cli.command import table
 from dicache.schedules import Plan, Rule, Schedule, Target
 from dicache.schedules.rows import distinct_rows
 
-Variant = Callable[[], Iterator[Tensor]]
 Step = Callable[..., Any]  # model, latents of both halves, times, labels and what was kept -> output and what is kept
 
 
@@ -77,6 +74,7 @@ def skip_body(model: Any, both: Tensor, times: Tensor, labels: Tensor, kept: Ten
     return head(model, model.pos_embed(both) + kept, times, labels)
 
 
+CAPTURED = ", CUDA graphs"
 BY_HAND: dict[str, tuple[Step, Step]] = {
     "FORA N=2": (compute_branches, reuse_branches),
     "body skip N=2": (compute_body, skip_body),
@@ -87,6 +85,7 @@ def by_hand(model: Any, computes: str, compute: Step, reuse: Step) -> Iterator[T
     """Sample with two compiled functions."""
     loop = Loop(model, len(computes))
     latents, kept = loop.start, None
+    yield latents
     for t, letter in zip(loop.scheduler.timesteps, computes, strict=True):
         both, times = torch.cat([latents, latents]), t.expand(2)
         if letter == "C":
@@ -100,73 +99,62 @@ def by_hand(model: Any, computes: str, compute: Step, reuse: Step) -> Iterator[T
 def uncached(model: Any, run: Step, steps: int) -> Iterator[Tensor]:
     """Sample with the compiled model."""
     loop = Loop(model, steps)
-    latents = loop.start
+    yield (latents := loop.start)
     for t in loop.scheduler.timesteps:
         noise = run(torch.cat([latents, latents]), timestep=t.expand(2), class_labels=loop.labels).sample
         latents = loop.denoise(latents, t, noise)
         yield latents
 
 
-def medians(loops: dict[str, Variant], steps: int, repetitions: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the seconds of each step of each variant, (steps,), and its last latents."""
-    names = list(loops)
-    seconds = np.zeros((repetitions, len(names), steps))
-    last: dict[str, Tensor] = {}
-    for repetition in tqdm(range(-1, repetitions), leave=False):  # the first one compiles
-        running = [loops[name]() for name in names]
-        for step in range(steps):
-            for turn in range(len(names)):
-                place = (repetition + step + turn) % len(names)
-                start = time.thread_time()
-                latents = next(running[place])
-                spent = time.thread_time() - start
-                last[names[place]] = latents
-                if repetition >= 0:
-                    seconds[repetition, place, step] = spent
-        for loop in running:
-            assert next(loop, None) is None
-    return dict(zip(names, np.median(seconds, axis=0), strict=True)), last
-
-
 @torch.no_grad()
-def compared(size: str, steps: int, repetitions: int) -> list[list[str]]:
+def compared(size: str, steps: int, repetitions: int, device: str) -> list[list[str]]:
     """Return the rows of the table for one size."""
-    shape = SHAPES[size]
-    anatomy = survey(make_model(*shape))
+    make = partial(make_on, device, size)
+    anatomy = survey(make())
     computes = "".join("C" if i % 2 == 0 else "." for i in range(steps))
     plans = {"FORA N=2": Fora(2, "start").plan(anatomy, steps), "body skip N=2": Plan(steps, (Rule("skip", computes),))}
-    plain, again = make_model(*shape), make_model(*shape)
+    plain, again = make(), make()
     run, run_again = (torch.compile(model, fullgraph=True) for model in (plain, again))
     loops: dict[str, Variant] = {
         "uncached": lambda: uncached(plain, run, steps),
         "again": lambda: uncached(again, run_again, steps),
     }
-    graphs = {}
+    graphs: dict[str, CompileCounterWithBackend] = {}
     for name, plan in plans.items():
-        model, hand = make_model(*shape), make_model(*shape)
+        schedule = Schedule("benchmark", {}, anatomy, Target(), steps, plan)
+        model, hand = make(), make()
         graphs[name] = counter = CompileCounterWithBackend("inductor")
-        cache = dicache.apply(
-            model, Schedule("benchmark", {}, anatomy, Target(), steps, plan), compile={"backend": counter}
-        )
-        loops[name] = partial(cached, model, steps, cache)
+        loops[name] = partial(cached, model, steps, dicache.apply(model, schedule, compile={"backend": counter}))
+        if device == "cuda":
+            model = make()
+            loops[f"{name}{CAPTURED}"] = partial(
+                cached, model, steps, dicache.apply(model, schedule, compile="cudagraphs")
+            )
         compute, reuse = (torch.compile(step, fullgraph=True) for step in BY_HAND[name])
         loops[f"{name} by hand"] = partial(by_hand, hand, computes, compute, reuse)
     counters.clear()
-    seconds, last = medians(loops, steps, repetitions)
+    seconds, last = in_turns(loops, steps, repetitions, device)
     breaks = sum(counters["graph_break"].values())
     base = seconds["uncached"].sum()
     computed = np.array([letter == "C" for letter in computes])
     rows = [[f"{size} noise", f"{base / seconds['again'].sum():.3f}", "-", "-", "-", "-", "-"]]
     for name, plan in plans.items():
         hand = f"{name} by hand"
-        error = (last[name] - last[hand]).abs().max() / last["uncached"].abs().max()
-        assert error < 1e-4, f"{size}: {name} is not what is done by hand, {error}"
         ideal = np.where(computed, seconds["uncached"], seconds[hand]).sum()
-        speedup, possible, written = base / seconds[name].sum(), base / ideal, base / seconds[hand].sum()
-        counted = f"{graphs[name].frame_count} of {distinct_rows(plan, anatomy)}"
-        figures = [f"{speedup:.2f}", f"{possible:.2f}", f"{speedup / possible:.3f}", f"{speedup / written:.3f}"]
-        rows.append([f"{size} {name}", *figures, counted, str(breaks)])
+        for variant in (name, f"{name}{CAPTURED}"):
+            if variant not in seconds:
+                continue
+            error = (last[variant] - last[hand]).abs().max() / last["uncached"].abs().max()
+            assert error < 1e-4, f"{size}: {variant} is not what is done by hand, {error}"
+            speedup, possible, written = base / seconds[variant].sum(), base / ideal, base / seconds[hand].sum()
+            counted = f"{graphs[name].frame_count} of {distinct_rows(plan, anatomy)}"
+            figures = [f"{speedup:.2f}", f"{possible:.2f}", f"{speedup / possible:.3f}", f"{speedup / written:.3f}"]
+            rows.append([f"{size} {variant}", *figures, counted, str(breaks)])
     return rows
+
+
+def make_on(device: str, size: str) -> Any:
+    return make_model(*SHAPES[size]).to(device)
 
 
 def main() -> None:
@@ -174,20 +162,24 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SHAPES), default=["small", "medium"])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     for size in options.sizes:
-        rows += compared(size, options.steps, max(5, options.repetitions // (3 if size == "medium" else 1)))
+        repetitions = max(5, options.repetitions // (3 if size == "medium" else 1))
+        rows += compared(size, options.steps, repetitions, options.device)
     columns = ["", "speed-up", "ideal", "of ideal", "of by hand", "graphs of rows", "breaks"]
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores shared with other work"
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "one thread of the CPU, no GPU"
+    machine = f"{platform.processor() or platform.machine()}, {device}"
     text = (
-        f"{machine}, torch {torch.__version__}, diffusers {diffusers.__version__}, inductor, one thread, "
+        f"{machine}, torch {torch.__version__}, diffusers {diffusers.__version__}, inductor, "
         f"{options.steps} steps, every second computed; speed-ups over the compiled model without a schedule\n"
         f"{table(columns, rows)}\n"
-        "Not measured: CUDA graphs, since there was no CUDA device.\n"
     )
+    if options.device == "cpu":
+        text += "Not measured: CUDA graphs, since there was no CUDA device.\n"
     print(text)  # noqa: T201
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "compiled.txt").write_text(text)

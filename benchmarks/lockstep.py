@@ -46,10 +46,22 @@ class Measured:
 @torch.no_grad()
 def measure(loops: Mapping[str, Variant], steps: int, repetitions: int, device: str) -> dict[str, Measured]:
     """Run all variants; the first of them is the uncached one that the others' work is compared with."""
+    seconds, last = in_turns(loops, steps, repetitions, device)
+    work = {name: macs(loop) for name, loop in loops.items()}
+    half = next(iter(work.values()))[0] / 2
+    letters = {name: "".join("C" if each > half else "." for each in found) for name, found in work.items()}
+    return {name: Measured(seconds[name], letters[name], last[name]) for name in loops}
+
+
+@torch.no_grad()
+def in_turns(
+    loops: Mapping[str, Variant], steps: int, repetitions: int, device: str
+) -> tuple[dict[str, np.ndarray], dict[str, Tensor]]:
+    """Return the median seconds of each step of each variant, (steps,), and its last latents."""
     names = list(loops)
     taken = np.zeros((repetitions, len(names), steps))
     last: dict[str, Tensor] = {}
-    for repetition in tqdm(range(-1, repetitions), leave=False):
+    for repetition in tqdm(range(-1, repetitions), leave=False):  # the first one compiles what is to be compiled
         running = [loops[name]() for name in names]
         for loop in running:
             next(loop)
@@ -61,11 +73,7 @@ def measure(loops: Mapping[str, Variant], steps: int, repetitions: int, device: 
                     taken[repetition, place, step] = spent
         for loop in running:
             assert next(loop, None) is None
-    medians = np.median(taken, axis=0)
-    work = {name: macs(loop) for name, loop in loops.items()}
-    half = work[names[0]][0] / 2
-    letters = {name: "".join("C" if each > half else "." for each in found) for name, found in work.items()}
-    return {name: Measured(medians[i], letters[name], last[name]) for i, name in enumerate(names)}
+    return dict(zip(names, np.median(taken, axis=0), strict=True)), last
 
 
 def timed(loop: Iterator[Tensor], device: str) -> tuple[float, Tensor]:

@@ -53,10 +53,11 @@ class Loop:
     def __init__(self, model: Any, steps: int) -> None:
         self.model = model
         self.scheduler = DDIMScheduler(clip_sample=False)
-        self.scheduler.set_timesteps(steps)
+        device = next(model.parameters()).device
+        self.scheduler.set_timesteps(steps, device=device)
         side = model.config.sample_size
-        self.start = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
-        self.labels = torch.tensor([3, 1000])
+        self.start = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+        self.labels = torch.tensor([3, 1000], device=device)
 
     def denoise(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Take one step with the model's prediction for both halves of the batch."""

@@ -1,5 +1,6 @@
 """Policies: whether a row of blocks is skipped is decided while the model runs, and its head runs once."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane
 from dicache.runtime.ranks import Ranks
 from dicache.runtime.stats import Stats, bytes_of
+from dicache.runtime.storing import Store
 from dicache.runtime.streams import Streams, Tensors, add, delta
 from dicache.schedules import Range, ScheduleError
 from dicache.schedules.policies import Policy
@@ -31,6 +33,7 @@ class Adaptive:
         installer: Puts the forwards on the modules.
         stats: Counted into.
         ranks: That decide together.
+        store: Where kept deltas are put; None keeps them as they were made. What is decided by stays as it is.
     """
 
     def __init__(
@@ -41,11 +44,13 @@ class Adaptive:
         installer: Installer,
         stats: Stats,
         ranks: Ranks,
+        store: Store | None = None,
     ) -> None:
         self._anatomy = anatomy
         self._decider = decider_of(policy, anatomy, ranks)
         self._stats = stats
         self._installer = installer
+        self._store = store
         self._program: Program = {}
         self._lane: Lane | None = None
         self._skipping = False
@@ -72,6 +77,10 @@ class Adaptive:
         self._lane = lane
         self._decider.begin(lane, generation)
         self._skipping = self._decider.moment == "call" and not self._decider.decide(None)
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call the model, which decides on the way."""
+        return forward(*args, **kwargs)
 
     def finish(self, lane: Lane) -> None:
         """Count the call.
@@ -106,6 +115,8 @@ class Adaptive:
         self._inputs.clear()
         self._ran.clear()
         self._decider.leave()
+        if self._store is not None:
+            self._store.leave()
 
     @property
     def letter(self) -> str:
@@ -151,20 +162,27 @@ class Adaptive:
                 into = streams.read(args, kwargs)
                 if index == start:
                     self._ran.add(key)
-                return streams.pack(add(into, lane.entries[key]) if index == start else into)
+                return streams.pack(add(into, self._kept(lane, key)) if index == start else into)
             if index == start:
                 self._inputs[start] = streams.read(args, kwargs)
             returned = forward(*args, **kwargs)
             if self._skipping:  # decided just now, inside
                 self._ran.add(key)
-                return streams.pack(add(self._inputs.pop(start), lane.entries[key]))
+                return streams.pack(add(self._inputs.pop(start), self._kept(lane, key)))
             if ends and start in self._inputs:
                 self._ran.add(key)
-                lane.entries[key] = delta(streams.unpack(returned), self._inputs.pop(start))
+                self._keep(lane, key, delta(streams.unpack(returned), self._inputs.pop(start)))
             return returned
 
         # Only the ends of a part do anything when it is computed; the others must still be able to pass.
         return run
+
+    def _keep(self, lane: Lane, part: Range, change: Tensors) -> None:
+        lane.entries[part] = change if self._store is None else self._store.put(change)
+
+    def _kept(self, lane: Lane, part: Range) -> Tensors:
+        kept: Tensors = lane.entries[part] if self._store is None else self._store.get(lane.entries[part])
+        return kept
 
     def _part(self, start: int) -> Range:
         return next(part for part in self._decider.parts if part[0] == start)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from dicache.runtime.cache import Cache
@@ -11,6 +12,7 @@ from dicache.runtime.compiled import Compiling
 from dicache.runtime.errors import CacheError
 from dicache.runtime.fitting import BOUND, Fit, Fitting
 from dicache.runtime.ranks import Ranks, group_of
+from dicache.runtime.storing import Store
 from dicache.schedules import Schedule
 
 DENOISERS = ("transformer", "unet", "prior")  # what diffusers' pipelines call the model in their sampling loop
@@ -25,6 +27,8 @@ def apply(
     allow: Collection[str] = (),
     component: str | None = None,
     group: Any | None = None,
+    store_dtype: torch.dtype | None = None,
+    store_on_cpu: bool = False,
     compile: bool | str | Mapping[str, Any] = False,  # noqa: A002
 ) -> Cache:
     """Attach a schedule to a pipeline or a bare model, and return the cache that replays it.
@@ -47,6 +51,10 @@ def apply(
         group: Process group of `torch.distributed` that the model's tokens or samples are spread over, so that all its
             ranks decide alike on what is skipped; they must call the model for the same steps. Where diffusers has
             spread the model (`enable_parallelism`), its own group is taken. A plan decides nothing, and needs none.
+        store_dtype: In which what is kept is stored until it is read, where that is smaller than its own: float16,
+            bfloat16, float8_e4m3fn or float8_e5m2. It halves or quarters the memory held, and rounds what is reused.
+        store_on_cpu: Whether what is kept lies in main memory until it is read. On a CUDA device it is copied beside
+            the model's work, and back again while what is read before it is at work.
         compile: Whether the model's steps are compiled by `torch.compile(fullgraph=True)`, each kind of step to one
             graph: settings of it (`backend`, `mode`, `options`, `dynamic`), True for its own, or `cudagraphs`, by which
             each graph is also captured on the CUDA device. The first generation compiles.
@@ -54,6 +62,7 @@ def apply(
     Raises:
         ScheduleError: If the schedule cannot be read or was made for something else.
         CacheError: If the model cannot take a schedule as it is.
+        ValueError: If a setting is none of those above.
 
     Warns:
         CacheWarning: If the precision, size or guidance is another one.
@@ -71,7 +80,8 @@ def apply(
     fitting = Fitting(model, schedule, fit, allowed)
     fitting.check_model(None if pipeline is None else pipeline.scheduler)
     ranks = Ranks(group_of(model) if group is None else group, next(model.parameters()).device)
-    return Cache(model, schedule, pipeline, fitting, ranks, compiling)
+    store = None if store_dtype is None and not store_on_cpu else Store(store_dtype, on_cpu=store_on_cpu)
+    return Cache(model, schedule, pipeline, fitting, ranks, store, compiling)
 
 
 def denoiser(target: Any, component: str | None = None) -> nn.Module:

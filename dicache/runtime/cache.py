@@ -13,20 +13,20 @@ from torch import Tensor, nn
 
 from dicache.anatomy.clock import StepClock
 from dicache.anatomy.overrides import modules_of
-from dicache.runtime.adaptive import Adaptive
 from dicache.runtime.callers import guidance_scale, loop_scheduler
-from dicache.runtime.compiled import CompiledAdaptive, CompiledReplay, Compiling
+from dicache.runtime.compiled import Compiling
 from dicache.runtime.errors import CacheError, CacheWarning
 from dicache.runtime.executor import Executor, Forward, Installer
+from dicache.runtime.executors import executor_of
 from dicache.runtime.features import compiled
 from dicache.runtime.fitting import Fitting
 from dicache.runtime.generation import Call, Generation
 from dicache.runtime.guidance import WHOLE, Collapse, twice
 from dicache.runtime.naming import PassNames
 from dicache.runtime.ranks import Ranks, RanksError
-from dicache.runtime.replay import Replay
 from dicache.runtime.requests import Request, Requests
 from dicache.runtime.stats import Stats
+from dicache.runtime.storing import Store
 from dicache.schedules import Schedule
 from dicache.schedules.policies import Policy
 
@@ -53,6 +53,7 @@ class Cache:
         pipeline: Any | None,
         fitting: Fitting,
         ranks: Ranks,
+        store: Store | None = None,
         compiling: Compiling | None = None,
     ) -> None:
         if _MARK in model.__dict__:
@@ -66,6 +67,7 @@ class Cache:
         self._pipeline = pipeline
         self._fitting = fitting
         self._ranks = ranks
+        self._store = store
         self._compiling = compiling
         self.known: Callable[[int], Any] | None = None
         self._warned = False
@@ -84,7 +86,7 @@ class Cache:
         vars(model)[_MARK] = self  # before whatever else hangs on the model, so that a copy meets its refusal first
         self._names = PassNames(model, lambda name: self._requests.current().named(name))
         try:
-            self._executors[schedule.target.noise_levels] = self._executor_of(schedule)
+            self._executors[schedule.target.noise_levels] = self._make_executor(schedule)
             self._stand_in_front()
             if pipeline is not None:
                 self._clock = StepClock(pipeline.scheduler, self._on_set_timesteps, self._on_step)
@@ -92,16 +94,10 @@ class Cache:
             self.detach()
             raise
 
-    def _executor_of(self, schedule: Schedule) -> Executor:
-        model, installer, stats, compiling = self._model, self._installer, self.stats, self._compiling
-        if schedule.plan is not None and compiling is not None:
-            return CompiledReplay(model, schedule, installer, stats, compiling)
-        if schedule.plan is not None:
-            return Replay(model, schedule, installer, stats)
-        assert schedule.policy is not None
-        if compiling is not None:
-            return CompiledAdaptive(model, schedule.anatomy, schedule.policy, installer, stats, self._ranks, compiling)
-        return Adaptive(model, schedule.anatomy, schedule.policy, installer, stats, self._ranks)
+    def _make_executor(self, schedule: Schedule) -> Executor:
+        return executor_of(
+            schedule, self._model, self._installer, self.stats, self._ranks, self._store, self._compiling
+        )
 
     # The life of a generation
 
@@ -229,10 +225,10 @@ class Cache:
                 self._follow_the_model()
             self._stand_in_front()
             if levels not in self._executors:
-                self._executors[levels] = self._executor_of(schedule)
+                self._executors[levels] = self._make_executor(schedule)
         generation = Generation(schedule.steps, self._executors[levels])
         if schedule.collapse_guidance_from is not None:
-            generation.collapse = Collapse(schedule.collapse_guidance_from, self._model)
+            generation.collapse = Collapse(schedule.collapse_guidance_from, self._model, self._store)
         if self._pipeline is not None:
             generation.begin_step()
         request = self._requests.current()
@@ -360,9 +356,9 @@ class Cache:
                 executor.prepare(lane, runs[0], generation)
                 if collapse is not None and action == "half":
                     args, kwargs = collapse.first_half(args, kwargs, call.batch)
-                    out = twice(self._run(executor, args, kwargs), call.batch)
+                    out = twice(executor.run(self._forward, args, kwargs), call.batch)
                 else:
-                    out = self._run(executor, args, kwargs)
+                    out = executor.run(self._forward, args, kwargs)
                 self._installer.check_turns()
                 executor.finish(lane)
             if collapse is not None and action == "lead":
@@ -391,11 +387,6 @@ class Cache:
             self._warn_of_extremes(self.schedule.policy, generation, name)
         return out
 
-    def _run(self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(executor, (CompiledReplay, CompiledAdaptive)):
-            return executor.run(self._forward, args, kwargs)
-        return self._forward(*args, **kwargs)
-
     def _first_step(self, clock: StepClock, call: Call) -> int:
         """Return the step that a sampling loop begins with: image-to-image begins in the middle."""
         begin = getattr(clock.scheduler, "begin_index", None)
@@ -412,7 +403,7 @@ class Cache:
         if self._warned or len(free) < 2 or 0 < skipped < len(free):
             return
         self._warned = True
-        seen = [x for x in generation.distances[name] if x is not None]
+        seen = [x for x in generation.distances.get(name, ()) if x is not None]
         found = f" (it was compared with {min(seen):.4g} to {max(seen):.4g})" if seen else ""
         did = "skipped every step that it may" if skipped else "never skipped a step"
         advice = "lower it, or calibrate" if skipped else "raise it or what else limits it, or calibrate"

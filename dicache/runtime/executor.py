@@ -1,6 +1,6 @@
 """What replays a schedule: its contract, and how its forwards are put on the modules."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import nn
@@ -18,6 +18,9 @@ class Executor(Protocol):
 
     def prepare(self, lane: Lane, context: str, generation: Generation) -> None:
         """Put forwards in place for a call of `lane`."""
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call the model, by its own forward or by something compiled of it, and return its output."""
 
     def finish(self, lane: Lane) -> None:
         """Release what nothing will read, and count the call."""

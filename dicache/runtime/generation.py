@@ -141,7 +141,8 @@ class Generation:
         step: The one that runs, -1 before the first.
         lanes: By name of the guidance pass and batch size.
         letters: For each pass, a letter a step: `C` all computed, `.` not all, `-` not called.
-        distances: For each pass, what a policy compared with its limit at each step; None where nothing was.
+        distances: For each pass in which a policy compared something with its limit, what that was at each step; None
+            where nothing was.
         collapse: Ends guidance in it, if the schedule says so.
         checked: Whether a step has ended at the timestep that the schedule has there.
     """
@@ -168,8 +169,9 @@ class Generation:
     def note(self, name: str, letter: str, distance: float | None) -> None:
         """Write down what a pass did in the step that runs."""
         self.letters[name] = self.letters.get(name, "").ljust(self.step, "-") + letter
-        distances = self.distances.setdefault(name, [])
-        distances += [None] * (self.step - len(distances)) + [distance]
+        if distance is not None or name in self.distances:
+            distances = self.distances.setdefault(name, [])
+            distances += [None] * (self.step - len(distances)) + [distance]
 
     def answered(self) -> None:
         """Count the step that runs as one in which all passes were called, as its outputs are known."""

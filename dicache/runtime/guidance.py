@@ -12,6 +12,7 @@ from dicache.anatomy.nested import each, tensors_of
 from dicache.anatomy.watching import signature
 from dicache.runtime.generation import Call, Key, Lane, same
 from dicache.runtime.stats import bytes_of
+from dicache.runtime.storing import Store, Stored
 from dicache.schedules import ScheduleError
 
 # What to do with a call: run it as it is, run the first half of its batch, run it with what the leader of the two
@@ -34,16 +35,18 @@ class Collapse:
     Args:
         start: The step from which on one pass is computed. A pass that keeps nothing by then is computed once more.
         model: Whose calls they are.
+        store: Where what is kept was put, if it was.
 
     Attributes:
         leader: Of two passes that are called one after the other, the lane whose kept outputs both go on from.
         answer: What the one of them that was called first has given in this step.
     """
 
-    def __init__(self, start: int, model: nn.Module) -> None:
+    def __init__(self, start: int, model: nn.Module, store: Store | None = None) -> None:
         self.leader: Key = ("", 0)
         self.answer: Any = None
         self._start = start
+        self._store = store
         self._names = tuple(signature(model).parameters)
         self._calls: list[tuple[Key, Call]] = []  # of the step that runs, of passes that are not decided on
         self._asked: Call | None = None  # the call that the answer was given to
@@ -116,7 +119,7 @@ class Collapse:
                 "tgate --after-gate guided"
             )
         if halves:
-            lane.entries.update(_means([lane.entries], lambda x: _mean_of_halves(x, call.batch)))
+            self._keep_means(lane, [lane], lambda x: _mean_of_halves(x, call.batch))
             lane.single = "halves"
         elif not twins:
             lane.single = "no"
@@ -137,11 +140,20 @@ class Collapse:
                 f"guidance is to collapse at step {self._start}, but one of its passes began later than the other and "
                 "has kept fewer outputs. Calibrate for a later step"
             )
-        lane.entries.update(_means([lane.entries, other.entries], _mean))
+        self._keep_means(lane, [lane, other], _mean)
         lane.since = max(lane.since, other.since)
         other.clear()
         other.single = "shares"
         self._sure = False
+
+    def _keep_means(self, lane: Lane, passes: Sequence[Lane], mean: Callable[[Sequence[Tensor]], Tensor]) -> None:
+        """Put in the place of what a pass has kept its mean over the passes."""
+        for key, entry in lane.entries.items():
+            kept = [one.entries[key] for one in passes]
+            if self._store is None or not isinstance(entry, Stored):
+                lane.entries[key] = each(kept, mean)
+            else:
+                lane.entries[key] = self._store.put(each([self._store.get(one) for one in kept], mean))
 
     def _are_two(self, one: Call, other: Call) -> bool | None:
         """Whether two calls are two passes for the same samples; None if their samples or times are not the same."""
@@ -239,14 +251,6 @@ def _same_parts(tensor: Tensor, parts: int) -> bool:
 def _all_same(one: Iterator[Tensor], other: Iterator[Tensor]) -> bool:
     mine, theirs = list(one), list(other)
     return len(mine) == len(theirs) and all(map(same, mine, theirs))
-
-
-def _means(
-    entries: Sequence[Mapping[Hashable, Any]], mean: Callable[[Sequence[Tensor]], Tensor]
-) -> Iterator[tuple[Hashable, Any]]:
-    """Go through kept outputs with their mean over the passes."""
-    for key in list(entries[0]):
-        yield key, each([kept[key] for kept in entries], mean)
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from dicache.runtime.lean import Lean
 from dicache.runtime.nested_ranges import Nested, shape_keys
 from dicache.runtime.predictors import Corrector, foretell
 from dicache.runtime.stats import Stats, bytes_of
+from dicache.runtime.storing import Store
 from dicache.runtime.streams import Streams, Tensors, add, delta, replace
 from dicache.schedules import Range, Row, Rows, Schedule, ScheduleError
 from dicache.schedules.plan import ACT
@@ -27,9 +28,12 @@ class Replay:
         schedule: Has a plan.
         installer: Puts the forwards on the modules.
         stats: Counted into.
+        store: Where what is kept is put; None keeps it as it was made.
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule, installer: Installer, stats: Stats) -> None:
+    def __init__(
+        self, model: nn.Module, schedule: Schedule, installer: Installer, stats: Stats, store: Store | None = None
+    ) -> None:
         assert schedule.plan is not None
         self._model = model
         self._anatomy = anatomy = schedule.anatomy
@@ -37,6 +41,7 @@ class Replay:
         self._corrections = schedule.corrections
         self._installer = installer
         self._stats = stats
+        self._store = store
         self._rows: dict[str, Rows] = {}
         self._programs: dict[tuple[Any, ...], Lean] = {}
         self._correctors: dict[tuple[str, str, int], Corrector] = {}
@@ -76,6 +81,12 @@ class Replay:
         self._installer.install(step.lean.program(self._kind))
         self._entries = entries
         self._batch = lane.batch
+        if self._store is not None:
+            self._store.begin(entries.get(entry) for entry in step.in_order)
+
+    def run(self, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call the model, whose modules have the step's forwards."""
+        return forward(*args, **kwargs)
 
     def finish(self, lane: Lane) -> None:
         """Release what no later step reads, and count the call."""
@@ -124,6 +135,8 @@ class Replay:
         self._ran.clear()
         self._nested.clear()
         self._running.lean.leave()
+        if self._store is not None:
+            self._store.leave()
 
     @property
     def letter(self) -> str:
@@ -221,6 +234,9 @@ class Replay:
         return self._give(key)
 
     def _give(self, key: Hashable) -> Forward:
+        if self._store is not None:
+            return lambda *_args, **_kwargs: self._kept(key)
+
         def give(*_args: Any, **_kwargs: Any) -> Any:
             kept = self._entries.get(key)
             return self._kept(key) if kept is None else kept
@@ -235,19 +251,20 @@ class Replay:
                 "call its block when it was computed and does now; limit the schedule's rule to the other passes, or "
                 "to blocks that are always called"
             )
-        return self._entries[key]
+        entry = self._entries[key]
+        return entry if self._store is None else self._store.get(entry)
 
     def _keep(self, key: str, forward: Forward, older: int) -> Forward:
         def keep(*args: Any, **kwargs: Any) -> Any:
             out = self._entries[key] = forward(*args, **kwargs)
             return out
 
-        def keep_also_older(*args: Any, **kwargs: Any) -> Any:
+        def push(*args: Any, **kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
             self._push(key, out, older)
             return out
 
-        return keep_also_older if older else keep
+        return push if older or self._store is not None else keep
 
     def _push(self, key: Key, out: Any, older: int) -> None:
         """Keep an output, and so many of those before it."""
@@ -257,7 +274,7 @@ class Replay:
                 entries[key, age] = entries[key, age - 1]
         if older and key in entries:
             entries[key, 1] = entries[key]
-        entries[key] = out
+        entries[key] = out if self._store is None else self._store.put(out)
 
     def _keep_shape(self, key: Hashable, forward: Forward) -> Forward:
         def keep_shape(*args: Any, **kwargs: Any) -> Any:
@@ -312,6 +329,9 @@ class _Step:
         used: tuple[Key, ...] = (*row.reuse, *row.skip)
         newest = tuple((key, key) for key in used)
         self.reads = (*newest, *(((key, age + 1), key) for key in used for age in range(ages.get(key, 0))))
+        places = {block.key(site): (block.index, n) for block in anatomy.blocks for n, site in enumerate(block.sites)}
+        order = sorted(used, key=lambda key: places[key] if isinstance(key, str) else (key[0], 0))
+        self.in_order = tuple(e for key in order for e in (key, *((key, age + 1) for age in range(ages.get(key, 0)))))
         self.letter = "." if row.reuse or row.skip else "C"
         self.changes = bool(self.released or row.keep or row.keep_delta)
         self.bytes_held: dict[tuple[Signature, bool], int] = {}

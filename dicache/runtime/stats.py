@@ -23,8 +23,8 @@ class Stats:
         planned_steps: A letter a step: what the schedule means to compute, C, or to skip in part, `.`; empty if it
             cannot foresee that.
         steps: For each guidance pass of the latest generation, a letter a step: C all computed, `.` not all.
-        distances: For each guidance pass of the latest generation, what a policy compared with its limit at each step:
-            for TeaCache the sum. None where it decided without.
+        distances: For each guidance pass of the latest generation in which a policy compared something with its limit,
+            what that was at each step: for TeaCache the sum. None where it decided without.
         bytes_held: Of the kept tensors at the end of the latest call.
         peak_bytes_held: The largest of those.
         bytes_of_corrections: Of the schedule's own tensors on the model's device, which stay there.

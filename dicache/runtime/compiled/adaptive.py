@@ -16,6 +16,7 @@ from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Lane
 from dicache.runtime.ranks import Ranks
 from dicache.runtime.stats import Stats
+from dicache.runtime.storing import Store
 from dicache.schedules.policies import Policy
 
 
@@ -33,6 +34,7 @@ class CompiledAdaptive(Adaptive):
         installer: Puts the forwards on the modules.
         stats: Counted into.
         ranks: That decide together.
+        store: Where kept deltas are put; None keeps them as they were made.
         compiling: How rows are compiled.
     """
 
@@ -44,9 +46,10 @@ class CompiledAdaptive(Adaptive):
         installer: Installer,
         stats: Stats,
         ranks: Ranks,
+        store: Store | None,
         compiling: Compiling,
     ) -> None:
-        super().__init__(model, anatomy, policy, installer, stats, ranks)
+        super().__init__(model, anatomy, policy, installer, stats, ranks, store)
         decider = self._decider
         here = anatomy.blocks[decider.blocks[0]]
         watched = [model.get_submodule(block.module) for block in anatomy.blocks if decider.moment != "call"]
@@ -77,11 +80,13 @@ class CompiledAdaptive(Adaptive):
                     decider.saw(looked.seen)
                 self._skipping = not decider.decide(looked.seen)
         if self._skipping:
-            kept = {part: lane.entries[part] for part in decider.parts if part in lane.entries}
+            kept = {part: self._kept(lane, part) for part in decider.parts if part in lane.entries}
             results = call("skip", kept=kept, given=given)
         else:
             results = call("watch" if isinstance(decider, ByResiduals) and decider.watching else "compute", given=given)
-        lane.entries.update(results.made)
+        for part in decider.parts:
+            if part in results.made:
+                self._keep(lane, part, results.made[part])
         self._ran.update(results.ran, (part for part in decider.parts if part in results.made))
         if isinstance(decider, ByResiduals):
             for index, residual in results.added.items():

@@ -16,6 +16,7 @@ from dicache.runtime.nested_ranges import shape_keys
 from dicache.runtime.predictors import Corrector
 from dicache.runtime.replay import Replay
 from dicache.runtime.stats import Stats
+from dicache.runtime.storing import Store
 from dicache.schedules import Row, Schedule
 from dicache.schedules.plan import REUSED
 from dicache.schedules.rows import Key, Rows
@@ -50,13 +51,20 @@ class CompiledReplay(Replay):
         schedule: Has a plan.
         installer: Puts the forwards on the modules.
         stats: Counted into.
+        store: Where what is kept is put; None keeps it as it was made.
         compiling: How rows are compiled.
     """
 
     def __init__(
-        self, model: nn.Module, schedule: Schedule, installer: Installer, stats: Stats, compiling: Compiling
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        installer: Installer,
+        stats: Stats,
+        store: Store | None,
+        compiling: Compiling,
     ) -> None:
-        super().__init__(model, schedule, installer, stats)
+        super().__init__(model, schedule, installer, stats, store)
         plan, anatomy = self._plan, self._anatomy
         contexts = (None, *plan.contexts)
         tables = [plan.table(anatomy, context) for context in contexts]
@@ -96,7 +104,7 @@ class CompiledReplay(Replay):
         """
         assert self._now is not None
         ready, lane = self._now
-        kept = {key: lane.entries[key] for key in ready.reads if key in lane.entries}
+        kept = {key: self._kept(key) for key in ready.reads if key in lane.entries}
         factors = {
             site: corrector.factors(kept[site], lane.batch)
             for site, corrector in ready.correctors.items()

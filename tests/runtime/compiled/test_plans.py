@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from dicache import CacheError, Schedule, ScheduleError, apply
+from dicache import Cache, CacheError, Schedule, ScheduleError, apply
 from dicache.anatomy import survey
 from dicache.schedules import Plan, Rule, Target
 from dicache.schedules.rows import distinct_rows
 from tests.counting import BrokenError, alike, attributes
 from tests.features.laws import schedule_of
+from tests.runtime.test_collapse import tgate
 from tests.runtime.test_corrections import corrected
 from tests.tiny import (
+    STEPS,
     Build,
     anatomy_of,
     arguments,
@@ -180,6 +182,46 @@ def test_a_pipeline_with_guidance_in_one_batch(build: Build, counter: CompileCou
         for _ in range(2):
             assert torch.equal(generate(pipe), want)
             assert counter.frame_count == graphs(schedule)
+
+
+@every_method
+def test_guidance_passes_one_after_the_other_share_graphs_and_nothing_else(
+    method: str, counter: CompileCounter
+) -> None:
+    model, schedule = dit(), schedule_of(dit, method)
+    calls = [
+        arguments(model, batch=1, seed=seed, timestep=900 - 200 * step) for step in range(STEPS) for seed in (0, 1)
+    ]
+
+    def in_turns(cache: Cache) -> torch.Tensor:
+        cache.begin_generation()
+        outputs = []
+        for place, given in enumerate(calls):
+            if place % 2 == 0:
+                cache.begin_step()
+            outputs.append(predict(model, given | {"class_labels": torch.tensor([place % 2])}))
+        return torch.stack(outputs)
+
+    with apply(model, schedule) as cache:
+        want = in_turns(cache)
+    with apply(model, schedule, compile={"backend": counter}) as cache:
+        assert torch.equal(in_turns(cache), want)
+        assert cache.stats.steps.keys() == {"0", "1"}
+        assert counter.frame_count == graphs(schedule)
+        assert torch.equal(in_turns(cache), want)
+        assert counter.frame_count == graphs(schedule)
+
+
+def test_guidance_that_collapses(counter: CompileCounter) -> None:
+    pipe, schedule = pipeline_of(pixart), tgate(anatomy_of(pixart))
+    with apply(pipe, schedule) as cache:
+        want, stats = generate(pipe, steps=schedule.steps), cache.stats
+    with apply(pipe, schedule, compile={"backend": counter}) as cache:
+        assert torch.equal(generate(pipe, steps=schedule.steps), want)
+        assert cache.stats.collapsed_passes == stats.collapsed_passes > 0
+        made = counter.frame_count
+        assert torch.equal(generate(pipe, steps=schedule.steps), want)
+        assert counter.frame_count == made
 
 
 @every_method
