@@ -140,7 +140,9 @@ def contested(comparison: Comparison, failed: list[str]) -> list[Row]:
     return [row for row in rows if "error" not in row.made]
 
 
-def compare(comparison: Comparison, extra: Sequence[tuple[str, Schedule]]) -> tuple[list[Row], list[str]]:
+def compare(
+    comparison: Comparison, autos: Sequence[str], extra: Sequence[tuple[str, Schedule]]
+) -> tuple[list[Row], list[str]]:
     """Return the rows of the table, and what could not be had."""
     failed: list[str] = []
     runs, budgets = comparison.judged, comparison.budgets
@@ -159,9 +161,9 @@ def compare(comparison: Comparison, extra: Sequence[tuple[str, Schedule]]) -> tu
         rows.append(row)
         schedules[row.key] = pipeline, sampling, schedule
 
-    for name, granularity in AUTO.items():
+    for name in autos:
         for budget in budgets:
-            schedule = comparison.auto(budget, granularity)
+            schedule = comparison.auto(budget, AUTO[name])
             told = {"form": schedule.settings["form"], "spent": schedule.measured["auto"]["spent_images"]}
             made = comparison.extra(name, schedule, runs)
             add(Row(name, "dicache", budget, {**told, "budget": budget}, told, made), *own, schedule)
@@ -285,6 +287,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--trials", type=int, default=50, help="settings of each method at most [default: 50]")
+    parser.add_argument("--auto", nargs="+", choices=tuple(AUTO), default=list(AUTO), help="[default: both]")
     parser.add_argument("--rounds", type=int, default=7, help="of timing; 0 times nothing")
     parser.add_argument(
         "--schedule", action="append", type=named_schedule, default=[], metavar="NAME=FILE", help="another row"
@@ -292,7 +295,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     comparison = Comparison(options)
-    rows, failed = compare(comparison, options.schedule)
+    rows, failed = compare(comparison, options.auto, options.schedule)
     shutil.rmtree(comparison.folder, ignore_errors=True)
     rows.sort(key=lambda row: (-row.budget, -float(np.mean(row.made["psnr"]))))
     told = results(comparison, rows)
