@@ -83,12 +83,12 @@ def achieved(named: Sequence[tuple[str, Schedule]], ran: Ran) -> Section:
         )
         axis, letters = _rows(schedule, ran.conditions, replayed.steps_each)
         strips.append(strip(f"achieved-{place}", f"{name}: planned and achieved", axis, letters, kinds=OF_STEPS))
-    heads = ["schedule", "MACs planned", "achieved", "full steps planned", "done", "PSNR dB", "lowest", "SSIM"]
+    heads = ["schedule", "MACs planned", "achieved", "full steps planned", "computed", "PSNR dB", "lowest", "SSIM"]
     told = element(
         "p",
         f"{len(ran.conditions)} images of seeds that the profile does not have. MACs: multiply-accumulates as a share "
-        "of the uncached run's. A full step computes everything in a guidance pass. PSNR and SSIM: against the uncached "
-        "images of the same seeds.",
+        "of the uncached run's. A full step computes everything in a guidance pass. PSNR and SSIM: against the "
+        "uncached images of the same seeds.",
     )
     numbers = table(heads, rows, caption="Planned and achieved")
     return section("achieved", "What was achieved", told, numbers, kinds_legend(OF_STEPS), *strips)

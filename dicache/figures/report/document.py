@@ -44,6 +44,7 @@ def report(
         FigureError: If a schedule is not for what was profiled.
     """
     check(profile, schedules)
+    detail = describe(profile)
     title = f"{model_name(profile)}: what repeats from step to step"
     parts = [provenance(profile, file), similarity(profile), blocks(profile), teacache(profile, schedules)]
     if schedules:
@@ -52,7 +53,7 @@ def report(
         parts.append(pareto(measured))
     if ran is not None:
         parts += [achieved(schedules, ran), images(schedules, ran)]
-    return _document(title, describe(profile), parts)
+    return _document(title, detail, parts)
 
 
 def check(profile: Profile, schedules: Sequence[tuple[str, Schedule]]) -> None:

@@ -90,7 +90,8 @@ def _fit(
     for name, schedule in schedules:
         of = schedule.policy
         assert isinstance(of, TeaCachePolicy)
-        if not np.allclose(of.coefficients, policy.coefficients):
+        alike = len(of.coefficients) == len(policy.coefficients)
+        if not (alike and np.allclose(of.coefficients, policy.coefficients)):
             lines.append((name, of, "other"))
     at = np.linspace(across.low, across.high, CURVE)
     curves = [path(across(at), up(_within(up, rescaled(of, at))), class_=f"line {look}") for _, of, look in lines]

@@ -1,12 +1,13 @@
 """What was measured: where the profile comes from, and what repeats from step to step."""
 
 from collections.abc import Mapping
+from itertools import combinations_with_replacement
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
-from dicache.figures.heatmap import Table, colour_scale, mean_over_runs
+from dicache.figures.heatmap import NARROWEST, Table, colour_scale, mean_over_runs
 from dicache.figures.report.maps import Axis, Colours, blocks_axis, heat_map, steps_axis
 from dicache.figures.report.markup import Markup, element
 from dicache.figures.report.plots import Section, folded, section, table
@@ -58,7 +59,7 @@ def similarity(profile: Profile) -> Section:
         for lag in range(1, min(profile.provenance.lags, profile.steps - 1) + 1)
     }
     scale = colour_scale([values for of_lag in tables.values() for values in of_lag.values()])
-    colours = Colours(scale.low, 1, "high", "cosine with the earlier step")
+    colours = Colours(scale.low, 1, "high", "cosine")
     parts = []
     for lag, of_lag in tables.items():
         before = "the step before" if lag == 1 else f"{lag} steps before"
@@ -90,7 +91,7 @@ def _of_branch(branch: str, lag: int, before: str, values: Table, colours: Colou
 def blocks(profile: Profile) -> Section:
     """Return maps of the blocks' deltas, of block ranges, and of the whole body between any two steps."""
     delta = mean_over_runs(profile.delta_cosine)
-    colours = Colours(colour_scale([delta]).low, 1, "high", "cosine with the step before")
+    colours = Colours(colour_scale([delta]).low, 1, "high", "cosine")
     count, steps = delta.shape
     title = "Likeness of each block's delta to the step before"
     of_blocks = heat_map("delta", title, delta, blocks_axis(count), steps_axis(steps), colours, _mean(delta))
@@ -100,27 +101,25 @@ def blocks(profile: Profile) -> Section:
         "added in their place.",
     )
     ranges = range_errors(profile)
-    error = Colours(0, min(float(ranges.max()), LARGEST_ERROR), "low", "relative error")
     of_ranges = heat_map(
         "ranges",
         "Error of holding the delta of a block range for one step",
         ranges,
-        Axis("first block", blocks_axis(count).names, "blocks"),
-        Axis("last block", blocks_axis(count).names, "to"),
-        error,
+        Axis("first block", blocks_axis(count).names, "first block"),
+        Axis("last block", blocks_axis(count).names, "last block"),
+        _errors(ranges),
         "Mean over runs, passes and steps of |delta - delta of the step before| / |delta|.",
     )
     maps = [of_blocks, of_ranges]
     if "body/gram" in profile.arrays:
         held = held_errors(profile)
-        error = Colours(0, min(float(held.max()), LARGEST_ERROR), "low", "relative error")
         of_steps = heat_map(
             "held",
             "Error of holding what all blocks add, from one step to a later one",
             held,
             Axis("computed at step", steps_axis(steps).names, "computed at step"),
             Axis("held at step", steps_axis(steps).names, "held at step"),
-            error,
+            _errors(held),
             "Mean over runs of |guided residual - the held one| / |guided residual|; 1 and above look alike.",
         )
         maps.append(of_steps)
@@ -135,15 +134,33 @@ def blocks(profile: Profile) -> Section:
 def range_errors(profile: Profile) -> Table:
     """Return the relative error of each range of blocks that takes the delta of the step before, (first, last).
 
-    The mean over runs, passes and steps; masked where no one delta can stand for the range.
+    The mean of `Profile.range_error` over runs, passes and steps; masked where no one delta can stand for the range.
     """
     count = len(profile.anatomy.blocks)
-    errors: Table = np.ma.masked_invalid(np.full((count, count), np.nan))
+    gram = profile.arrays["delta/gram"]  # (r, c, s, 2b, 2b)
+    errors = np.full((count, count), np.nan)
     for start, stop in profile.anatomy.segments:
-        for first in range(start, stop):
-            for last in range(first, stop):
-                errors[first, last] = np.ma.masked_invalid(profile.range_error(first, last + 1)).mean()
-    return errors
+        now, before = slice(start, stop), slice(count + start, count + stop)
+        cross = gram[..., now, before]
+        size = _sums(gram[..., now, now])
+        change = _sums(gram[..., now, now] + gram[..., before, before] - cross - np.swapaxes(cross, -1, -2))
+        for first, last in combinations_with_replacement(range(stop - start), 2):
+            with np.errstate(invalid="ignore", divide="ignore"):
+                squared = _square(change, first, last + 1) / _square(size, first, last + 1)  # (r, c, s)
+            error: Table = np.ma.masked_invalid(np.sqrt(np.maximum(squared, 0)))
+            errors[start + first, start + last] = np.ma.filled(error.mean(), np.nan)
+    return np.ma.masked_invalid(errors)
+
+
+def _sums(products: np.ndarray) -> np.ndarray:
+    """Return the sums of the first rows and columns, of none to all: (..., n, n) -> (..., n + 1, n + 1)."""
+    return np.pad(products.cumsum(-1).cumsum(-2), [(0, 0)] * (products.ndim - 2) + [(1, 0), (1, 0)])
+
+
+def _square(sums: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Return the sum over the rows and columns from `start` to `stop`."""
+    both, none = sums[..., stop, stop], sums[..., start, start]
+    return np.asarray(both - sums[..., start, stop] - sums[..., stop, start] + none)
 
 
 def held_errors(profile: Profile) -> Table:
@@ -158,6 +175,10 @@ def held_errors(profile: Profile) -> Table:
     errors: Table = np.ma.masked_invalid(np.sqrt(np.maximum(squared, 0))).mean(axis=0)
     errors[np.tril_indices(len(errors))] = np.ma.masked
     return errors
+
+
+def _errors(values: Table) -> Colours:
+    return Colours(0, float(np.clip(values.max(), NARROWEST, LARGEST_ERROR)), "low", "relative error")
 
 
 def _mean(values: Table) -> str:

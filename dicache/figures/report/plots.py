@@ -14,6 +14,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from dicache.figures.report.markup import Markup, element, join
 
+MARGIN = 0.05  # of an axis, beside what is drawn
+
 Tick = tuple[float, str]  # share of the axis from the left or from above, and text
 
 
@@ -41,15 +43,15 @@ class Scale:
     log: bool = False
 
     @classmethod
-    def of(cls, values: np.ndarray, *, log: bool = False, zero: bool = False, margin: float = 0.05) -> "Scale":
+    def of(cls, values: np.ndarray, *, log: bool = False, zero: bool = False) -> "Scale":
         """Return a scale that holds all values that are finite, with a margin; of `zero`, 0 as well."""
         known = values[np.isfinite(values) & ((values > 0) | (not log))]
         low, high = (float(known.min()), float(known.max())) if len(known) else (0.1, 1.0)
         if log:
-            stretch = max(high / low, 1.5) ** margin
+            stretch = max(high / low, 1.5) ** MARGIN
             return cls(low / stretch, high * stretch, log=True)
         low, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
-        extra = margin * (high - low) or 0.5 * abs(high) or 1.0
+        extra = MARGIN * (high - low) or 0.5 * abs(high) or 1.0
         return cls(low - extra * (low != 0 or not zero), high + extra * (high != 0 or not zero))
 
     def __call__(self, value: np.ndarray | float) -> np.ndarray:
