@@ -8,6 +8,7 @@ from dicache.figures.report.markup import Markup, element
 from dicache.figures.report.plots import Section, section
 from dicache.figures.schedule import share_in_words
 from dicache.schedules import Schedule
+from dicache.schedules.drawing import alike
 
 
 def schedules(named: Sequence[tuple[str, Schedule]]) -> Section:
@@ -35,9 +36,10 @@ def _share(fraction: float) -> str:
 
 
 def _rows(schedule: Schedule, letters: Mapping[str, str]) -> tuple[Axis, list[str]]:
-    """Return a row a block or, where the branches of a block are treated differently, a row a branch."""
+    """Return a row a block or, where the branches of a block are treated differently, a row for branches alike."""
     blocks = [[block.key(site) for site in block.sites] for block in schedule.anatomy.blocks]
     if all(len({letters[key] for key in keys}) == 1 for keys in blocks):
         names = [str(block.index) for block in schedule.anatomy.blocks]
         return Axis("block", names, "block"), [letters[keys[0]] for keys in blocks]
-    return Axis("block.branch", list(letters), "site"), list(letters.values())
+    lines = alike(letters)
+    return Axis("branch, blocks", [name for name, _ in lines], ""), [row for _, row in lines]

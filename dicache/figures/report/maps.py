@@ -158,7 +158,7 @@ def _map(
         grid=(len(rows.names), len(columns.names)),
     )
     values = table(
-        [f"{rows.word} \\ {columns.word}", *columns.names],
+        [rows.label, *columns.names],
         list(zip(rows.names, texts, strict=True)),
         id_=id_,
         caption=title,

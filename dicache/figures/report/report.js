@@ -42,19 +42,20 @@ function marksOf(area) {
     box: (place) => (along ? [marks[place][0], 0, 0, 1] : [...marks[place], 0, 0]),
     read(table, place) {
       const [name, ...cells] = table.tBodies[0].rows[place].cells, heads = table.tHead.rows[0].cells;
-      const told = cells.map((cell, i) => `${heads[i + 1].textContent} ${cell.textContent}`);
-      return `${table.dataset.row || ""} ${name.textContent}: ${told.join(", ")}`.trim();
+      const values = cells.map((cell, i) => `${heads[i + 1].textContent} ${cell.textContent}`);
+      return `${table.dataset.row || ""} ${name.textContent}: ${values.join(", ")}`.trim();
     },
   };
 }
 
 const tip = document.querySelector(".tip");
+let told = null; // the area that the tip is of
 
 function placeTip(left, top, bottom) {
   const { width, height } = tip.getBoundingClientRect(), gap = 8;
-  const above = top - height - gap;
+  const above = top - height - gap, below = Math.min(bottom + gap, innerHeight - height - gap);
   tip.style.left = `${Math.min(Math.max(left - width / 2, gap), document.documentElement.clientWidth - width - gap)}px`;
-  tip.style.top = `${above > gap ? above : bottom + gap}px`;
+  tip.style.top = `${above > gap ? above : below}px`;
 }
 
 for (const area of document.querySelectorAll(".area")) {
@@ -67,12 +68,13 @@ for (const area of document.querySelectorAll(".area")) {
     const size = area.getBoundingClientRect(), [left, top, width, height] = plot.box(place);
     Object.entries({ left, top, width, height }).forEach(([side, share]) => (cursor.style[side] = `${100 * share}%`));
     cursor.hidden = false;
+    told = area;
     tip.textContent = plot.read(table, place);
     placeTip(size.left + (left + width / 2) * size.width, size.top + top * size.height, size.top + (top + height) * size.height);
   }
   function hide() {
     cursor.hidden = true;
-    tip.textContent = "";
+    if (told === area) tip.textContent = "";
   }
   function point(event) {
     const size = area.getBoundingClientRect();

@@ -80,7 +80,7 @@ def test_the_pointer_reads_the_value_of_the_cell_below_it(page: "Page") -> None:
     assert point(page, "delta", 0.01, down) == f"block {block}, step 0: none"
     error = np.nanmean(profile.range_error(1, 3))
     assert point(page, "ranges", 2.5 / 3, 1.5 / 3) == f"first block 1, last block 2: {error:.4g}"
-    assert point(page, "strip-0-0", 2.5 / 6, 3.5 / 6) == "site 1.mlp, step 2: output reused"
+    assert point(page, "strip-0-0", 2.5 / 6, 2.5 / 3) == "mlp 1-2, step 2: output reused"
     assert point(page, "strip-1-0", 4.5 / 6, 2.5 / 3) == "block 2, step 4: block skipped, its delta added"
 
 
@@ -110,6 +110,13 @@ def test_the_arrow_keys_go_from_cell_to_cell(page: "Page") -> None:
     assert press("ArrowLeft") == "step 4"
     page.keyboard.press("Tab")
     assert told.text_content() == ""
+
+
+def test_a_pointer_that_leaves_a_plot_does_not_hide_what_the_keys_read_in_another(page: "Page") -> None:
+    point(page, "delta", 0.5, 0.5)
+    area(page, "ranges").focus()
+    page.mouse.move(5, 5)
+    assert str(page.locator(".tip").text_content()).startswith("first block 0, last block 0: ")
 
 
 def test_the_slider_uncovers_the_uncached_image_by_key_and_by_pointer(page: "Page") -> None:

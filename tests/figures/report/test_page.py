@@ -88,9 +88,9 @@ def test_what_is_not_foreseen_is_not_drawn() -> None:
     assert "<svg" not in made
 
 
-def test_branches_have_rows_of_their_own_where_they_are_treated_differently() -> None:
+def test_where_branches_are_treated_differently_those_that_are_alike_are_one_row() -> None:
     made = schedules(pages.schedules()).markup
-    assert [row[0] for row in cells("strip-0-0", made)] == ["0.attn", "0.mlp", "1.attn", "1.mlp", "2.attn", "2.mlp"]
+    assert [row[0] for row in cells("strip-0-0", made)] == ["attn 0-2", "mlp 0", "mlp 1-2"]
     assert [row[0] for row in cells("strip-1-0", made)] == ["0", "1", "2"]
 
 
