@@ -20,6 +20,7 @@ from dicache.schedules import Schedule
 LARGEST = 512 * 512  # pixels; larger images are shown smaller
 LOSSLESS = 128 * 128  # up to which an image is kept bit for bit, and each pixel drawn as a square
 QUALITY = 92  # of WebP above it, whose marks are far below those of a cache
+SMALL, USUAL = 150, 300  # pixels of the page that an image is high, about
 MOST_FRAMES = 4  # of a video, evenly spread and side by side
 
 
@@ -137,7 +138,7 @@ def images(named: Sequence[tuple[str, Schedule]], ran: Ran) -> Section:
 
 def _grid(name: str, ran: Ran, cached: np.ndarray, size: tuple[int, int]) -> Markup:
     decibels = psnr(cached, ran.uncached)
-    look = "small" if size[0] * size[1] <= LOSSLESS else None
+    look = "small" if size[0] * size[1] <= LOSSLESS else ""
     pairs = []
     for i, (condition, seed, image) in enumerate(zip(ran.conditions, ran.seeds, cached, strict=True)):
         described = f"{condition}, seed {seed}: uncached, and with {name}"
@@ -148,9 +149,9 @@ def _grid(name: str, ran: Ran, cached: np.ndarray, size: tuple[int, int]) -> Mar
         pairs.append(element("div", pair, told))
     slider = element("input", type="range", min="0", max="100", value="50", aria_valuetext="50 % uncached")
     label = element("label", f"How much is shown of uncached, beside {name}", slider, class_="slider")
-    return figure(
-        f"{name} beside uncached", label, element("div", pairs, class_="grid"), class_=f"compare {look or ''}"
-    )
+    least = (SMALL if look else USUAL) * max(1.0, size[1] / size[0])
+    grid = element("div", pairs, class_="grid", style=f"--least:{least:.0f}px")
+    return figure(f"{name} beside uncached", label, grid, class_=f"compare {look}".strip())
 
 
 def _kept(high: int, wide: int) -> str:

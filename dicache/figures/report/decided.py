@@ -42,4 +42,4 @@ def _rows(schedule: Schedule, letters: Mapping[str, str]) -> tuple[Axis, list[st
         names = [str(block.index) for block in schedule.anatomy.blocks]
         return Axis("block", names, "block"), [letters[keys[0]] for keys in blocks]
     lines = alike(letters)
-    return Axis("branch, blocks", [name for name, _ in lines], ""), [row for _, row in lines]
+    return Axis("", [name for name, _ in lines], ""), [row for _, row in lines]
