@@ -301,7 +301,8 @@ def _images(
             for batch in _batches(len(conditions), variant.batch):
                 before = (cache.stats.macs, cache.stats.calls) if cache else (0.0, 0)
                 images.append(sample(pipeline, conditions[batch], seeds[batch], variant.sampling))
-                latents.append(np.stack(steps, axis=1))
+                # DiTPipeline hands its sampler the latents twice over, once for each half of the guidance batch.
+                latents.append(np.stack(steps, axis=1)[: len(images[-1])])
                 if cache:
                     share = (cache.stats.macs - before[0]) / (cache.stats.calls - before[1])
                     stats.append((share, dict(cache.stats.steps)))
