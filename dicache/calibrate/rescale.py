@@ -113,8 +113,7 @@ def judge(policy: TeaCachePolicy, x: np.ndarray, y: np.ndarray) -> Judged:
 def fit_rescale(x: np.ndarray, y: np.ndarray, *, degree: int = 4, negative: Negative = "clamp") -> Rescale:
     """Fit the polynomial that foretells how much the output changes from how much the input did.
 
-    All pairs of all runs are fitted at once. Its quality is measured on runs that were left out: the runs are dealt
-    into four parts, and each part is foretold by a fit to the others.
+    All pairs of all runs are fitted at once. Its quality is measured on runs that were left out, as in `held_out`.
 
     Args:
         x: Relative L1 change of the modulated input since the step before, unitless, shape (runs, contexts, steps - 1).
@@ -141,6 +140,63 @@ def fit_rescale(x: np.ndarray, y: np.ndarray, *, degree: int = 4, negative: Nega
         )
     if np.ptp(x[known]) < 1e-9:
         raise CalibrationError("teacache: the modulated input changes by the same amount at every step; nothing to fit")
+    left_out = held_out(x, y, degree=degree, negative=negative)
+    foretold, by_step = left_out.foretold, left_out.by_step
+    error, step_error = foretold[known] - y[known], by_step[known] - y[known]
+    variation = _variation(y[known])
+    coefficients = _polynomial(x[known], y[known], degree)
+    grid = np.polyval(coefficients, np.linspace(x[known].min(), x[known].max(), 1000))
+    return Rescale(
+        coefficients=tuple(float(c) for c in coefficients),
+        input_range=(float(x[known].min()), float(x[known].max())),
+        pairs=pairs,
+        held_out_r2=float(1 - (error**2).sum() / variation),
+        held_out_rmse=float(np.sqrt((error**2).mean())),
+        per_step_r2=float(1 - np.nansum(step_error**2) / variation),
+        per_step_rmse=float(np.sqrt(np.nanmean(step_error**2))),
+        held_out_outside_share=float(left_out.outside[known].mean()),
+        held_out_negative_share=float(left_out.negative[known].mean()),
+        held_out_falling_share=float(left_out.falling[known].mean()),
+        negative_share=float((grid < 0).mean()),
+        falling_share=float((np.diff(grid) < 0).mean()),
+    )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What fits to the other runs foretell of each run; all arrays are of the shape of y.
+
+    Attributes:
+        foretold: By the polynomial.
+        by_step: By the median y of the step.
+        outside: Whether x lies outside the range of the fit.
+        negative: Whether the polynomial is negative there.
+        falling: Whether a larger x foretells a smaller y there.
+    """
+
+    foretold: np.ndarray
+    by_step: np.ndarray
+    outside: np.ndarray
+    negative: np.ndarray
+    falling: np.ndarray
+
+
+def held_out(x: np.ndarray, y: np.ndarray, *, degree: int = 4, negative: Negative = "clamp") -> HeldOut:
+    """Return what is foretold of runs that a fit did not see.
+
+    The runs are dealt into four parts, and each part is foretold by a fit to the others.
+
+    Args:
+        x: As `fit_rescale` takes it.
+        y: Likewise.
+        degree: Of the polynomial.
+        negative: What the policy makes of a negative value.
+
+    Raises:
+        CalibrationError: If the other runs have fewer pairs than the polynomial has coefficients.
+    """
+    known = np.isfinite(x) & np.isfinite(y)
+    runs = len(x)
     folds = min(FOLDS, runs)
     foretold, by_step = np.full_like(y, np.nan), np.full_like(y, np.nan)
     outside, below, falling = (np.zeros(x.shape, dtype=bool) for _ in range(3))
@@ -159,24 +215,7 @@ def fit_rescale(x: np.ndarray, y: np.ndarray, *, degree: int = 4, negative: Nega
         with warnings.catch_warnings():  # of steps that no run knows
             warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)
             by_step[left_out] = np.nanmedian(np.where(known, y, np.nan)[~left_out], axis=0)
-    error, step_error = foretold[known] - y[known], by_step[known] - y[known]
-    variation = _variation(y[known])
-    coefficients = _polynomial(x[known], y[known], degree)
-    grid = np.polyval(coefficients, np.linspace(x[known].min(), x[known].max(), 1000))
-    return Rescale(
-        coefficients=tuple(float(c) for c in coefficients),
-        input_range=(float(x[known].min()), float(x[known].max())),
-        pairs=pairs,
-        held_out_r2=float(1 - (error**2).sum() / variation),
-        held_out_rmse=float(np.sqrt((error**2).mean())),
-        per_step_r2=float(1 - np.nansum(step_error**2) / variation),
-        per_step_rmse=float(np.sqrt(np.nanmean(step_error**2))),
-        held_out_outside_share=float(outside[known].mean()),
-        held_out_negative_share=float(below[known].mean()),
-        held_out_falling_share=float(falling[known].mean()),
-        negative_share=float((grid < 0).mean()),
-        falling_share=float((np.diff(grid) < 0).mean()),
-    )
+    return HeldOut(foretold, by_step, outside, below, falling)
 
 
 def rescaled(policy: TeaCachePolicy, x: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from dicache.cli.models import models, zoo
 from dicache.cli.plot import plot
 from dicache.cli.profiles import profiles
 from dicache.cli.profiling import profile
+from dicache.cli.report import report
 from dicache.cli.schedules import schedules
 
 
@@ -37,7 +38,21 @@ def main() -> None:
     """
 
 
-for command in (demo, models, zoo, doctor, profile, profiles, calibrate, schedules, generate, evaluate, cost, plot):
+for command in (
+    demo,
+    models,
+    zoo,
+    doctor,
+    profile,
+    profiles,
+    calibrate,
+    schedules,
+    generate,
+    evaluate,
+    cost,
+    plot,
+    report,
+):
     main.add_command(command)
 for method in (teacache, mask, delta_cache, delta_dit, deepcache):
     calibrate.add_command(method)

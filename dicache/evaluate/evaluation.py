@@ -91,11 +91,13 @@ class Replayed:
         macs_fraction: Multiply-accumulates as a share of the uncached run's.
         computed_each: Of an adaptive schedule, the steps at which everything was computed, image by image; of any other
             batch by batch.
+        steps_each: Image by image, for each guidance pass a letter a step: C all computed, `.` not all.
     """
 
     trajectory: Trajectory
     macs_fraction: float
     computed_each: tuple[float, ...]
+    steps_each: tuple[Mapping[str, str], ...]
 
     @property
     def computed_steps(self) -> float:
@@ -268,9 +270,12 @@ def replay(
     Raises:
         ScheduleError: If the schedule does not fit the pipeline as it is called.
     """
-    made, stats = _images(pipeline, _with_schedule(name, sampling, schedule), conditions, seeds, progress)
-    shares, computed = zip(*stats, strict=True)
-    return Replayed(made, float(np.mean(shares)), computed)
+    variant = _with_schedule(name, sampling, schedule)
+    made, stats = _images(pipeline, variant, conditions, seeds, progress)
+    shares, steps = zip(*stats, strict=True)
+    computed = tuple(float(np.mean([row.count("C") for row in passes.values()])) for passes in steps)
+    each = tuple(steps[i // variant.batch] for i in range(len(conditions)))
+    return Replayed(made, float(np.mean(shares)), computed, each)
 
 
 def _with_schedule(name: str, sampling: Sampling, schedule: Schedule) -> _Variant:
@@ -279,12 +284,12 @@ def _with_schedule(name: str, sampling: Sampling, schedule: Schedule) -> _Varian
 
 def _images(
     pipeline: Any, variant: _Variant, conditions: Sequence[str], seeds: Sequence[int], progress: bool
-) -> tuple[Trajectory, list[tuple[float, float]]]:
-    """Return what was made, and for each batch the share of multiply-accumulates and the fully computed steps."""
+) -> tuple[Trajectory, list[tuple[float, Mapping[str, str]]]]:
+    """Return what was made, and for each batch the share of multiply-accumulates and what each pass computed."""
     images: list[np.ndarray] = []
     latents: list[np.ndarray] = []
     steps: list[np.ndarray] = []
-    stats = []
+    stats: list[tuple[float, Mapping[str, str]]] = []
 
     def keep() -> None:
         steps.append(clock.latents.detach().to("cpu", torch.float16).numpy())
@@ -296,11 +301,11 @@ def _images(
             for batch in _batches(len(conditions), variant.batch):
                 before = (cache.stats.macs, cache.stats.calls) if cache else (0.0, 0)
                 images.append(sample(pipeline, conditions[batch], seeds[batch], variant.sampling))
-                latents.append(np.stack(steps, axis=1))
+                # DiTPipeline hands its sampler the latents twice over, once for each half of the guidance batch.
+                latents.append(np.stack(steps, axis=1)[: len(images[-1])])
                 if cache:
                     share = (cache.stats.macs - before[0]) / (cache.stats.calls - before[1])
-                    rows = cache.stats.steps.values()
-                    stats.append((share, float(np.mean([row.count("C") for row in rows]))))
+                    stats.append((share, dict(cache.stats.steps)))
                 bar.update(len(conditions[batch]))
         finally:
             clock.detach()

@@ -16,6 +16,8 @@ import torch
 from dicache.anatomy.fingerprint import fingerprint
 from dicache.models.sampling import Sampling
 
+FORMAT = 2  # before it, those of DiTPipeline held the latents twice
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -50,6 +52,7 @@ def key_of(pipeline: Any, conditions: Sequence[str], seeds: Sequence[int], sampl
     }
     tokenizers = {name: part.get_vocab() for name, part in pipeline.components.items() if hasattr(part, "get_vocab")}
     content = {
+        "format": FORMAT,
         "pipeline": type(pipeline).__name__,
         "weights": parts,
         "scheduler": type(pipeline.scheduler).__name__,

@@ -12,24 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from dicache.figures import FigureError
-from dicache.figures.page import BLUE, GREEN, INK, MUTED, ORANGE, SMALL, label, new_page
+from dicache.figures.page import INK, MUTED, SMALL, label, new_page
+from dicache.figures.palette import colour_of
 
 Source = Literal["dicache", "peer", "steps"]
 GROUPS: dict[Source, str] = {"dicache": "dicache", "peer": "other projects", "steps": "no cache"}
 FRONT = "#d9d9d9"
-AMBER, SKY, PURPLE, OLIVE = "#e69f00", "#56b4e9", "#cc79a7", "#8a8a00"  # Okabe and Ito's others; olive for their yellow
-# By what a name holds, the first that fits: what is the same method here and elsewhere has one colour.
-FAMILIES = (
-    (("fewer steps", " steps"), INK),
-    (("dpm-solver",), MUTED),
-    (("auto", "forecast", "dp,"), ORANGE),
-    (("scm", "mask"), SKY),
-    (("dbcache", "first-block", "firstblock"), GREEN),
-    (("taylor",), BLUE),
-    (("magcache", "teacache", "adacache"), AMBER),
-    (("fora", "smoothcache", "pab", "t-gate", "tgate"), PURPLE),
-    (("delta",), OLIVE),
-)
 MARKERS = "os^DvPX*<>ph"
 
 
@@ -74,6 +62,16 @@ class Measured:
     model: str | None
     runs: int | None
     series: tuple[Series, ...]
+
+    def ordered(self) -> list[Series]:
+        """Return the series, those of dicache first, then those of other projects, then fewer steps.
+
+        Raises:
+            FigureError: If there is none.
+        """
+        if not self.series:
+            raise FigureError("there is no point to draw; needed a result or a front of a search")
+        return [one for group in GROUPS for one in self.series if one.source == group]
 
 
 def read_series(files: Sequence[Path]) -> Measured:
@@ -167,9 +165,7 @@ def pareto(measured: Measured) -> Figure:
     Raises:
         FigureError: If there is no point.
     """
-    if not measured.series:
-        raise FigureError("there is no point to draw; needed a result or a front of a search")
-    ordered = [one for group in GROUPS for one in measured.series if one.source == group]
+    ordered = measured.ordered()
     points = [point for one in ordered for point in one.points]
     timed = any(point.speedup is not None for point in points)
     of = f"{measured.model}, " if measured.model else ""
@@ -188,7 +184,7 @@ def pareto(measured: Measured) -> Figure:
     for source, heading in GROUPS.items():
         members = [one for one in ordered if one.source == source]
         handles += [Line2D([], [], linestyle="", label=heading)] if members else []
-        handles += [Line2D([], [], label=one.name, **_looks(one, ordered)) for one in members]
+        handles += [Line2D([], [], label=one.name, **looks(one, ordered)) for one in members]
     legend = panels[-1].legend(
         handles=handles,
         loc="upper left",
@@ -211,12 +207,12 @@ def _panel(axes: Axes, ordered: Sequence[Series], cost: Any, *, cheaper: int) ->
     axes.plot(*zip(*front, strict=True), color=FRONT, linewidth=7, solid_capstyle="round", zorder=1)
     for one in ordered:
         points = sorted((p for p in one.points if cost(p) is not None), key=cost)
-        looks = _looks(one, ordered)
+        look = looks(one, ordered)
         x, y = [cost(p) for p in points], [p.psnr for p in points]
-        axes.plot(x, y, zorder=3, **looks)
+        axes.plot(x, y, zorder=3, **look)
         bars = [(cost(p), p.low, p.high) for p in points if p.low is not None and p.high is not None]
         if bars:
-            axes.vlines(*zip(*bars, strict=True), color=looks["color"], linewidth=1.0, alpha=0.7, zorder=2)
+            axes.vlines(*zip(*bars, strict=True), color=look["color"], linewidth=1.0, alpha=0.7, zorder=2)
 
 
 def best_of(points: Sequence[tuple[float, float]], cheaper: int = -1) -> list[tuple[float, float]]:
@@ -233,7 +229,8 @@ def best_of(points: Sequence[tuple[float, float]], cheaper: int = -1) -> list[tu
     return sorted(kept)
 
 
-def _looks(one: Series, ordered: Sequence[Series]) -> dict[str, Any]:
+def looks(one: Series, ordered: Sequence[Series]) -> dict[str, Any]:
+    """Return how the line of a series among others is drawn, as matplotlib calls it."""
     color = _colour(one)
     alike = list(dict.fromkeys(_method(other) for other in ordered if _colour(other) == color))
     peer = one.source == "peer"
@@ -253,5 +250,4 @@ def _method(one: Series) -> str:
 
 
 def _colour(one: Series) -> str:
-    name = one.name.lower()
-    return next((color for words, color in FAMILIES if any(word in name for word in words)), MUTED)
+    return colour_of(one.name) or MUTED

@@ -79,7 +79,7 @@ def schedule_strip(schedules: Sequence[tuple[str, Schedule]]) -> Figure:
 
 
 def _strips(name: str, schedule: Schedule) -> list[_Strip]:
-    share = _share(schedule)
+    share = share_in_words(schedule)
     method = "" if schedule.method in name else f" ({schedule.method})"
     if not schedule.contexts:
         return [_strip(f"{name}{method}: {share}", schedule, None)]
@@ -87,7 +87,8 @@ def _strips(name: str, schedule: Schedule) -> list[_Strip]:
     return [*strips, _strip(f"{name}{method}, any other pass: {share}", schedule, None)]
 
 
-def _share(schedule: Schedule) -> str:
+def share_in_words(schedule: Schedule) -> str:
+    """Return what share of the multiply-accumulates a schedule means to compute, in words."""
     if not schedule.foreseen:
         return "decides at run time; what to expect is not known"
     fraction = schedule.macs_fraction()

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from dicache.evaluate.quality import mean_with_interval
 from dicache.evaluate.spectrum import radial_log_magnitude
 from dicache.figures.page import BLUE, GREEN, INK, MUTED, ORANGE, SMALL, label, new_page
+from dicache.figures.palette import colour_of
 
 LINES = ((INK, "-"), (BLUE, "--"), (ORANGE, "-."), (GREEN, ":"), (MUTED, (0, (5, 1, 1, 1, 1, 1))))
 
@@ -40,7 +41,8 @@ def spectra(sets: Sequence[tuple[str, np.ndarray]]) -> Figure:
     figure = new_page(10.0, 4.1, "Which frequencies the images hold", detail)
     whole, apart = figure.subplots(1, 2)
     first = np.empty(0)
-    for (name, images), (color, style) in zip(sets, LINES, strict=False):
+    for (name, images), (by_place, style) in zip(sets, LINES, strict=False):
+        color = colour_of(name) or by_place
         frequencies, values = radial_log_magnitude(images)
         whole.plot(frequencies, values.mean(axis=0), linestyle=style, color=color, linewidth=1.8, label=name)
         if name == base:

@@ -65,6 +65,18 @@ def test_a_policy_is_counted_by_what_it_did() -> None:
     assert result.judged["mean"] == pytest.approx(result.images.mean())
 
 
+def test_the_latents_of_each_image_are_compared_with_its_own_whatever_the_batch() -> None:
+    pipeline = load("digits")
+    policy = TeaCachePolicy(0.0, (1.0, 0.0), (0.0, 10.0))  # computes all, one image at a time
+    adaptive = Schedule("teacache", {}, survey(pipeline.transformer), Target(), STEPS, policy=policy)
+    sampling = Sampling(steps=STEPS)
+    _, [result], _ = evaluate(
+        pipeline, [("tea", adaptive)], CONDITIONS, sampling=sampling, timing_rounds=0, progress=False
+    )
+    assert len(result.latent_error) == STEPS
+    assert max(result.latent_error) < 1e-3
+
+
 def test_a_schedule_of_another_step_count_is_refused() -> None:
     pipeline = load("digits")
     with pytest.raises(ScheduleError, match="6 steps, found 5"):
