@@ -18,6 +18,7 @@ from dicache.cli.cost import cost
 from dicache.cli.demo import demo
 from dicache.cli.doctor import doctor
 from dicache.cli.evaluate import evaluate
+from dicache.cli.exchange import export_schedule, formats, import_schedule
 from dicache.cli.generate import generate
 from dicache.cli.models import models, zoo
 from dicache.cli.plot import plot
@@ -71,3 +72,5 @@ for method in (
     auto,
 ):
     calibrate.add_command(method)
+for command in (export_schedule, import_schedule, formats):
+    schedules.add_command(command)

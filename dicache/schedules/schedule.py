@@ -249,7 +249,7 @@ class Schedule:
         if self.corrections is not None:
             beside = path.with_name(f"{path.name.removesuffix('.json')}.safetensors")
             content["corrections"]["file"] = beside.name
-        text = _dump(content) + "\n"
+        text = dump(content) + "\n"
         if self.corrections is not None:
             _replace(beside, self.corrections.write)
         _replace(path, lambda part: part.write_text(text, encoding="utf-8"))
@@ -338,12 +338,12 @@ def _finite(text: str) -> float:
     return value
 
 
-def _dump(content: Any, indent: str = "") -> str:
+def dump(content: Any, indent: str = "") -> str:
     """Write JSON with a line for each list of plain values, so that a person can read and compare it."""
     inner = indent + "  "
     if isinstance(content, Mapping) and content:
-        items = [f"{inner}{json.dumps(str(key))}: {_dump(value, inner)}" for key, value in content.items()]
+        items = [f"{inner}{json.dumps(str(key))}: {dump(value, inner)}" for key, value in content.items()]
         return "{\n" + ",\n".join(items) + f"\n{indent}}}"
     if isinstance(content, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in content):
-        return "[\n" + ",\n".join(inner + _dump(item, inner) for item in content) + f"\n{indent}]"
+        return "[\n" + ",\n".join(inner + dump(item, inner) for item in content) + f"\n{indent}]"
     return json.dumps(content, allow_nan=False, ensure_ascii=False)
