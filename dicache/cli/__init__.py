@@ -19,6 +19,7 @@ from dicache.cli.demo import demo
 from dicache.cli.doctor import doctor
 from dicache.cli.evaluate import evaluate
 from dicache.cli.exchange import export_schedule, formats, import_schedule
+from dicache.cli.exchange_profiles import export_profile, import_profile
 from dicache.cli.generate import generate
 from dicache.cli.models import models, zoo
 from dicache.cli.plot import plot
@@ -74,3 +75,5 @@ for method in (
     calibrate.add_command(method)
 for command in (export_schedule, import_schedule, formats):
     schedules.add_command(command)
+for command in (export_profile, import_profile):
+    profiles.add_command(command)

@@ -94,13 +94,14 @@ def redundancy(profile: "Profile") -> dict[str, float | None]:
     found = {name: profile.similarity(name) for name in profile.branches} | {"block delta": profile.delta_cosine}
     means = {name: np.ma.masked_invalid(cosine).mean() for name, cosine in found.items()}
     segments = [profile.range_error(start, stop) for start, stop in profile.anatomy.segments]
-    means["change"] = np.mean([np.ma.masked_invalid(change).mean() for change in segments])
+    means["change"] = np.mean([np.ma.filled(np.ma.masked_invalid(change).mean(), np.nan) for change in segments])
     x, y = (profile.relative_l1(what).ravel() for what in ("input", "output"))
     known = np.isfinite(x) & np.isfinite(y)
     with np.errstate(invalid="ignore", divide="ignore"):
         means["correlation"] = np.corrcoef(x[known], y[known])[0, 1]
     means["rank correlation"] = spearmanr(x[known], y[known]).statistic
-    return {name: round(float(mean), 5) if np.isfinite(mean) else None for name, mean in means.items()}
+    known = {name: mean for name, mean in means.items() if mean is not np.ma.masked and np.isfinite(mean)}
+    return {name: round(float(known[name]), 5) if name in known else None for name in means}
 
 
 def teacache_fits(profile: "Profile", names: Sequence[str] = ()) -> "tuple[dict[str, float] | None, dict[str, Judged]]":

@@ -79,8 +79,8 @@ FORMAT = Format(
     loses="the range that x is held in",
     use=(
         "Put the coefficients in the place of those of your model's type in SUPPORTED_MODELS_COEFFICIENTS of nodes.py,",
-        "and set the other values in the node. It knows Flux, HiDream, HunyuanVideo, LTX and Wan; of Wan and HiDream it",
-        "takes the time embedding, for which dicache's coefficients mean nothing.",
+        "and set the other values in the node. It knows Flux, HiDream, HunyuanVideo, LTX and Wan; of Wan and HiDream",
+        "it takes the time embedding, for which dicache's coefficients mean nothing.",
     ),
     export=export,
     read=read,

@@ -74,8 +74,8 @@ def _blocks(schedule: Schedule, found: StepMask, losses: Losses) -> dict[str, in
         if not found.covers(schedule.anatomy):
             losses.beyond.append(f"the blocks that are skipped cannot be chosen in {len(lists)} lists of blocks")
         losses.stated.append(
-            f"the first block of each of {', '.join(lists)} runs at every step, where the plan skips it: less is saved, "
-            "and the picture is nearer to the uncached one"
+            f"the first block of each of {', '.join(lists)} runs at every step, where the plan skips it: less is "
+            "saved, and the picture is nearer to the uncached one"
         )
         return {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0}
     if found.first == 0:

@@ -41,8 +41,11 @@ def policy_of(schedule: Schedule, losses: Losses, negative: Negative) -> TeaCach
         )
     low, high = policy.input_range
     if policy.negative != "reference" and (low, high) != ANY_CHANGE:
+        around = np.linspace(low / 2, 2 * high, 1000)
+        below = around[np.polyval(coefficients, around) < 0]
+        far = f"; at x of {below.min():.3g} to {below.max():.3g} it is negative" if len(below) else ""
         losses.stated.append(
-            f"x is held in [{low:.4g}, {high:.4g}] here, where the polynomial was fitted, and is not there"
+            f"x is held in [{low:.3g}, {high:.3g}] here, where p was fitted, and taken as it is there{far}"
         )
     if policy.negative != negative and (np.polyval(coefficients, np.linspace(low, high, 1000)) < 0).any():
         does = {"clamp": "adds nothing", "abs": "adds its magnitude", "reference": "lowers the sum"}

@@ -36,16 +36,16 @@ def export(schedule: Schedule, losses: Losses, values: Mapping[str, Any]) -> str
     if isinstance(schedule.policy, FirstBlockPolicy):
         settings = settings_of(schedule, losses)
         if "steps_computation_mask" in settings:
-            losses.beyond.append(f"the last {schedule.policy.last_steps} steps would not be computed always")
+            losses.beyond.append(f"none would be computed always of the last steps, here {schedule.policy.last_steps}")
         return _written("cache_dit", {key: value for key, value in settings.items() if key not in NO_MASK})
     if schedule.policy is not None:
         policy = policy_of(schedule, losses, "abs")
         if policy.threshold <= 0:
             raise FormatError(f"vLLM-Omni takes thresholds above 0, found {policy.threshold:g}")
         if policy.first_steps > 1:
-            losses.beyond.append(f"the first {policy.first_steps} steps would not be computed always, but the first")
+            losses.beyond.append(f"only the first step would be computed always, not the first {policy.first_steps}")
         if policy.last_steps:
-            losses.stated.append(f"the last {policy.last_steps} steps are not computed always")
+            losses.stated.append(f"steps at the end that are always computed: {policy.last_steps}")
         return _written("tea_cache", {"rel_l1_thresh": policy.threshold, "coefficients": list(policy.coefficients)})
     made = {**rule(schedule.steps), "mag_ratios": ratios(whole_mask(schedule, losses).letters)}
     made["num_inference_steps"] = schedule.steps
