@@ -2,12 +2,24 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dicache.cli.calibrating import planned_subject, subject_options
 from dicache.cli.command import Command, json_option, show_json, table
+
+if TYPE_CHECKING:
+    from dicache.schedules import Schedule
+
+
+def imported_in_words(schedule: "Schedule") -> list[str]:
+    """Return where a schedule was read from, if it was, in a line."""
+    told = schedule.measured.get("imported")
+    if told is None:
+        return []
+    given = ", ".join(f"{name} {value}" for name, value in told["given"].items())
+    return [f"read from {told['file']} as {told['format']}; given besides: {given}"]
 
 
 @click.command("export", cls=Command)
@@ -111,8 +123,8 @@ def import_schedule(
         else f"{len(schedule.plan.computed_steps)} of them computed whole"
     )
     click.echo(f"Wrote {output}: {schedule.method}, {schedule.steps} steps of {subject.model}, {computed}")
-    asked = ", ".join(f"{key} {value}" for key, value in schedule.measured["imported"]["given"].items())
-    click.echo(f"  read as {kind.name}; given, and not in the file: {asked}")
+    for line in imported_in_words(schedule):
+        click.echo(f"  {line}")
     click.echo(f"Next: dicache evaluate --model {subject.model} --schedule {output}")
 
 

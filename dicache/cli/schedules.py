@@ -10,6 +10,7 @@ import click
 
 from dicache.cli.calibrating import profile_option, published_in_words
 from dicache.cli.command import Group, json_option, model_option, show_json
+from dicache.cli.exchange import imported_in_words
 from dicache.cli.profiles import newest
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def show(file: Path, as_json: bool) -> None:
     if schedule.policy is not None:
         for line in _in_words(schedule.policy):
             click.echo(line)
-    for line in published_in_words(schedule):
+    for line in (*published_in_words(schedule), *imported_in_words(schedule)):
         click.echo(line)
     if not schedule.foreseen:
         return

@@ -87,6 +87,7 @@ FORMAT = Format(
         "now = lambda: pipe.current_timestep",
         "config = diffusers.PyramidAttentionBroadcastConfig(**made['kwargs'], current_timestep_callback=now)",
         "diffusers.apply_pyramid_attention_broadcast(pipe.transformer, config)",
+        "A pipeline that has no current_timestep needs another callback, such as one that a hook on its model tells.",
         "Use it with both guidance passes in one batch: where they are separate calls, one state serves both, and the",
         "second takes the attention of the first. On a model without enable_cache reset the hooks before each image.",
     ),

@@ -74,7 +74,9 @@ def step_mask(schedule: Schedule, losses: Losses, *, highest_order: int = 0) -> 
     anatomy = schedule.anatomy
     if anatomy.links:
         raise FormatError(f"{anatomy.model} is a U-Net, and the format is for transformers")
-    tables = [plan.table(anatomy, context) for context in (None, *plan.contexts)]
+    # Where two passes have rules of their own, there is no other.
+    passes = plan.contexts if len(plan.contexts) > 1 else (None, *plan.contexts)
+    tables = [plan.table(anatomy, context) for context in passes]
     acting = {key for table in tables for key, letters in table.items() if set(letters) != {COMPUTE}}
     blocks = sorted({int(key.partition(".")[0]) for key in acting})
     if not blocks:
@@ -124,12 +126,12 @@ def stand_ins(schedule: Schedule) -> set[StandIn]:
 
 def _order(schedule: Schedule, losses: Losses, highest: int) -> int:
     """Return the order of the Taylor expansion that stands in everywhere; note where none does."""
-    found = stand_ins(schedule) - {HOLD}
-    if not found:
+    found = stand_ins(schedule)
+    if found == {HOLD}:
         return 0
     if len(found) == 1 and (only := next(iter(found))).predictor == "taylor" and only.order <= highest:
         return only.order
-    names = sorted(f"a {s.predictor} of order {s.order}" if s.order else f"a {s.predictor}" for s in found)
+    names = sorted(f"a {s.predictor} of order {s.order}" if s.order else f"a {s.predictor}" for s in found - {HOLD})
     losses.beyond.append(f"the last output would be held where the plan has {' and '.join(names)}")
     return 0
 

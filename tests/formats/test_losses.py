@@ -58,6 +58,13 @@ def test_a_step_is_computed_where_any_branch_is_and_how_much_more_that_is_is_sai
     )
 
 
+def test_a_step_is_computed_where_either_guidance_pass_is() -> None:
+    schedule = planned(Rule("skip", "C...C...", context="cond"), Rule("skip", "C.C.C.C.", context="uncond"))
+    made = export(schedule, find("mask"))
+    assert json.loads(made.text) == [1, 0, 1, 0, 1, 0, 1, 0]
+    assert "in any guidance pass" in made.losses.stated[0]
+
+
 @pytest.mark.parametrize(
     ("rules", "name", "said"),
     [
@@ -65,6 +72,11 @@ def test_a_step_is_computed_where_any_branch_is_and_how_much_more_that_is_is_sai
             (Rule("skip", "C.C.C.C.", predictor="taylor", order=2),),
             "mask",
             "held where the plan has a taylor of order 2",
+        ),
+        (
+            (Rule("skip", "CCC.CC..", predictor="taylor", order=1), Rule("reuse", "CCC.CC..", "1", "attn")),
+            "cache-dit",
+            "held where the plan has a taylor of order 1",
         ),
         ((Rule("skip", "C.C.C.C.", predictor="feature"),), "cache-dit", "held where the plan has a feature"),
         ((Rule("skip", "C.C.C.C.", "1-2"),), "diffusers-magcache", "where the plan skips 1 to 2 of them"),

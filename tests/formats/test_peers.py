@@ -55,13 +55,8 @@ class Ran(NamedTuple):
     here: Made
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("peers")
-
-
-@pytest.fixture(scope="module")
-def ran(folder: Path) -> dict[str, Ran]:
+def both(folder: Path) -> dict[str, Ran]:
+    """Run all jobs in their projects and here."""
     with torch.no_grad():
         pipeline = load("digits")
         anatomy, target, steps = survey_pipeline(pipeline, SAMPLING)
@@ -87,36 +82,30 @@ def _read(path: Path) -> Made:
     return list(found["images"]), json.loads(str(found["steps"]))
 
 
-@pytest.mark.parametrize("name", ["inner", "foretold", "dynamic", "transformer", "branches"])
-def test_the_same_steps_are_computed_and_the_same_images_made(ran: dict[str, Ran], name: str) -> None:
-    (images, steps), losses, (same, wanted) = ran[name]
-    assert losses == Losses()
-    assert steps == wanted
-    assert 0 < len(wanted[0][2]) < STEPS
-    assert farthest(images, same) == 0
-
-
-def test_a_mask_of_all_blocks_computes_the_first_at_every_step_and_is_nearer_to_the_uncached_image(
-    ran: dict[str, Ran],
-) -> None:
-    (images, steps), losses, (same, wanted) = ran["body"]
-    assert len(losses.stated) == 1
-    assert "the first block runs at every step" in losses.stated[0]
-    masked = [0, 2, 3, 6]
-    assert wanted == [[masked] * 6] * 2
-    assert steps == [[ALL, ALL, *[masked] * 4]] * 2
-    assert 0 < farthest(images, same) < 0.05
-
-
-def test_the_steps_that_are_foretold_otherwise_are_told_before(ran: dict[str, Ran]) -> None:
-    (images, steps), losses, (same, wanted) = ran["early"]
-    assert losses.beyond == [
-        "cache-dit takes no differences before step 3, so that step 2 would be foretold with a lower order than 1"
-    ]
-    assert steps == wanted
-    assert 0 < farthest(images, same) < 0.1
-
-
-def test_the_named_masks_are_those_of_cache_dit(ran: dict[str, Ran], folder: Path) -> None:
-    mine = [preset(name, steps) for steps in (4, 6, *range(8, 61)) for name in PRESETS]
-    assert json.loads((folder / "presets.json").read_text()) == mine
+# One test, so that one process makes the environment and runs the jobs.
+def test_the_same_steps_are_computed_and_the_same_images_made(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    ran = both(tmp_path)
+    for name in ("inner", "foretold", "dynamic", "transformer", "branches"):
+        with subtests.test(name):
+            (images, steps), losses, (same, wanted) = ran[name]
+            assert losses == Losses()
+            assert steps == wanted
+            assert 0 < len(wanted[0][2]) < STEPS
+            assert farthest(images, same) == 0
+    with subtests.test("a mask of all blocks computes the first at every step, and that is said"):
+        (images, steps), losses, (same, wanted) = ran["body"]
+        assert "the first block runs at every step" in "".join(losses.stated)
+        masked = [0, 2, 3, 6]
+        assert wanted == [[masked] * 6] * 2
+        assert steps == [[ALL, ALL, *[masked] * 4]] * 2
+        assert 0 < farthest(images, same) < 0.05
+    with subtests.test("what is foretold otherwise is refused without --lossy"):
+        (images, steps), losses, (same, wanted) = ran["early"]
+        assert losses.beyond == [
+            "cache-dit takes no differences before step 3, so that step 2 would be foretold with a lower order than 1"
+        ]
+        assert steps == wanted
+        assert 0 < farthest(images, same) < 0.1
+    with subtests.test("the named masks are those of cache-dit"):
+        mine = [preset(name, steps) for steps in (4, 6, *range(8, 61)) for name in PRESETS]
+        assert json.loads((tmp_path / "presets.json").read_text()) == mine
