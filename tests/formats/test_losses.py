@@ -74,7 +74,7 @@ def test_a_step_is_computed_where_either_guidance_pass_is() -> None:
             "held where the plan has a taylor of order 2",
         ),
         (
-            (Rule("skip", "CCC.CC..", predictor="taylor", order=1), Rule("reuse", "CCC.CC..", "1", "attn")),
+            (Rule("skip", "CCC.CCC.", predictor="taylor", order=1), Rule("skip", "CCCCC.CC")),
             "cache-dit",
             "held where the plan has a taylor of order 1",
         ),
