@@ -62,7 +62,7 @@ def records_of(paths: Sequence[Path], given: Given, expert: str = ONLY) -> tuple
         contexts=("mean",),
         parts=(1,),
     )
-    records = []
+    records: list[RunRecord] = []
     for path in paths:
         arrays = {name: np.full(shape, np.nan) for name, shape in shapes(provenance).items()}
         rows = _rows(path, given.steps, expert)
@@ -76,8 +76,8 @@ def records_of(paths: Sequence[Path], given: Given, expert: str = ONLY) -> tuple
 def _rows(path: Path, steps: int, expert: str) -> dict[int, tuple[int, float, float]]:
     content = read_json(path)
     if not isinstance(content, Mapping) or expert not in content:
-        found = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-        raise FormatError(f"{path} has no rows of {expert!r}, found {found}; choose one of these with --expert")
+        there = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        raise FormatError(f"{path} has no rows of {expert!r}, found {there}; choose one of these with --expert")
     rows = check_keys(f"{path}: {expert}", content[expert], [str(step) for step in range(steps)])
     if missing := [step for step in range(1, steps) if str(step) not in rows]:
         raise FormatError(f"{path} has no row for step {missing[0]} of {steps}; import with --steps of its own")

@@ -60,8 +60,9 @@ def hooked(model: Any, apply: Any, config: Any) -> Iterator[Any]:
     finally:
         for module in modules:
             found = getattr(module, "_diffusers_hook", None)
-            for name in list(found.hooks) if found is not None else ():
-                found.remove_hook(name, recurse=False)
+            if found is not None:
+                for name in list(found.hooks):
+                    found.remove_hook(name, recurse=False)
         registry.invalidate_child_registries_cache()
 
 

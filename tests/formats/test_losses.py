@@ -98,10 +98,9 @@ def test_a_step_is_computed_where_either_guidance_pass_is() -> None:
     ],
 )
 def test_what_changes_the_picture_more_is_refused(rules: tuple[Rule, ...], name: str, said: str) -> None:
-    values = dict.fromkeys(
-        ("pipeline", "checkpoint", "quality", "scheduler", "scheduler_config_sha256"), "x"
-    ) | dict.fromkeys(("height", "width", "guidance_scale", "do_classifier_free_guidance"), 1)
-    values |= {"timesteps": [1.0] * STEPS, "sigmas": [1.0] * (STEPS + 1)}
+    values: dict[str, Any] = {"timesteps": [1.0] * STEPS, "sigmas": [1.0] * (STEPS + 1)}
+    values |= dict.fromkeys(("pipeline", "checkpoint", "quality", "scheduler", "scheduler_config_sha256"), "x")
+    values |= dict.fromkeys(("height", "width", "guidance_scale", "do_classifier_free_guidance"), 1)
     with pytest.raises(FormatError, match="Pass --lossy"):
         export(planned(*rules), find(name), values=values)
     assert said in "; ".join(export(planned(*rules), find(name), lossy=True, values=values).losses.beyond)

@@ -71,7 +71,7 @@ def test_a_mask_is_a_list_or_digits_of_blocks_or_branches(tmp_path: Path) -> Non
 
 def test_magcache_ratios_are_played_through_by_the_rule_that_is_given(tmp_path: Path) -> None:
     ratios = [1.0, 1.1, 1.02, 1.0, 0.99, 1.0, 0.9, 0.8]
-    settings = {"threshold": 0.06, "max_skip": 2, "retention": 0.2}
+    settings: dict[str, Any] = {"threshold": 0.06, "max_skip": 2, "retention": 0.2}
     made = read(tmp_path, "magcache-ratios", ratios, **settings)
     assert row(made).replace("S", ".") == MagCache(0.06, 2, 0.2).simulate(ratios)
     turns = [1.0, 1.0, *[value for ratio in ratios[1:] for value in (ratio, 2.0)]]
