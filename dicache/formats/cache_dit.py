@@ -14,11 +14,12 @@ from dicache.formats.files import check_keys, read_yaml
 from dicache.formats.format import Format, Given, Losses, Read
 from dicache.schedules import Schedule
 
+ONE_STACK = ("FluxTransformer2DModel",)  # double and single blocks, by its adapter
 OTHER_SECTIONS = ("parallelism_config", "attention_backend", "quantize_config")
 
 
 def export(schedule: Schedule, losses: Losses, values: Mapping[str, Any]) -> str:
-    settings = settings_of(schedule, losses)
+    settings = settings_of(schedule, losses, ONE_STACK)
     return "cache_config:\n" + "".join(f"  {key}: {_scalar(value)}\n" for key, value in settings.items())
 
 

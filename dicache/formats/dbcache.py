@@ -5,7 +5,7 @@ References:
     is cut to the ones that a mask begins with), `cache_manager.py` (`can_cache`: the order in which they are asked).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dicache.formats.files import check_keys, mask, number, whole
@@ -44,17 +44,25 @@ AS_USUAL: Mapping[str, Any] = {  # what has no counterpart here, and is read whe
 OF_PASSES = ("enable_separate_cfg", "cfg_compute_first", "cfg_diff_compute_separate")  # dicache sees by itself
 
 
-def settings_of(schedule: Schedule, losses: Losses) -> dict[str, Any]:
+def settings_of(schedule: Schedule, losses: Losses, one_stack: Collection[str] = ()) -> dict[str, Any]:
     """Return the settings that say a schedule.
+
+    Args:
+        schedule: Which.
+        losses: To add to.
+        one_stack: Models whose lists of blocks the project takes as one; of others each has a first block of its own.
 
     Raises:
         FormatError: If none do.
     """
+    lists = list(dict.fromkeys(block.path for block in schedule.anatomy.blocks))
+    if schedule.anatomy.model in one_stack:
+        lists = lists[:1]
     if schedule.policy is not None:
-        return _dynamic(schedule, losses)
+        return _dynamic(schedule, lists, losses)
     found = step_mask(schedule, losses, highest_order=4)
     settings = {
-        **_blocks(schedule, found, losses),
+        **_blocks(schedule, found, lists, losses),
         "max_warmup_steps": 0,
         "num_inference_steps": schedule.steps,
         "steps_computation_mask": found.numbers,
@@ -66,10 +74,9 @@ def settings_of(schedule: Schedule, losses: Losses) -> dict[str, Any]:
     return settings
 
 
-def _blocks(schedule: Schedule, found: StepMask, losses: Losses) -> dict[str, int]:
+def _blocks(schedule: Schedule, found: StepMask, lists: Sequence[str], losses: Losses) -> dict[str, int]:
     """Return how many blocks run at every step."""
     blocks = schedule.anatomy.blocks
-    lists = list(dict.fromkeys(block.path for block in blocks))
     if len(lists) > 1:
         if not found.covers(schedule.anatomy):
             losses.beyond.append(f"the blocks that are skipped cannot be chosen in {len(lists)} lists of blocks")
@@ -103,7 +110,7 @@ def _note_taylor(found: StepMask, losses: Losses) -> None:
         )
 
 
-def _dynamic(schedule: Schedule, losses: Losses) -> dict[str, Any]:
+def _dynamic(schedule: Schedule, lists: Sequence[str], losses: Losses) -> dict[str, Any]:
     policy = schedule.policy
     if not isinstance(policy, FirstBlockPolicy):
         raise FormatError(
@@ -115,7 +122,6 @@ def _dynamic(schedule: Schedule, losses: Losses) -> dict[str, Any]:
             f"cache-dit takes every step as similar from a threshold of 1 on, without measuring; found "
             f"{policy.threshold:g}"
         )
-    lists = list(dict.fromkeys(block.path for block in schedule.anatomy.blocks))
     if len(lists) > 1:
         losses.beyond.append(f"each of {', '.join(lists)} would decide by itself, by the first block of its own")
     if policy.at_threshold == "reuse":

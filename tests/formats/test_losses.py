@@ -1,6 +1,7 @@
 """What an export loses is said, and what would change the picture more than that is refused unless it is asked for."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,18 @@ def test_corrections_and_the_end_of_guidance_are_kept_by_no_format() -> None:
         assert losses(corrected, name).beyond == ["the corrections of what is held would be dropped"]
         ending = Schedule("tgate", {}, ANATOMY, Target(), STEPS, Plan(STEPS, (Rule("reuse", "C.C.C.C."),), 5))
         assert "where the plan stops it from step 5 on" in losses(ending, name).beyond[0]
+
+
+def test_lists_of_blocks_are_one_stack_for_some_models_and_projects() -> None:
+    double, single = ANATOMY.blocks[:2], ANATOMY.blocks[2:]
+    lists = (*(replace(b, path="double") for b in double), *(replace(b, path="single") for b in single))
+    flux = replace(ANATOMY, model="FluxTransformer2DModel", blocks=lists, segments=((0, 2), (2, 4)))
+    schedule = replace(planned(Rule("skip", "C.C.C.C.", "1-3")), anatomy=flux)
+    assert losses(schedule, "cache-dit") == Losses()
+    assert "cannot be chosen in 2 lists" in losses(schedule, "xdit").beyond[0]
+    deciding = Schedule("first-block", {}, flux, Target(), STEPS, policy=FirstBlockPolicy(0.1))
+    assert losses(deciding, "cache-dit") == Losses()
+    assert "would decide by itself" in losses(deciding, "xdit").beyond[0]
 
 
 def test_a_plan_that_skips_other_blocks_at_other_steps_is_no_mask() -> None:
