@@ -12,24 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from dicache.figures import FigureError
-from dicache.figures.page import BLUE, GREEN, INK, MUTED, ORANGE, SMALL, label, new_page
+from dicache.figures.page import SMALL, label, new_page
+from dicache.figures.palette import FRONT, INK, MUTED, method_colour
 
 Source = Literal["dicache", "peer", "steps"]
 GROUPS: dict[Source, str] = {"dicache": "dicache", "peer": "other projects", "steps": "no cache"}
-FRONT = "#d9d9d9"
-AMBER, SKY, PURPLE, OLIVE = "#e69f00", "#56b4e9", "#cc79a7", "#8a8a00"  # Okabe and Ito's others; olive for their yellow
-# By what a name holds, the first that fits: what is the same method here and elsewhere has one colour.
-FAMILIES = (
-    (("fewer steps", " steps"), INK),
-    (("dpm-solver",), MUTED),
-    (("auto", "forecast", "dp,"), ORANGE),
-    (("scm", "mask"), SKY),
-    (("dbcache", "first-block", "firstblock"), GREEN),
-    (("taylor",), BLUE),
-    (("magcache", "teacache", "adacache"), AMBER),
-    (("fora", "smoothcache", "pab", "t-gate", "tgate"), PURPLE),
-    (("delta",), OLIVE),
-)
 MARKERS = "os^DvPX*<>ph"
 
 
@@ -253,5 +240,4 @@ def _method(one: Series) -> str:
 
 
 def _colour(one: Series) -> str:
-    name = one.name.lower()
-    return next((color for words, color in FAMILIES if any(word in name for word in words)), MUTED)
+    return method_colour(one.name) or MUTED

@@ -7,8 +7,10 @@ from matplotlib.figure import Figure
 
 from dicache.evaluate.quality import mean_with_interval
 from dicache.evaluate.spectrum import radial_log_magnitude
-from dicache.figures.page import BLUE, GREEN, INK, MUTED, ORANGE, SMALL, label, new_page
+from dicache.figures.page import SMALL, label, new_page
+from dicache.figures.palette import BLUE, GREEN, GRID, INK, MUTED, ORANGE, method_colour
 
+# Of sets whose names tell of no method; two sets of one method share its colour and differ in the line.
 LINES = ((INK, "-"), (BLUE, "--"), (ORANGE, "-."), (GREEN, ":"), (MUTED, (0, (5, 1, 1, 1, 1, 1))))
 
 
@@ -41,6 +43,7 @@ def spectra(sets: Sequence[tuple[str, np.ndarray]]) -> Figure:
     whole, apart = figure.subplots(1, 2)
     first = np.empty(0)
     for (name, images), (color, style) in zip(sets, LINES, strict=False):
+        color = method_colour(name) or color
         frequencies, values = radial_log_magnitude(images)
         whole.plot(frequencies, values.mean(axis=0), linestyle=style, color=color, linewidth=1.8, label=name)
         if name == base:
@@ -55,6 +58,6 @@ def spectra(sets: Sequence[tuple[str, np.ndarray]]) -> Figure:
     label(apart, x="frequency (cycles per pixel)", y=f"more (+) or less (-) than {base}")
     for axes in (whole, apart):
         axes.set_xlim(0, 0.5)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.grid(axis="y", color=GRID, linewidth=0.6)
     whole.legend(loc="upper right", fontsize=SMALL, labelcolor=INK, framealpha=0.9, edgecolor="none")
     return figure

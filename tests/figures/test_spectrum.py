@@ -6,6 +6,7 @@ from click.testing import CliRunner
 
 from dicache.cli import main
 from dicache.evaluate.spectrum import radial_log_magnitude
+from dicache.figures.palette import AMBER, BLUE, INK
 from dicache.figures.spectrum import spectra
 from dicache.models.images import save_png
 
@@ -66,3 +67,8 @@ def test_images_of_two_sizes_in_a_folder_are_refused(tmp_path: Path) -> None:
         "1.png is 20 x 16 pixels, the first of its folder 16 x 16"
         in run(tmp_path / "a", tmp_path / "a", "-o", tmp_path / "x.png")[1]
     )
+
+
+def test_a_set_has_the_colour_of_the_method_that_its_name_tells_of() -> None:
+    whole, _ = spectra([("uncached", noise(0)), ("deep", noise(1)), ("teacache", noise(2))]).axes
+    assert [line.get_color() for line in whole.lines] == [INK, BLUE, AMBER]
