@@ -25,8 +25,13 @@ from dicache.cli.profiles import profiles
 from dicache.cli.profiling import profile
 from dicache.cli.schedules import schedules
 
+EPILOG = """
+Completion of commands, options and model names: eval "$(_DICACHE_COMPLETE=bash_source dicache)" in ~/.bashrc;
+zsh_source in ~/.zshrc; for fish, _DICACHE_COMPLETE=fish_source dicache | source.
+"""
 
-@click.group(cls=Group)
+
+@click.group(cls=Group, epilog=EPILOG)
 @click.version_option(__version__)
 def main() -> None:
     """Measure a diffusion transformer once, decide which computations can be reused, and replay that at inference.

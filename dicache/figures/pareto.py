@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dicache.evaluate.evaluation import Result
 from dicache.figures import FigureError
 from dicache.figures.page import SMALL, label, new_page
 from dicache.figures.palette import FRONT, INK, MUTED, method_colour
@@ -61,6 +62,24 @@ class Measured:
     model: str | None
     runs: int | None
     series: tuple[Series, ...]
+
+
+def series_of(model: str, methods: Mapping[str, Sequence[Result]], fewer_steps: Sequence[Result] = ()) -> Measured:
+    """Return what an evaluation found, a series a method.
+
+    Args:
+        model: Its name.
+        methods: Names, and the results of each one's schedules, as `evaluate` returns them.
+        fewer_steps: The results of fewer steps.
+    """
+
+    def points(results: Sequence[Result]) -> tuple[Point, ...]:
+        return tuple(Point(r.macs_fraction, r.psnr.mean, r.psnr.low, r.psnr.high, r.speedup) for r in results)
+
+    series = [Series(name, points(results)) for name, results in methods.items()]
+    series += [Series("fewer steps", points(fewer_steps), "steps")] if fewer_steps else []
+    runs = {len(result.images) for results in methods.values() for result in results}
+    return Measured(model, runs.pop() if len(runs) == 1 else None, tuple(series))
 
 
 def read_series(files: Sequence[Path]) -> Measured:

@@ -8,11 +8,10 @@ from matplotlib.figure import Figure
 
 from dicache.figures.heatmap import colour_bar, colour_scale, describe, draw, mean_over_runs
 from dicache.figures.page import SMALL, label, new_page, whole_numbers
-from dicache.figures.palette import BLUE, GREEN, GRID, INK, ORANGE
+from dicache.figures.palette import GRID, INK, LINES
 from dicache.profiler import Profile
 
 MOST_COLUMNS = 3
-LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (INK, ":"))  # lags 1, 2, 3, 4, then again
 LINES_HEIGHT = 1.75  # inches
 
 
