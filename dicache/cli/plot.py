@@ -28,7 +28,7 @@ def written(output: Path, as_json: bool) -> None:
     if as_json:
         show_json({"picture": str(output)})
     else:
-        written(output, as_json)
+        click.echo(f"Wrote {output}")
 
 
 @plot.command()

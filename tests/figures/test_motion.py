@@ -32,7 +32,7 @@ def adacache(rate: int) -> Schedule:
 def test_each_run_is_a_line_and_a_point_of_each_schedule() -> None:
     motion = np.array([0.1, 0.3, 0.2])
     steps, runs = motion_rates(video(motion), [("always", adacache(1)), ("rarely", adacache(3))]).axes
-    assert [line.get_ydata()[0] for line in steps.lines] == pytest.approx(motion)
+    assert [np.asarray(line.get_ydata())[0] for line in steps.lines] == pytest.approx(motion)
     assert points(runs)[:, 0] == pytest.approx(motion)
     assert points(runs)[:, 1].tolist() == [STEPS] * RUNS
     assert np.asarray(runs.collections[1].get_offsets())[0, 1] < STEPS

@@ -30,7 +30,7 @@ def test_runs_that_change_alike_share_all_of_it_and_the_trend_leaves_nothing() -
     outputs = start + np.array([0.0, 1.0, 3.0])[None, :, None]
     share, change, left = shared_change(measured(outputs), lambda _: means(outputs), "mlp")
     assert np.asarray(share[:, 1:]) == pytest.approx(np.ones((1, 2)))
-    assert share.mask[:, 0].all()  # nothing before it
+    assert np.ma.getmaskarray(share)[:, 0].all()  # nothing before it
     assert change[1:] ** 2 == pytest.approx(
         [8 / (outputs[:, 1] ** 2).sum(-1).mean(), 32 / (outputs[:, 2] ** 2).sum(-1).mean()]
     )
@@ -50,7 +50,7 @@ def test_the_maps_show_the_shares_and_the_lines_what_is_left() -> None:
     attn, line, *_ = trend_maps(measured(outputs), lambda _: means(outputs)).axes
     assert attn.get_title(loc="left") == "attn"
     assert np.asarray(table(attn)[:, 1:]) == pytest.approx(np.ones((1, 2)))
-    assert line.lines[1].get_ydata()[1:] == pytest.approx([0, 0], abs=1e-6)
+    assert np.asarray(line.lines[1].get_ydata())[1:] == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_means_of_some_steps_only_and_a_single_run_are_refused() -> None:
