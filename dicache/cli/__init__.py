@@ -25,9 +25,10 @@ from dicache.cli.profiles import profiles
 from dicache.cli.profiling import profile
 from dicache.cli.schedules import schedules
 
-EPILOG = """
-Completion of commands, options and model names: eval "$(_DICACHE_COMPLETE=bash_source dicache)" in ~/.bashrc;
-zsh_source in ~/.zshrc; for fish, _DICACHE_COMPLETE=fish_source dicache | source.
+EPILOG = """\b
+Completion of commands, options and model names, in ~/.bashrc:
+  eval "$(_DICACHE_COMPLETE=bash_source dicache)"
+Likewise zsh_source in ~/.zshrc, and fish_source.
 """
 
 

@@ -28,9 +28,9 @@ def models(as_json: bool) -> None:
             "" if known.guidance is None else f"guidance {known.guidance:g}",
             (known.sampler or "").removesuffix("Scheduler"),
         ]
-        where, how = f"  {name:14} {known.repository}", ", ".join(filter(None, usually))
-        fits = len(where) + 2 + len(how) <= page_width()
-        click.echo(f"{where}  {how}".rstrip() if fits else f"{where}\n{'':17}{how}")
+        where, how = f"  {name:14} {known.repository:36}", ", ".join(filter(None, usually))
+        fits = len(where) + 1 + len(how) <= page_width()
+        click.echo(f"{where} {how}".rstrip() if fits else f"{where.rstrip()}\n{'':17}{how}")
     click.echo("Or any hub id, or a folder in diffusers' format.")
 
 
