@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT = 300  # seconds a cell
+TIMEOUT = 600  # seconds that a cell, or a kernel that is slow to answer, may take
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def execute(notebook: Any, folder: Path, manager: Any) -> None:
     first = nbformat.v4.new_code_cell(fresh)
     notebook.cells.insert(0, first)
     try:
-        NotebookClient(notebook, km=manager, timeout=TIMEOUT, record_timing=False).execute()
+        NotebookClient(notebook, km=manager, timeout=TIMEOUT, startup_timeout=TIMEOUT, record_timing=False).execute()
     finally:
         notebook.cells.remove(first)
 
