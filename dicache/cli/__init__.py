@@ -28,8 +28,14 @@ from dicache.cli.profiling import profile
 from dicache.cli.report import report
 from dicache.cli.schedules import schedules
 
+EPILOG = """\b
+Completion of commands, options and model names, in ~/.bashrc:
+  eval "$(_DICACHE_COMPLETE=bash_source dicache)"
+Likewise zsh_source in ~/.zshrc, and fish_source.
+"""
 
-@click.group(cls=Group)
+
+@click.group(cls=Group, epilog=EPILOG)
 @click.version_option(__version__)
 def main() -> None:
     """Measure a diffusion transformer once, decide which computations can be reused, and replay that at inference.

@@ -15,7 +15,7 @@ from dicache.cli.calibrating import (
     target_options,
     write_schedule,
 )
-from dicache.cli.command import Command, json_option, table
+from dicache.cli.command import Command, json_option, page_width, table
 from dicache.cli.evaluate import results_table
 from dicache.cli.profiles import newest
 from dicache.cli.searching import fresh_conditions, fresh_seeds
@@ -151,12 +151,12 @@ def _told(best: "Best", goal: Any, results: "Sequence[Result]") -> str:
     report = best.schedule.measured["auto"]
     lines = [
         f"Tried for {goal}, on {report['runs']} runs; all of it computed as much as {best.spent:.0f} uncached images:",
-        table(["", "PSNR dB", "MACs", "spent", "steps", ""], rows),
+        table(["", "PSNR dB", "MACs", "spent", "steps", ""], rows, page_width()),
         *others,
         f"Best: {best.schedule.settings['form']}, {best.psnr:.1f} dB"
         + (f"; the best of the methods is {best.single[0]}, {best.single_psnr:.1f} dB" if best.single else ""),
         "On runs that nothing was tried on:",
-        results_table(results),
+        results_table(results, page_width()),
     ]
     if best.single is not None and len(results) > 1 and results[1].name == best.single[0]:
         mine, single = results[0], results[1]

@@ -70,16 +70,14 @@ def share_of(target_speedup: float | None, max_macs: float | None) -> float | No
 
 
 def subject_of_profile(provenance: "Provenance", runs: "tuple[Run, ...]") -> Subject:
-    from dicache.models.sampling import Sampling
+    from dicache.profiler.profiling import sampling_of
 
-    settings, target = provenance.settings, provenance.target
-    size = {name: settings.get(name) for name in ("guidance", "height", "width", "frames")}
     return Subject(
         provenance.model,
         provenance.anatomy,
-        target,
-        len(target.timesteps or ()),
-        Sampling(target.num_inference_steps, **size),
+        provenance.target,
+        len(provenance.target.timesteps or ()),
+        sampling_of(provenance),
         {run.prompt for run in runs},
         {run.seed for run in runs},
     )

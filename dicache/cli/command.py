@@ -1,20 +1,30 @@
-"""What all commands share: `--debug`, `--json`, errors as one line, numbers in columns."""
+"""What all commands share: `--debug`, `--json`, errors as one line, numbers in columns, colours on a terminal."""
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 F = TypeVar("F", bound=Callable[..., Any])
+INTERVAL = "95 %"  # heads a column that stays with the one before it
+GAP = "  "  # between columns
 
 
 class Command(click.Command):
-    """A command that tells an error in one line and exits with 1, unless it is asked for the traceback."""
+    """A command that tells an error in one line and exits with 1, unless it is asked for the traceback.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        interrupted: What is told at Ctrl-C: what is kept, and how to go on.
+    """
+
+    def __init__(self, *args: Any, interrupted: str = "the same command starts again", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.interrupted = interrupted
         self.params.append(click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."))
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -23,6 +33,8 @@ class Command(click.Command):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except KeyboardInterrupt:
+            raise click.ClickException(f"interrupted; {self.interrupted}") from None
         except Exception as error:
             if debug:
                 raise
@@ -89,7 +101,16 @@ def json_option(function: F) -> F:
 def model_option(*, required: bool = True) -> Callable[[F], F]:
     """Add `--model`."""
     text = "A bundled model, a short name (see `dicache models`), a hub id, or a folder in diffusers' format."
-    return click.option("--model", required=required, help=text)
+    return click.option("--model", required=required, help=text, shell_complete=_known_models)
+
+
+def _known_models(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete bundled models and short names, else files."""
+    from dicache.models.names import HUB
+    from dicache.models.zoo import NAMES
+
+    known = [CompletionItem(name) for name in (*NAMES, *HUB) if name.startswith(incomplete)]
+    return known or [CompletionItem(incomplete, type="file")]
 
 
 def show_json(content: Any) -> None:
@@ -97,17 +118,54 @@ def show_json(content: Any) -> None:
     click.echo(json.dumps(content, indent=2, allow_nan=False))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows in columns: the first to the left, the others to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """Return rows in columns: the first to the left, the others to the right.
+
+    Args:
+        header: Of each column.
+        rows: A cell a column.
+        width: Columns of the page. Where it does not suffice, the table goes on below, with its first column again;
+            None lets it be as wide as it is.
+    """
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "  ".join(cells).rstrip()
+    def line(row: Sequence[str], places: Sequence[int]) -> str:
+        cells = [row[i].ljust(widths[i]) if i == 0 else row[i].rjust(widths[i]) for i in places]
+        return GAP.join(cells).rstrip()
 
-    return "\n".join([line(header), line(["-" * w for w in widths]), *(line(row) for row in rows)])
+    parts = []
+    for some in _pages(header, widths, width):
+        places = [0, *some]
+        rule = ["-" * w for w in widths]
+        parts.append("\n".join(line(row, places) for row in (header, rule, *rows)))
+    return "\n\n".join(parts)
+
+
+def _pages(header: Sequence[str], widths: Sequence[int], width: int | None) -> list[list[int]]:
+    """Return the columns behind the first, page by page; an interval stays with what it is of."""
+    groups: list[list[int]] = []
+    for place in range(1, len(header)):
+        if header[place] == INTERVAL and groups:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    pages: list[list[int]] = [[]]
+    for group in groups:
+        wanted = widths[0] + sum(len(GAP) + widths[place] for place in (*pages[-1], *group))
+        if width is not None and wanted > width and pages[-1]:
+            pages.append([])
+        pages[-1] += group
+    return pages
+
+
+def page_width() -> int:
+    """Return the columns of the terminal, 80 where there is none."""
+    return shutil.get_terminal_size().columns
+
+
+def painted(text: str, **style: Any) -> str:
+    """Return text in a colour, as `click.style` takes it; `click.echo` leaves it out where there is no terminal."""
+    return text if os.environ.get("NO_COLOR") else click.style(text, **style)
 
 
 def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import click
 
-from dicache.cli.command import Command, json_option, show_json, table
+from dicache.cli.command import Command, json_option, page_width, show_json, table
 
 if TYPE_CHECKING:
     from dicache.anatomy import Anatomy
@@ -227,6 +227,7 @@ def _tell(counted: Counted, name: str, found: "Macs") -> None:
                 ]
                 for what, macs in rows
             ],
+            page_width(),
         )
     )
     click.echo(f"all: {CONVENTIONS['all']}")

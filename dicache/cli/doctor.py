@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dicache.cli.command import Command, json_option, model_option, show_json, table
+from dicache.cli.command import Command, json_option, model_option, page_width, painted, show_json, table
 
 if TYPE_CHECKING:
     from dicache.anatomy import Anatomy
@@ -102,10 +102,10 @@ def doctor(
 
 
 def _told(verdict: "Verdict") -> str:
-    holds = "BROKEN" if verdict.broken else "holds" if verdict.cases else "-"
+    holds, style = ("BROKEN", "red") if verdict.broken else ("holds", "green") if verdict.cases else ("-", None)
     cases = f"{verdict.cases} case{'s' * (verdict.cases > 1)}" if verdict.cases else ""
     found = f"\n{'':28}found: {verdict.broken}" if verdict.broken else ""
-    return f"{holds:<6}  {cases:>9}  {verdict.seconds:5.1f} s  {verdict.says}{found}"
+    return f"{painted(f'{holds:<6}', fg=style)}  {cases:>9}  {verdict.seconds:5.1f} s  {verdict.says}{found}"
 
 
 def _described(anatomy: "Anatomy", passes: dict[str, str]) -> str:
@@ -121,7 +121,7 @@ def _described(anatomy: "Anatomy", passes: dict[str, str]) -> str:
         "one delta may replace " + ", ".join(span(start, stop - 1) for start, stop in anatomy.segments),
         f"a step calls it {'once' if len(passes) == 1 else f'{len(passes)} times'}{_named(passes)}",
         "",
-        table(("blocks", "modules", "class", "branches", "of its work"), rows),
+        table(("blocks", "modules", "class", "branches", "of its work"), rows, page_width()),
     ]
     return "\n".join(said)
 

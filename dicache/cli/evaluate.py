@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dicache.cli.command import Command, json_option, model_option, show_json, table
+from dicache.cli.command import INTERVAL, Command, json_option, model_option, page_width, show_json, table
 
 if TYPE_CHECKING:
     from dicache.evaluate.evaluation import Result
@@ -17,7 +17,7 @@ METRICS = ("psnr", "ssim", "accuracy", "frechet")
 NETWORKS = ("lpips", "clip", "fid", "is")  # by networks of others, whose weights have to be there
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, interrupted="uncached images are kept once all are made; the same command makes the others")
 @model_option()
 @click.option("--schedule", "files", multiple=True, required=True, type=click.Path(path_type=Path), help="Repeatable.")
 @click.option("--prompts", type=click.Path(dir_okay=False), help="A file with a prompt, or a class, a line.")
@@ -124,7 +124,7 @@ def evaluate(
             }
         )
         return
-    click.echo(results_table([uncached, *results, *fewer]))
+    click.echo(results_table([uncached, *results, *fewer], page_width()))
     for (_, schedule), result in zip(schedules, results, strict=True):
         if schedule.policy is not None and (foreseen := schedule.measured.get("computed_steps")) is not None:
             each = result.computed_each or (result.computed_steps,)
@@ -134,14 +134,14 @@ def evaluate(
             )
 
 
-def results_table(results: "Sequence[Result]") -> str:
+def results_table(results: "Sequence[Result]", width: int | None = None) -> str:
     """Return results as text, one a line; intervals are the 95 % bootstrap ones over prompts.
 
-    The gain is the PSNR minus that of fewer steps at the same cost, image by image.
+    The gain is the PSNR minus that of fewer steps at the same cost, image by image. The width is as `table` takes it.
     """
     judged, distances = list(results[0].judged), list(results[0].distances)
     gains = any(result.psnr_gain is not None for result in results)
-    header = ["", "steps", "computed", "MACs", "speed-up", "PSNR dB", "95 %", *(["gain", "95 %"] * gains)]
+    header = ["", "steps", "computed", "MACs", "speed-up", "PSNR dB", INTERVAL, *(["gain", INTERVAL] * gains)]
     header += ["SSIM", *distances, *judged]
     rows = []
     for result in results:
@@ -161,7 +161,7 @@ def results_table(results: "Sequence[Result]") -> str:
                 *(f"{result.judged[name]:.3f}" for name in judged),
             ]
         )
-    return table(header, rows)
+    return table(header, rows, width)
 
 
 def _gain(gain: "Mean | None") -> tuple[str, str]:

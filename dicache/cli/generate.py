@@ -8,7 +8,7 @@ import click
 from dicache.cli.command import Command, json_option, model_option, show_json
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, interrupted="what was written stays; the same command makes all images again")
 @model_option()
 @click.option("--schedule", "schedule_file", type=click.Path(path_type=Path), help="Replay this schedule.")
 @click.option("--prompt", "prompts", multiple=True, help="A text; may be given several times.")

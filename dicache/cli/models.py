@@ -1,10 +1,11 @@
 """`dicache models` and `dicache zoo`."""
 
+import textwrap
 from pathlib import Path
 
 import click
 
-from dicache.cli.command import Command, Group, json_option, show_json
+from dicache.cli.command import Command, Group, json_option, page_width, show_json
 
 
 @click.command(cls=Command)
@@ -19,7 +20,7 @@ def models(as_json: bool) -> None:
         return
     click.echo("Bundled:")
     for name, text in bundled.NAMES.items():
-        click.echo(f"  {name:14} {text}")
+        click.echo(textwrap.fill(text, page_width(), initial_indent=f"  {name:14} ", subsequent_indent=" " * 17))
     click.echo("From the hub, by short name:")
     for name, known in HUB.items():
         usually = [
@@ -27,7 +28,9 @@ def models(as_json: bool) -> None:
             "" if known.guidance is None else f"guidance {known.guidance:g}",
             (known.sampler or "").removesuffix("Scheduler"),
         ]
-        click.echo(f"  {name:14} {known.repository:50} {', '.join(filter(None, usually))}")
+        where, how = f"  {name:14} {known.repository:36}", ", ".join(filter(None, usually))
+        fits = len(where) + 1 + len(how) <= page_width()
+        click.echo(f"{where} {how}".rstrip() if fits else f"{where.rstrip()}\n{'':17}{how}")
     click.echo("Or any hub id, or a folder in diffusers' format.")
 
 
@@ -36,14 +39,17 @@ def zoo() -> None:
     """The bundled models."""
 
 
-@zoo.command()
+@zoo.command(interrupted="the same command goes on from the last checkpoint in --work")
 @click.argument("name")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the pipeline.  [default: ./NAME]")
 @click.option("--work", type=click.Path(path_type=Path), help="Checkpoints, to go on from.  [default: ./NAME-training]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps of the transformer.  [default: the recipe's]")
-def train(name: str, output: Path | None, work: Path | None, seed: int, device: str, steps: int | None) -> None:
+@json_option
+def train(
+    name: str, output: Path | None, work: Path | None, seed: int, device: str, steps: int | None, as_json: bool
+) -> None:
     """Train a small model of the package; a training that was broken off goes on.
 
     Needs `pip install 'dicache[zoo]'` for the data of digits.
@@ -66,4 +72,7 @@ def train(name: str, output: Path | None, work: Path | None, seed: int, device: 
         device=device,
         **({} if steps is None else {"steps": steps}),
     )
+    if as_json:
+        show_json({"model": str(output)})
+        return
     click.echo(f"Wrote {output}. Try: dicache generate --model {output} {recipe.EXAMPLE} -o images")

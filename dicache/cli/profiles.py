@@ -61,7 +61,8 @@ def show(file: Path | None, names: tuple[str, ...], as_json: bool) -> None:
         )
         return
     failed = [run for run in read.runs if not run.ok]
-    click.echo(f"{file}: {origin.model}, {read.anatomy.model}, weights {target.weights}, {target.dtype}")
+    click.echo(f"{file}: {origin.model}, {read.anatomy.model}")
+    click.echo(f"weights {target.weights}, {target.dtype}")
     click.echo(f"{len(read.runs)} runs of {read.steps} steps, {len(failed)} failed")
     for run in failed:
         click.echo(f"  {run.prompt!r}, seed {run.seed}: {run.status}")
@@ -135,8 +136,8 @@ def judged_in_words(judged: Mapping[str, Any]) -> str:
 
 def _meaning(name: str) -> str:
     return {
-        "change": "relative, of the delta of all blocks that follow one another, from step to step",
-        "correlation": "of the modulated input's change with the model output's",
+        "change": "relative, of all blocks' delta, since the step before",
+        "correlation": "of the input's change with the output's",
         "rank correlation": "of the same",
     }.get(name, "cosine with the step before")
 

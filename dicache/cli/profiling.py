@@ -8,7 +8,7 @@ from dicache.cli.command import Bytes, Command, Numbers, json_option, model_opti
 from dicache.cli.profiles import FOLDER
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, interrupted="finished runs are kept; the same command with --resume goes on with them")
 @model_option()
 @click.option("--prompts", type=click.Path(dir_okay=False), help="A file with a prompt, or a class, a line.")
 @click.option("--runs", type=click.IntRange(1), default=16, show_default=True, help="How many runs, without --prompts.")

@@ -1,7 +1,7 @@
 """`dicache schedules`: look at schedule files."""
 
 import math
-import shutil
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dicache.cli.calibrating import profile_option, published_in_words
-from dicache.cli.command import Group, json_option, model_option, show_json
+from dicache.cli.command import Group, json_option, model_option, page_width, painted, show_json
 from dicache.cli.exchange import imported_in_words
 from dicache.cli.profiles import newest
 
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from dicache.schedules.policies import Policy, TeaCachePolicy
 
 LEGEND = "C computed, R reused, S skipped with its block; step 0 is the noisiest"
+COLOURS: dict[str, dict[str, Any]] = {
+    "C": {"fg": "blue", "bold": True},
+    "R": {"fg": "cyan"},
+    "S": {"fg": "bright_black"},
+}
 PASSES = "passes"  # line of a drawing with the number of guidance passes at each step
 
 
@@ -67,7 +72,7 @@ def show(file: Path, as_json: bool) -> None:
             click.echo(f"{_pass(context)}, {_macs(schedule.macs_fraction(context))}")
         elif schedule.adaptive:
             click.echo("expected from its profile")
-        click.echo(draw([*alike(schedule.table(context)), *_passes(schedule)], _page_width()))
+        click.echo(_coloured(draw([*alike(schedule.table(context)), *_passes(schedule)], page_width())))
     click.echo(f"\n{LEGEND}")
     if schedule.collapse_guidance_from is not None:
         click.echo(
@@ -129,7 +134,7 @@ def diff(one: Path, other: Path, as_json: bool) -> None:
             click.echo(f"{where}{len(sites)} of {len(a.anatomy.sites)} sites differ, at {steps} of {a.steps} steps")
             theirs = b.table(context)
             rows = alike({key: (letters, theirs[key]) for key, letters in a.table(context).items()})
-            click.echo(draw(against([row for row in rows if row[1][0] != row[1][1]]), _page_width()) + "\n")
+            click.echo(_coloured(draw(against([row for row in rows if row[1][0] != row[1][1]]), page_width())) + "\n")
         click.echo(LEGEND)
 
 
@@ -243,8 +248,13 @@ def _known(fraction: float) -> float | None:
     return None if math.isnan(fraction) else fraction
 
 
-def _page_width() -> int:
-    return shutil.get_terminal_size().columns
+def _coloured(drawing: str) -> str:
+    """Return a drawing with its letters coloured."""
+
+    def run(letters: "re.Match[str]") -> str:
+        return painted(letters[0], **COLOURS[letters[0][0]])
+
+    return re.sub(r"(?<=  )[CRS]+$", lambda row: re.sub(r"C+|R+|S+", run, row[0]), drawing, flags=re.MULTILINE)
 
 
 def _passes(schedule: "Schedule") -> list[tuple[str, str]]:

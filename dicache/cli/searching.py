@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from dicache.cli.command import table
+from dicache.cli.command import page_width, table
 from dicache.cli.evaluate import results_table
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def _told(found: "Found", goal: "Goal", options: Searching, results: "Sequence[R
         "What nothing beats in both, on these runs:",
         front_table(found),
         f"On {options.runs} runs that the search did not see:",
-        results_table(results),
+        results_table(results, page_width()),
     ]
     for result in results:
         if goal.max_macs is not None and result.name in (FOUND, PLAIN) and result.macs_fraction > goal.max_macs + 5e-4:
@@ -258,7 +258,7 @@ def front_table(found: "Found") -> str:
         ]
         for tried in found.front
     ]
-    return table(["", "MACs", "PSNR dB"], rows)
+    return table(["", "MACs", "PSNR dB"], rows, page_width())
 
 
 def _in_words(parameters: Mapping[str, Any]) -> str:

@@ -5,27 +5,39 @@ works without a display, in notebooks and in threads. `save` writes one to a fil
 """
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from dicache.figures.convergence import branch_convergence
     from dicache.figures.delta import delta_map
     from dicache.figures.grid import image_grid
+    from dicache.figures.motion import motion_rates
     from dicache.figures.schedule import schedule_strip
     from dicache.figures.similarity import similarity_maps
+    from dicache.figures.spectrum import error_spectra, spectra
     from dicache.figures.teacache import teacache_fit
+    from dicache.figures.trajectory import drift
+    from dicache.figures.trend import trend_maps
 
 __all__ = [
     "SUFFIXES",
     "FigureError",
+    "branch_convergence",
     "delta_map",
+    "drift",
+    "error_spectra",
     "image_grid",
+    "motion_rates",
     "save",
     "schedule_strip",
     "similarity_maps",
+    "spectra",
     "teacache_fit",
+    "trend_maps",
 ]
 
 
@@ -56,26 +68,23 @@ def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
         part.unlink(missing_ok=True)
 
 
+# matplotlib takes a second to import, and `dicache --help` does not need it.
+_HOMES = {
+    "branch_convergence": "convergence",
+    "delta_map": "delta",
+    "drift": "trajectory",
+    "error_spectra": "spectrum",
+    "image_grid": "grid",
+    "motion_rates": "motion",
+    "schedule_strip": "schedule",
+    "similarity_maps": "similarity",
+    "spectra": "spectrum",
+    "teacache_fit": "teacache",
+    "trend_maps": "trend",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # matplotlib takes a second to import, and `dicache --help` does not need it.
-    if name == "delta_map":
-        from dicache.figures.delta import delta_map
-
-        return delta_map
-    if name == "similarity_maps":
-        from dicache.figures.similarity import similarity_maps
-
-        return similarity_maps
-    if name == "teacache_fit":
-        from dicache.figures.teacache import teacache_fit
-
-        return teacache_fit
-    if name == "schedule_strip":
-        from dicache.figures.schedule import schedule_strip
-
-        return schedule_strip
-    if name == "image_grid":
-        from dicache.figures.grid import image_grid
-
-        return image_grid
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

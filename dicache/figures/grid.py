@@ -6,7 +6,8 @@ from math import ceil
 import numpy as np
 from matplotlib.figure import Figure
 
-from dicache.figures.page import DPI, INK, LEADING, MARGIN, SMALL, TEXT, text_width, wrapped
+from dicache.figures.page import DPI, LEADING, MARGIN, SMALL, TEXT, text_width, wrapped
+from dicache.figures.palette import INK
 
 WANTED, LARGEST = 180, 300  # pixels of the page that an image is wide: about, and at most
 GAP = 9  # pixels between images

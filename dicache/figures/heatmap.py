@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from dicache.figures.page import COLOURS, label, label_bar, show_cells
+from dicache.figures.page import label, label_bar, show_cells
+from dicache.figures.palette import COLOURS
 from dicache.profiler import Profile, ProfileError
 
 Table = np.ma.MaskedArray[Any, np.dtype[np.float64]]

@@ -1,4 +1,4 @@
-"""The page that every picture is drawn on: size, type, colours and the heading that says what is seen.
+"""The page that every picture is drawn on: size, type and the heading that says what is seen.
 
 All is set on the figure itself; matplotlib's rcParams belong to the user and to no thread in particular.
 """
@@ -11,11 +11,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
+from dicache.figures.palette import HATCH, HATCH_INK, INK, MUTED, PAPER
+
 DPI = 144
-INK, MUTED = "#222222", "#595959"
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # Okabe and Ito: told apart by all kinds of colour vision
-PAPER, HATCH, HATCH_INK = "#ededed", "////", "#b5b5b5"  # cells without a value
-COLOURS = "viridis"  # perceptually uniform, and monotone in lightness for all kinds of colour vision
 
 TITLE, TEXT, SMALL = 13.0, 10.5, 9.5  # points
 LEADING = 1.35  # height of a line, in its size

@@ -11,13 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dicache.evaluate.evaluation import Result
 from dicache.figures import FigureError
-from dicache.figures.page import INK, MUTED, SMALL, label, new_page
-from dicache.figures.palette import colour_of
+from dicache.figures.page import SMALL, label, new_page
+from dicache.figures.palette import FRONT, INK, MUTED, method_colour
 
 Source = Literal["dicache", "peer", "steps"]
 GROUPS: dict[Source, str] = {"dicache": "dicache", "peer": "other projects", "steps": "no cache"}
-FRONT = "#d9d9d9"
 MARKERS = "os^DvPX*<>ph"
 
 
@@ -72,6 +72,24 @@ class Measured:
         if not self.series:
             raise FigureError("there is no point to draw; needed a result or a front of a search")
         return [one for group in GROUPS for one in self.series if one.source == group]
+
+
+def series_of(model: str, methods: Mapping[str, Sequence[Result]], fewer_steps: Sequence[Result] = ()) -> Measured:
+    """Return what an evaluation found, a series a method.
+
+    Args:
+        model: Its name.
+        methods: Names, and the results of each one's schedules, as `evaluate` returns them.
+        fewer_steps: The results of fewer steps.
+    """
+
+    def points(results: Sequence[Result]) -> tuple[Point, ...]:
+        return tuple(Point(r.macs_fraction, r.psnr.mean, r.psnr.low, r.psnr.high, r.speedup) for r in results)
+
+    series = [Series(name, points(results)) for name, results in methods.items()]
+    series += [Series("fewer steps", points(fewer_steps), "steps")] if fewer_steps else []
+    runs = {len(result.images) for results in methods.values() for result in results}
+    return Measured(model, runs.pop() if len(runs) == 1 else None, tuple(series))
 
 
 def read_series(files: Sequence[Path]) -> Measured:
@@ -250,4 +268,4 @@ def _method(one: Series) -> str:
 
 
 def _colour(one: Series) -> str:
-    return colour_of(one.name) or MUTED
+    return method_colour(one.name) or MUTED

@@ -10,11 +10,11 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from dicache.figures.page import BLUE, HATCH, HATCH_INK, INK, PAPER, SMALL, label, new_page, show_cells, whole_numbers
+from dicache.figures.page import SMALL, label, new_page, show_cells, whole_numbers
+from dicache.figures.palette import BLUE, HATCH, HATCH_INK, INK, LIGHT_BLUE, PAPER
 from dicache.schedules import Schedule
 
 LETTERS = "CRS"
-LIGHT_BLUE = "#a9d3ee"
 COLOURS = ListedColormap([BLUE, LIGHT_BLUE, (1, 1, 1, 0)])  # a skipped cell shows the hatching behind it
 
 

@@ -7,11 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dicache.figures.heatmap import colour_bar, colour_scale, describe, draw, mean_over_runs
-from dicache.figures.page import BLUE, GREEN, INK, ORANGE, SMALL, label, new_page, whole_numbers
+from dicache.figures.page import SMALL, label, new_page, whole_numbers
+from dicache.figures.palette import GRID, INK, LINES
 from dicache.profiler import Profile
 
 MOST_COLUMNS = 3
-LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (INK, ":"))  # lags 1, 2, 3, 4, then again
 LINES_HEIGHT = 1.75  # inches
 
 
@@ -75,4 +75,4 @@ def _draw_lags(profile: Profile, panels: Sequence[Axes]) -> None:
         label(axes, x="step (0 = noisiest)", y="mean cosine")
         axes.set_xlim(-0.5, profile.steps - 0.5)  # as the map above
         whole_numbers(axes, x=6)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.grid(axis="y", color=GRID, linewidth=0.6)

@@ -8,7 +8,8 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from dicache.calibrate.teacache import changes
 from dicache.calibrate.teacache_published import IN_WORDS, Published
 from dicache.figures.heatmap import describe
-from dicache.figures.page import BLUE, COLOURS, INK, ORANGE, PAPER, SMALL, label, label_bar, new_page, whole_numbers
+from dicache.figures.page import SMALL, label, label_bar, new_page, whole_numbers
+from dicache.figures.palette import BLUE, COLOURS, GRID, INK, ORANGE, PAPER
 from dicache.profiler import Profile, ProfileError
 from dicache.schedules import Schedule, TeaCachePolicy
 
@@ -106,7 +107,7 @@ def _draw_along(axes: Axes, changes: dict[str, tuple[np.ndarray, str, str]]) -> 
     axes.yaxis.set_minor_formatter(NullFormatter())
     label(axes, x="step (0 = noisiest)", y="relative L1 change (log scale)")
     whole_numbers(axes, x=9)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
     axes.legend(
         title="median and quartiles",
         title_fontsize=SMALL,

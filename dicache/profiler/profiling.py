@@ -228,6 +228,23 @@ def profile_pipeline(
     return output
 
 
+def sampling_of(provenance: Provenance) -> Sampling:
+    """Return how the pipeline of a profile was called."""
+    settings = provenance.settings
+    size = {name: settings.get(name) for name in ("guidance", "height", "width", "frames")}
+    return Sampling(provenance.target.num_inference_steps, **size)
+
+
+def pipeline_of(provenance: Provenance, device: str | None = None) -> Any:
+    """Load the pipeline that a profile is of, with its sampler and in its precision.
+
+    Raises:
+        ModelError: If the model is not where it was.
+    """
+    target = provenance.target
+    return load(provenance.model, device=device, dtype=target.dtype, scheduler=target.scheduler)
+
+
 def hashed(prompt: str) -> str:
     """Return what stands for a prompt that is not to be written down."""
     return f"sha256:{hashlib.sha256(prompt.encode()).hexdigest()[:16]}"

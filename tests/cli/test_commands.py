@@ -59,7 +59,7 @@ def test_a_profile_is_where_the_next_command_looks_for_it(workplace: Path) -> No
     assert likeness["mlp"] == pytest.approx(np.nanmean(profile.similarity("mlp")), abs=1e-5)
     x, y = profile.relative_l1("input").ravel(), profile.relative_l1("output").ravel()
     assert likeness["correlation"] == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-5)
-    assert f"{likeness['change']:.4f}  relative, of the delta" in told
+    assert f"{likeness['change']:.4f}  relative, of all blocks' delta" in told
 
 
 def test_schedules_are_shown_as_scripts_expect_them(workplace: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -6,8 +7,8 @@ from dicache.cli import main
 
 
 def test_the_demo_leaves_profile_schedules_table_and_pictures(tmp_path: Path) -> None:
-    words = ["demo", "--runs", "3", "--steps", "10", "--images", "2", "-o", str(tmp_path)]
-    result = CliRunner().invoke(main, words)
+    words = ["demo", "--runs", "3", "--steps", "10", "--images", "2", "--json", "-o", str(tmp_path)]
+    result = CliRunner().invoke(main, words, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert {path.name for path in tmp_path.iterdir()} == {"digits", "scenes", "results.txt"}
     pictures = {"delta.png", "similarity.png", "teacache.png", "schedules.png", "images.png"}
@@ -18,6 +19,8 @@ def test_the_demo_leaves_profile_schedules_table_and_pictures(tmp_path: Path) ->
     table = (tmp_path / "results.txt").read_text()
     assert "digits, 10 steps, guidance 4, 2 images" in table
     assert "scenes, 10 steps, guidance 4.5, 2 images" in table
-    assert all(part in result.output for part in table.strip().split("\n\n"))
+    assert all(part in result.stderr for part in table.strip().split("\n\n"))
+    told = json.loads(result.stdout)["results"]
+    assert [row["schedule"] for row in told["scenes"]][:3] == ["uncached", "fora-2", "fora-3"]
     for row in ("uncached", "fora-2", "fora-3", "teacache-1.5x", "teacache-2x"):
         assert table.count(f"\n{row} ") == 2

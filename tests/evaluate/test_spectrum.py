@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dicache.evaluate.spectrum import FLOOR, radial_log_magnitude
+from dicache.evaluate.spectrum import FLOOR, radial_error, radial_log_magnitude
 
 
 def wave(across: int, down: int, size: int = 16, strength: float = 0.25) -> np.ndarray:
@@ -45,3 +45,17 @@ def test_a_black_image_and_another_shape_are_refused() -> None:
         radial_log_magnitude(images)
     with pytest.raises(ValueError, match=r"needed \(n, h, w, 3\)"):
         radial_log_magnitude(images[..., 0])
+
+
+def test_a_wave_that_doubles_is_as_far_off_as_it_is_large_and_only_at_its_frequency() -> None:
+    wanted = wave(3, 0) + wave(0, 6) - 0.5
+    frequencies, errors = radial_error((wanted + wave(3, 0) - 0.5)[None], wanted[None])
+    assert frequencies[3] == pytest.approx(3 / 16)
+    assert errors[0, 3] == pytest.approx(1)
+    assert errors[0, [0, 6]] == pytest.approx(0, abs=1e-9)
+    assert radial_error(wanted[None], wanted[None])[1].max() == 0
+
+
+def test_an_error_needs_a_reference_of_the_same_shape() -> None:
+    with pytest.raises(ValueError, match=r"found images of shape \(1, 16, 16, 3\) and references of \(2, 16, 16, 3\)"):
+        radial_error(wave(1, 0)[None], np.stack([wave(1, 0)] * 2))

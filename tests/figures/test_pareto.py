@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from matplotlib.lines import Line2D
 
 from dicache.cli import main
 from dicache.figures import FigureError
-from dicache.figures.pareto import Measured, Point, Series, best_of, pareto, read_series
+from dicache.figures.pareto import Measured, Point, Series, best_of, pareto, read_series, series_of
+from tests.figures.test_trajectory import RESULT
 
 OURS = Series("MagCache", (Point(0.7, 40, 39, 41, 1.4), Point(0.5, 35, 34, 36, 1.9)))
 PEER = Series("diffusers MagCache", (Point(0.6, 36, 35, 37, 1.6),), "peer")
@@ -69,6 +71,16 @@ def test_without_times_there_is_one_panel() -> None:
     assert len(pareto(Measured(None, None, (untimed,))).axes) == 1
     with pytest.raises(FigureError, match="there is no point to draw"):
         pareto(Measured(None, None, ()))
+
+
+def test_results_of_an_evaluation_are_a_series_a_method() -> None:
+    fewer = replace(RESULT, name="2 steps", macs_fraction=0.6, speedup=1.5)
+    found = series_of("digits", {"TeaCache": [RESULT, replace(RESULT, macs_fraction=0.5)]}, [fewer])
+    assert (found.model, found.runs) == ("digits", 2)
+    assert found.series == (
+        Series("TeaCache", (Point(0.7, 30.25, 29, 31), Point(0.5, 30.25, 29, 31))),
+        Series("fewer steps", (Point(0.6, 30.25, 29, 31, 1.5),), "steps"),
+    )
 
 
 def test_rows_of_a_name_are_one_series_across_files(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ import pytest
 from click.testing import CliRunner
 
 from dicache.cli import main
-from dicache.evaluate.spectrum import radial_log_magnitude
-from dicache.figures.spectrum import spectra
+from dicache.evaluate.spectrum import radial_error, radial_log_magnitude
+from dicache.figures.palette import AMBER, BLUE, INK
+from dicache.figures.spectrum import error_spectra, spectra
 from dicache.models.images import save_png
 
 
@@ -66,3 +67,17 @@ def test_images_of_two_sizes_in_a_folder_are_refused(tmp_path: Path) -> None:
         "1.png is 20 x 16 pixels, the first of its folder 16 x 16"
         in run(tmp_path / "a", tmp_path / "a", "-o", tmp_path / "x.png")[1]
     )
+
+
+def test_a_set_has_the_colour_of_the_method_that_its_name_tells_of() -> None:
+    whole, _ = spectra([("uncached", noise(0)), ("deep", noise(1)), ("teacache", noise(2))]).axes
+    assert [line.get_color() for line in whole.lines] == [INK, BLUE, AMBER]
+
+
+def test_the_difference_is_drawn_at_each_frequency_as_the_median_over_the_images() -> None:
+    one, two = noise(0), noise(1)
+    (axes,) = error_spectra([("uncached", one), ("deep", two)]).axes
+    (line,) = axes.lines
+    assert line.get_ydata() == pytest.approx(np.median(radial_error(two, one)[1], axis=0))
+    with pytest.raises(ValueError, match="found 1 sets of images; needed 2 to 7"):
+        error_spectra([("uncached", one)])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dicache.figures.page import INK, MUTED
+from dicache.figures.palette import INK, MUTED
 from dicache.figures.pareto import Measured, Point, Series, best_of, looks
 from dicache.figures.report.markup import Markup, element, join
 from dicache.figures.report.plots import Scale, Section, figure, legend, path, picture, plot, section, table

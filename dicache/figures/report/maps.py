@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 
 from dicache.figures.heatmap import Table
-from dicache.figures.page import COLOURS
+from dicache.figures.palette import COLOURS
 from dicache.figures.report.markup import Markup, element, join
 from dicache.figures.report.plots import cells, figure, folded, key, legend, picture, plot, table
 
