@@ -12,7 +12,7 @@ from dicache.profiler.latest import Latest
 from dicache.profiler.profiles import RATES
 from dicache.profiler.residuals import Residuals
 from dicache.profiler.rings import DeltaRing, Ring, SiteRing, fetched, wide
-from dicache.profiler.storage import MAGNITUDES, SITE_STATISTICS, TEACACHE_SIGNALS
+from dicache.profiler.storage.layout import MAGNITUDES, SITE_STATISTICS, TEACACHE_SIGNALS
 from dicache.runtime.streams import Tensors
 
 Tensorlist = list[Tensor]

@@ -1,0 +1,20 @@
+"""The HDF5 file of a profile. The only package that imports h5py."""
+
+from dicache.profiler.storage.layout import RunRecord, shapes
+from dicache.profiler.storage.reading import array_shapes, has_priors, header, load, load_prior
+from dicache.profiler.storage.writing import Addition, PriorShape, adding, append, create
+
+__all__ = [
+    "Addition",
+    "PriorShape",
+    "RunRecord",
+    "adding",
+    "append",
+    "array_shapes",
+    "create",
+    "has_priors",
+    "header",
+    "load",
+    "load_prior",
+    "shapes",
+]

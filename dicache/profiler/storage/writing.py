@@ -1,0 +1,141 @@
+"""Write a profile.
+
+Each run is added to a copy that then takes the file's place: whoever reads, or comes after a crash at any moment, finds
+a whole file with all runs that were finished.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from dicache.profiler.priors import Prior, Priors
+from dicache.profiler.profiles import FORMAT, ProfileError, Provenance
+from dicache.profiler.storage.layout import RunRecord, shapes
+
+ALIGNED = 4096  # bytes: whole pages of memory, for the means that are changed in place
+PriorShape = tuple[Sequence[int], Sequence[int]]
+
+
+def create(path: Path, provenance: Provenance, priors: Mapping[str, PriorShape] | None = None) -> None:
+    """Write a profile without runs, in place of whatever was there.
+
+    Args:
+        path: Of the file.
+        provenance: Where it comes from.
+        priors: Sites whose mean outputs are kept, with their steps and the shape of an output: (parts of all passes,
+            tokens, channels).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        _replacing(path) as part,
+        h5py.File(part, "w", alignment_threshold=ALIGNED, alignment_interval=ALIGNED) as file,
+    ):
+        file.attrs["format"] = FORMAT
+        file.attrs["provenance"] = json.dumps(provenance.to_json())
+        text = h5py.string_dtype()
+        for name, kind in (("prompt", text), ("seed", np.int64), ("status", text)):
+            file.create_dataset(f"runs/{name}", shape=(0,), maxshape=(None,), dtype=kind, chunks=(64,))
+        for name, shape in shapes(provenance).items():
+            file.create_dataset(
+                name,
+                shape=(0, *shape),
+                maxshape=(None, *shape),
+                chunks=(1, *shape),
+                dtype=np.float64,
+                compression="gzip",
+                shuffle=True,
+            )
+        for key, prior in (priors or {}).items():
+            _create_prior(file.require_group("priors"), key, prior)
+
+
+def append(path: Path, record: RunRecord) -> None:
+    """Add one run to a profile."""
+    with adding(path) as addition:
+        addition.write(record)
+
+
+@contextmanager
+def adding(path: Path) -> Iterator["Addition"]:
+    """Begin a run, which is in the profile when the block is left without an error.
+
+    Raises:
+        ProfileError: If the profile holds priors in the form of an older version.
+    """
+    with _replacing(path) as part:
+        yield Addition(path, part)
+
+
+class Addition:
+    """A copy of a profile, to which a run is added; made when it is first needed."""
+
+    def __init__(self, path: Path, part: Path) -> None:
+        self._path, self._part = path, part
+
+    @cached_property
+    def priors(self) -> Priors:
+        """Takes the outputs of the run, where the profile holds priors."""
+        return self._copy()
+
+    def drop(self) -> None:
+        """Take the profile as it was, without what was added since."""
+        self.priors = self._copy()
+
+    def write(self, record: RunRecord) -> None:
+        """Add what was recorded. The outputs of a run that failed are no part of the priors."""
+        priors = self.priors if record.run.ok else self._copy()
+        priors.flush()
+        with h5py.File(self._part, "r+") as file:
+            columns = {f"runs/{name}": value for name, value in vars(record.run).items()}
+            for name, value in {**columns, **record.arrays}.items():
+                dataset = file[name]
+                dataset.resize(len(dataset) + 1, axis=0)
+                dataset[-1] = value
+            for key, prior in priors.sites.items():
+                file[f"priors/{key}"].attrs["counts"] = prior.counts
+
+    def _copy(self) -> Priors:
+        shutil.copyfile(self._path, self._part)
+        sites = {}
+        with h5py.File(self._part, "r") as file:
+            for key, dataset in file.get("priors", {}).items():
+                start = dataset.id.get_offset()
+                if start is None:
+                    raise ProfileError(f"{self._path} holds priors in the form of an older version; choose another -o")
+                means = torch.from_numpy(np.memmap(self._part, np.float32, "r+", start, dataset.shape))
+                steps = tuple(int(step) for step in dataset.attrs["steps"])
+                sites[key] = Prior(steps, dataset.attrs["counts"][:], means)
+        return Priors(sites)
+
+
+def _create_prior(group: Any, key: str, shape: PriorShape) -> None:
+    """Make room for the mean outputs of a site, in one piece, so that they can be changed in place."""
+    steps, (parts, *output) = shape
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple((parts, len(steps), *output))
+    h5py.h5d.create(group.id, key.encode(), h5py.h5t.IEEE_F32LE, space, settings)
+    group[key].attrs["steps"] = steps
+    group[key].attrs["counts"] = np.zeros((parts, len(steps)), np.int64)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
