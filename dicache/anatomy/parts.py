@@ -10,6 +10,7 @@ from typing import Any
 BRANCHES = ("attn", "cross_attn", "joint_attn", "mlp", "fused", "conv")
 ROLES = ("main", "refiner")
 MADE = "made."  # begins the name of an output that continues no argument, such as a hint for another block
+MAX_SITES = 10_000  # and blocks, that a description may have; the largest models have some hundreds
 MAIN_STREAMS = ("hidden_states", "x")  # what blocks call the stream of the latents
 
 
@@ -183,9 +184,17 @@ class Anatomy:
         check_keys("anatomy", content, {"model", "macs", "latents", "segments", "blocks"}, optional={"links"})
         blocks: list[Block] = []
         try:
+            sites = 0
             for entry in content["blocks"]:
-                blocks += _read_blocks(entry)
+                _check_entry(entry, len(blocks), sites)
+                added = _read_blocks(entry)
+                blocks += added
+                sites += len(added) * len(added[0].sites)
             segments = tuple((a, b + 1) for a, b in map(parse_span, content["segments"]))
+            if any(stop > len(blocks) for _, stop in segments):
+                raise AnatomyError(
+                    f"the anatomy has {len(blocks)} blocks, but segments up to block {max(segments)[1] - 1}"
+                )
             anatomy = cls(
                 model=str(content["model"]),
                 blocks=tuple(blocks),
@@ -219,9 +228,18 @@ def _written(site: Site) -> dict[str, Any]:
     return {**entry, "inner": list(site.inner)} if site.inner else entry
 
 
-def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
+def _check_entry(entry: Mapping[str, Any], blocks: int, sites: int) -> None:
+    """Raise AnatomyError unless an entry continues so many blocks and sites, and does not make too many of them."""
     keys = {"blocks", "module", "class", "returns", "sites", "norms", "macs"}
     check_keys("anatomy block", entry, keys, optional={"shapes", "middle", "one_token"})
+    first, last = parse_span(entry["blocks"])
+    if first != blocks:
+        raise AnatomyError(f"the anatomy's blocks must count from 0 in order: found {entry['blocks']} after {blocks}")
+    if last >= MAX_SITES or sites + (last - first + 1) * len(entry["sites"]) > MAX_SITES:
+        raise AnatomyError(f"the anatomy has more than {MAX_SITES} blocks or sites, which no model has")
+
+
+def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
     first, last = parse_span(entry["blocks"])
     path, _, positions = entry["module"].rpartition(".")
     start, end = parse_span(positions)
@@ -280,7 +298,7 @@ def span(first: int, last: int) -> str:
 
 def parse_span(text: str) -> tuple[int, int]:
     """Read `7-27` or `7` as its first and last index."""
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(text), re.ASCII)
+    match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", str(text), re.ASCII)
     if match is None:
         raise AnatomyError(f"{text!r} is not a range of blocks; write `7` or `7-27`")
     start, end = int(match[1]), int(match[2] or match[1])

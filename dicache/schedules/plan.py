@@ -20,6 +20,8 @@ class StandIn(NamedTuple):
     weights: Weights = ()
 
 
+MAX_STEPS = 10_000  # ten times what models are trained with
+MAX_LETTERS = 10_000_000  # that the rules may give the blocks of a model in all: some seconds of reading
 MAX_ORDER = 4  # of TaylorSeer's published settings; beyond it rounding errors grow faster than what is gained
 HOLD = StandIn("hold")
 
@@ -156,7 +158,7 @@ class Rule:
             what = f"the weights of step {step}"
             if not isinstance(given, Mapping) or not all(type(w) in (int, float) for w in given.values()):
                 raise PlanError(f"{what} must be an object of a number for each step they are for, found {given!r}")
-            if not all(key.isdecimal() for key in (step, *given)):
+            if not all(key.isdecimal() and len(key) <= len(str(MAX_STEPS)) for key in (step, *given)):
                 raise PlanError(f"{what} must be named by steps, found {', '.join(given)}")
             weights[int(step)] = tuple((int(source), float(weight)) for source, weight in given.items())
         return cls(**{**content, "weights": weights})
@@ -179,8 +181,8 @@ class Plan:
     collapse_guidance_from: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise PlanError(f"a plan needs at least one step, found {self.steps}")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise PlanError(f"a plan needs at least one step, and no more than {MAX_STEPS}; found {self.steps}")
         for rule in self.rules:
             if len(rule.steps) != self.steps:
                 raise PlanError(
@@ -196,6 +198,17 @@ class Plan:
             raise PlanError(
                 f"guidance cannot collapse where a pass has rules of its own, found some for {self.contexts[0]}; "
                 "one pass has to stand for the others"
+            )
+
+    def check_size(self, anatomy: Anatomy) -> None:
+        """Raise PlanError if a table would be larger than that of any model."""
+        ranges = [rule.block_range(anatomy) for rule in self.rules]
+        covered = len(anatomy.sites) + sum(stop - start for start, stop in ranges)
+        letters = self.steps * covered * (1 + len(self.contexts))
+        if letters > MAX_LETTERS:
+            raise PlanError(
+                f"the rules say {letters:.2g} times what a site or a block does at a step, more than any model needs; "
+                f"the most that is read is {MAX_LETTERS:.2g}"
             )
 
     def table(self, anatomy: Anatomy, context: str | None = None) -> dict[str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 from dicache.anatomy.parts import Anatomy
-from dicache.schedules.plan import ACT, COMPUTE, REUSED, Plan, PlanError, StandIn
+from dicache.schedules.plan import ACT, COMPUTE, MAX_ORDER, REUSED, Plan, PlanError, StandIn
 from dicache.schedules.predicting import as_differences, taylor_coefficients
 
 Range = tuple[int, int]  # blocks [start, stop) inside one segment that one delta replaces
@@ -147,12 +147,16 @@ class _Course:
         self._stand_ins = stand_ins
         self._most = max((stand_in.order for stand_in in stand_ins.values()), default=0)
         self.feature = any(stand_in.predictor == "feature" for stand_in in stand_ins.values())
-        for step, (_, order, weights) in stand_ins.items():
-            sources = [source for source, _ in weights]
-            if weights and letters[step] == ACT and sources != (last := self.computed(step - 1, 0)[: order + 1]):
-                raise PlanError(
-                    f"the forecast of step {step} is of steps {sources}, but those computed last are {last}"
-                )
+        last = [0]
+        for step, letter in enumerate(letters):
+            if letter == COMPUTE:
+                last = [step, *last][: MAX_ORDER + 1] if step else last
+            if letter == ACT and (weights := stand_ins[step].weights):
+                sources = [source for source, _ in weights]
+                if sources != (found := last[: len(sources)]):
+                    raise PlanError(
+                        f"the forecast of step {step} is of steps {sources}, but those computed last are {found}"
+                    )
 
     def at(self, step: int, since: int) -> _Step:
         computes = step == since or self._letters[step] == COMPUTE

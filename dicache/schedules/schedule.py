@@ -12,7 +12,8 @@ import numpy as np
 
 from dicache.anatomy.parts import Anatomy, AnatomyError
 from dicache.schedules.corrections import Corrections
-from dicache.schedules.plan import ACT, COMPUTE, Plan, PlanError, Rule
+from dicache.schedules.documents import DocumentError, parse, read_text, shortened
+from dicache.schedules.plan import ACT, COMPUTE, MAX_STEPS, Plan, PlanError, Rule
 from dicache.schedules.policies import Policy, read_policy
 from dicache.schedules.rows import Rows
 from dicache.schedules.target import ScheduleError, Target
@@ -50,8 +51,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if (self.plan is None) == (self.policy is None):
             raise ScheduleError("a schedule has either a plan or a policy")
-        if self.steps < 1:
-            raise ScheduleError(f"a schedule needs at least one step, found {self.steps}")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ScheduleError(f"a schedule needs at least one step, and no more than {MAX_STEPS}; found {self.steps}")
         if not self.anatomy.sites:
             raise ScheduleError(f"a schedule needs a model with at least one site, found none in {self.anatomy.model}")
         if self.policy is not None and self.anatomy.links:
@@ -64,6 +65,7 @@ class Schedule:
         if self.plan is not None:
             if self.plan.steps != self.steps:
                 raise ScheduleError(f"the plan has {self.plan.steps} steps, the schedule {self.steps}")
+            self.plan.check_size(self.anatomy)
             for context in (None, *self.plan.contexts):
                 self.plan.table(self.anatomy, context)  # raises if it does not fit the model
                 if any(rule.weights for rule in self.plan.rules):
@@ -262,17 +264,15 @@ class Schedule:
             ScheduleError: If the file is missing, is not JSON, or is not a schedule.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            content = json.loads(text, parse_constant=_finite, parse_float=_finite)
-            return cls.from_json(content, Path(path).parent)
+            return cls.from_json(parse(read_text(Path(path))), Path(path).parent)
         except FileNotFoundError:
             raise ScheduleError(f"{path} does not exist; make a schedule with `dicache calibrate`") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ScheduleError(f"{path} is not JSON ({error}); was it cut off? Calibrate again") from None
         except IsADirectoryError:
             raise ScheduleError(f"{path} is a folder; needed a schedule file") from None
-        except ScheduleError as error:
-            raise ScheduleError(f"{path}: {error}") from None
+        except (ScheduleError, DocumentError) as error:
+            raise ScheduleError(f"{path}: {shortened(error)}") from None
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -329,13 +329,6 @@ def macs_fraction(anatomy: Anatomy, table: Mapping[str, str]) -> float:
             else:
                 saved += sum(site.macs for site in block.sites if letters[site.branch][step] == "R")
     return 1 - saved / (anatomy.macs * steps)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ScheduleError(f"found {text}, needed a finite number")
-    return value
 
 
 def dump(content: Any, indent: str = "") -> str:

@@ -94,7 +94,7 @@ def test_a_site_begins_with_the_first_of_its_modules() -> None:
         ),
         (changed_block(sites={"router": {"module": "r", "macs": 1}}), "unknown branch 'router'"),
         (changed_block(module="blocks.0-2"), "the counts differ"),
-        (changed_block(blocks="1-4"), "must both count 0 to 3"),
+        (changed_block(blocks="1-4"), "must count from 0 in order: found 1-4 after 0"),
         (changed(segments=["0-2"]), "must both count 0 to 3"),
         (changed(segments=["0-1", "1-3"]), "must both count 0 to 3"),
         (changed(segments=["1-x"]), "'1-x' is not a range of blocks"),

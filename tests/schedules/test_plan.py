@@ -38,7 +38,7 @@ def test_a_rule_that_means_nothing_is_refused_and_says_what_may_be_written(rule:
 
 
 def test_a_plan_needs_a_step_and_rules_of_its_length() -> None:
-    with pytest.raises(PlanError, match="at least one step, found 0"):
+    with pytest.raises(PlanError, match=r"at least one step, .* found 0"):
         Plan(0)
     with pytest.raises(PlanError, match=r"3 letters for a plan of 4 steps: 'C\.C'"):
         Plan(4, (Rule("reuse", "C.C"),))
