@@ -1,4 +1,4 @@
-"""`dicache profiles`: look at profiles."""
+"""`dicache profiles`: look at profiles, and join them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ FOLDER = Path("profiles")
 
 @click.group(cls=Group)
 def profiles() -> None:
-    """Look at profiles."""
+    """Look at profiles, and join them."""
 
 
 @profiles.command()
@@ -82,6 +82,31 @@ def show(file: Path | None, names: tuple[str, ...], as_json: bool) -> None:
         if name not in priors[1:]:
             more = f" and {len(priors) - 1} more" if name in priors[:1] else ""
             click.echo(f"  {name:20} {' x '.join(map(str, shape))}{more}")
+
+
+@profiles.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The profile to write."
+)
+@json_option
+def merge(files: tuple[Path, ...], output: Path, as_json: bool) -> None:
+    """Join profiles of the same model and settings, such as the parts of `dicache profile --shard`, to one.
+
+    It is the profile that one process would have made of all their runs, in the order of their seeds. OUTPUT may be one
+    of FILES; another file is not replaced.
+    """
+    from dicache.profiler import ProfileError
+    from dicache.profiler.storage import merge as join
+
+    if output.exists() and output not in files:
+        raise ProfileError(f"{output} exists; name it among the files to add to it, or choose another -o")
+    runs = join(files, output)
+    failed = sum(not run.ok for run in runs)
+    if as_json:
+        show_json({"profile": str(output), "runs": len(runs), "failed": failed})
+    else:
+        click.echo(f"Wrote {output}: {len(runs)} runs, {failed} failed")
 
 
 def redundancy(profile: "Profile") -> dict[str, float | None]:

@@ -1,11 +1,25 @@
 """`dicache profile`."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
 from dicache.cli.command import Bytes, Command, Numbers, json_option, model_option, show_json
 from dicache.cli.profiles import FOLDER
+
+
+class Part(click.ParamType[tuple[int, int]]):
+    """One of so many parts: `3/8`."""
+
+    name = "part"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", str(value), re.ASCII)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            self.fail(f"{value!r} is no part of a whole; write 1/8 to 8/8", param, ctx)
+        return int(match[1]), int(match[2])
 
 
 @click.command(cls=Command, interrupted="finished runs are kept; the same command with --resume goes on with them")
@@ -41,6 +55,9 @@ from dicache.cli.profiles import FOLDER
 @click.option("--max-memory", type=Bytes(), help="Refuse to start if more is needed, such as 8GB.")
 @click.option("--no-prompts", is_flag=True, help="Write down a hash of each prompt, not the prompt.")
 @click.option("--resume", is_flag=True, help="Go on with a profile that was broken off.")
+@click.option(
+    "--shard", type=Part(), help="Make one part of the runs, such as 1/8; `dicache profiles merge` joins them."
+)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="The profile to write (HDF5).")
 @json_option
 def profile(
@@ -66,48 +83,67 @@ def profile(
     max_memory: int | None,
     no_prompts: bool,
     resume: bool,
+    shard: tuple[int, int] | None,
     output: Path | None,
     as_json: bool,
 ) -> None:
     """Measure a model over many runs and write a profile.
 
-    It is written to ./profiles, where the other commands look for the newest one.
+    It is written to ./profiles, where the other commands look for the newest one. Under torchrun the ranks share the
+    runs, and rank 0 writes the profile.
     """
     from dicache.models.loading import load
     from dicache.models.names import find
     from dicache.models.sampling import Sampling, default_conditions, read_conditions
     from dicache.profiler.profiling import profile_pipeline
+    from dicache.profiler.shards import device_of_rank, is_launched, part_of, profile_together, ranks, shard_of
     from dicache.schedules import Schedule
 
     if priors and priors_for:
         raise click.UsageError("--priors keeps all that --priors-for would; give one of them")
+    if shard and is_launched():
+        raise click.UsageError(
+            "--shard is for processes that know nothing of one another; torchrun's ranks share anyway"
+        )
     source = find(model)
     conditions = read_conditions(prompts) if prompts else None
-    pipeline = load(model, device=device, dtype=dtype, scheduler=scheduler)
-    sampling = Sampling(steps, guidance, height, width, frames).usual_for(model).resolved(pipeline)
-    if output is None:
-        sampler = type(pipeline.scheduler).__name__.removesuffix("Scheduler").lower()
-        part = f"-{component}" if component else ""
-        output = FOLDER / f"{source.name}{part}-{sampler}-{sampling.steps}.h5"
-    profile_pipeline(
-        pipeline,
-        model,
-        output,
-        conditions or default_conditions(pipeline, runs),
-        sampling=sampling,
-        seed=seed,
-        lags=lags,
-        component=component,
-        priors=Schedule.load(priors_for) if priors_for else priors,
-        decision_blocks=decision_blocks,
-        first_blocks=first_blocks,
-        batch=batch,
-        max_memory=max_memory,
-        keep_prompts=not no_prompts,
-        resume=resume,
-    )
+    with ranks() as rank:
+        pipeline = load(model, device=device_of_rank(device), dtype=dtype, scheduler=scheduler)
+        sampling = Sampling(steps, guidance, height, width, frames).usual_for(model).resolved(pipeline)
+        conditions = conditions or default_conditions(pipeline, runs)
+        if output is None:
+            sampler = type(pipeline.scheduler).__name__.removesuffix("Scheduler").lower()
+            model_part = f"-{component}" if component else ""
+            output = FOLDER / f"{source.name}{model_part}-{sampler}-{sampling.steps}.h5"
+        options: dict[str, Any] = {
+            "sampling": sampling,
+            "seed": seed,
+            "lags": lags,
+            "component": component,
+            "priors": Schedule.load(priors_for) if priors_for else priors,
+            "decision_blocks": decision_blocks,
+            "first_blocks": first_blocks,
+            "batch": batch,
+            "max_memory": max_memory,
+            "keep_prompts": not no_prompts,
+            "resume": resume,
+        }
+        whole = output
+        if is_launched():
+            profile_together(pipeline, model, whole, conditions, **options)
+        elif shard:
+            output, only = shard_of(whole, *shard), part_of(len(conditions), *shard)
+            profile_pipeline(pipeline, model, output, conditions, only=only, **options)
+        else:
+            profile_pipeline(pipeline, model, output, conditions, **options)
+    if rank > 0:
+        return
     if as_json:
         show_json({"profile": str(output)})
+    elif shard:
+        click.echo(
+            f"Wrote {output}. When all parts are there: dicache profiles merge {whole}.*-of-{shard[1]} -o {whole}"
+        )
     else:
         given = "" if output.parent == FOLDER else f" --profile {output}"
         click.echo(f"Wrote {output}. Next: dicache calibrate teacache --target-speedup 1.8{given}")

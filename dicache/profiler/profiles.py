@@ -1,5 +1,6 @@
 """A profile: what was measured on a model over many runs, and where it came from."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,11 @@ class Run:
     def ok(self) -> bool:
         return self.status == "ok"
 
+    @property
+    def key(self) -> tuple[int, str]:
+        """By which runs are told apart and put in order."""
+        return self.seed, self.prompt
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -75,6 +81,14 @@ class Provenance:
     def layout(self) -> str:
         """How guidance is laid out: `batched` where a pass holds both halves, else `separate`."""
         return "batched" if max(self.parts) > 1 else "separate"
+
+    def differences(self, other: "Provenance") -> list[str]:
+        """Names of what is not the same in two profiles, so that runs of both cannot stand in one file.
+
+        The versions of the software are not compared.
+        """
+        one, two = (json.loads(json.dumps(provenance.to_json())) for provenance in (self, other))
+        return [key for key in one if key != "versions" and one[key] != two[key]]
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -99,6 +99,8 @@ def profile_pipeline(
     max_memory: int | None = None,
     keep_prompts: bool = True,
     resume: bool = False,
+    only: Sequence[int] | None = None,
+    elsewhere: Sequence[Path] = (),
     batch: int = 1,
     progress: bool = True,
 ) -> Path:
@@ -127,6 +129,8 @@ def profile_pipeline(
         max_memory: Bytes, of the device or of main memory, above which to refuse.
         keep_prompts: Whether to write prompts down, or what they hash to. Who guesses a prompt can verify the guess.
         resume: Go on with the file if it is there and was begun with the same model and settings.
+        only: The places among the conditions of the runs to make here; others make the rest. All when left out.
+        elsewhere: Profiles that others have begun of the rest, with the same model and settings.
         batch: How many runs the pipeline makes in one call. So many are made one by one first, and then once more
             together, to see that the model makes the same of them.
         progress: Whether to show the need and a bar on standard error.
@@ -136,95 +140,99 @@ def profile_pipeline(
 
     Raises:
         ProfileError: If the file exists and may not or cannot be gone on with, it needs too much memory or disk, or
-            every run failed, or runs in a batch are not what they are alone.
+            every run of all failed, or runs in a batch are not what they are alone.
     """
     if not conditions or lags < 1 or batch < 1:
         found = f"{len(conditions)}, {lags} and {batch}"
         raise ProfileError(f"a profile needs at least one run, one lag and one run in a batch, found {found}")
     sampling = (sampling or Sampling()).resolved(pipeline)
-    planned = [
-        Run(condition if keep_prompts else hashed(condition), seed + i) for i, condition in enumerate(conditions)
-    ]
-    done: tuple[Run, ...] = ()
-    before: Provenance | None = None
-    if output.exists():
-        before, done = storage.header(output)
-        if not resume:
-            raise ProfileError(f"{output} exists, with {len(done)} runs; pass --resume to go on with it, or another -o")
+    planned = planned_runs(conditions, seed, keep_prompts)
     model = denoiser(pipeline, component)
     if is_unet(model):
         raise ProfileError(
             f"a profile measures what a row of blocks adds to one stream, and {type(model).__name__} is a U-Net, whose "
             "stream changes its shape; take a method that needs no profile, such as `dicache calibrate deepcache`"
         )
-    inputs = capture_inputs(model, lambda: sample(pipeline, conditions[:1], [seed], sampling))
-    if anatomy is not None and anatomy.model != type(model).__name__:
-        raise ProfileError(f"the anatomy is that of a {anatomy.model}, found {type(model).__name__}")
-    anatomy = anatomy or survey(model, inputs)
-    time = find_time_embedding(model, inputs, anatomy)
-    steps = len(pipeline.scheduler.timesteps)
-    steps_kept = _steps_of_priors(priors, anatomy, steps)
-    if decision_blocks is None:
-        usual = usual_decision_block(anatomy)
-        decision_blocks = (usual,) if anatomy.blocks[usual].main_stream else ()
-    elif wrong := [block for block in decision_blocks if not 0 <= block < len(anatomy.blocks)]:
-        raise ProfileError(f"no block {wrong[0]} in this {anatomy.model}; it has 0 to {len(anatomy.blocks) - 1}")
-    blocks = sorted(set(decision_blocks))
-    counts = _counts_of_first_blocks(first_blocks, anatomy)
-    first_lags = min(MOST_LAGS, steps - 1) if counts else 0
-    with Recorder(pipeline, model, anatomy, lags, steps_kept, time, counts, first_lags, blocks) as recorder:
+    with storage.alone(output):
+        begun = {file: storage.header(file) for file in (output, *elsewhere) if file.exists()}
+        if output in begun and not resume:
+            runs = begun[output][1]
+            raise ProfileError(f"{output} exists, with {len(runs)} runs; pass --resume to go on with it, or another -o")
+        inputs = capture_inputs(model, lambda: sample(pipeline, conditions[:1], [seed], sampling))
+        if anatomy is not None and anatomy.model != type(model).__name__:
+            raise ProfileError(f"the anatomy is that of a {anatomy.model}, found {type(model).__name__}")
+        anatomy = anatomy or survey(model, inputs)
+        time = find_time_embedding(model, inputs, anatomy)
+        steps = len(pipeline.scheduler.timesteps)
+        steps_kept = _steps_of_priors(priors, anatomy, steps)
+        if decision_blocks is None:
+            usual = usual_decision_block(anatomy)
+            decision_blocks = (usual,) if anatomy.blocks[usual].main_stream else ()
+        elif wrong := [block for block in decision_blocks if not 0 <= block < len(anatomy.blocks)]:
+            raise ProfileError(f"no block {wrong[0]} in this {anatomy.model}; it has 0 to {len(anatomy.blocks) - 1}")
+        blocks = sorted(set(decision_blocks))
+        counts = _counts_of_first_blocks(first_blocks, anatomy)
+        first_lags = min(MOST_LAGS, steps - 1) if counts else 0
+        with Recorder(pipeline, model, anatomy, lags, steps_kept, time, counts, first_lags, blocks) as recorder:
 
-        def call(together: Sequence[tuple[Run, str]]) -> None:
-            recorder.runs = len(together)
-            sample(pipeline, [condition for _, condition in together], [run.seed for run, _ in together], sampling)
+            def call(together: Sequence[tuple[Run, str]]) -> None:
+                recorder.runs = len(together)
+                sample(pipeline, [condition for _, condition in together], [run.seed for run, _ in together], sampling)
 
-        every = list(zip(planned, conditions, strict=True))
-        ahead = every[len(done) :]
-        _first_step(pipeline, recorder, lambda: call(ahead[:batch] or every[:1]))
-        provenance = _provenance(pipeline, component, name, anatomy, sampling, recorder, priors)
-        if before is not None:
-            _check_resumable(output, before, provenance, done, planned)
-        need = _need(recorder, provenance, len(planned))
-        if progress:
-            tqdm.write(f"needs {need}", file=sys.stderr)
-        _check_need(need, max_memory, output)
-        if before is None:
-            storage.create(output, provenance, recorder.priors)
+            every = list(zip(planned, conditions, strict=True))
+            mine = every if only is None else [every[place] for place in only]
+            done = {run.key for run in begun[output][1]} if output in begun else set()
+            ahead = [(run, condition) for run, condition in mine if run.key not in done]
+            _first_step(pipeline, recorder, lambda: call(ahead[:batch] or every[:1]))
+            provenance = _provenance(pipeline, component, name, anatomy, sampling, recorder, priors)
+            for file, (before, runs) in begun.items():
+                _check_resumable(file, before, provenance, runs, planned)
+            need = _need(recorder, provenance, len(done) + len(ahead))
+            if progress:
+                tqdm.write(f"needs {need}", file=sys.stderr)
+            _check_need(need, max_memory, output)
+            if output not in begun:
+                storage.create(output, provenance, recorder.priors)
 
-        def make(together: Sequence[tuple[Run, str]]) -> bool:
-            """Make some runs and write them; or none of them, if they would have to be taken apart again."""
-            with storage.adding(output) as addition:
-                recorder.add_to(addition.priors if steps_kept else None, provenance)
-                call(together)
-                failures = [recorder.failure(place) for place in range(len(together))]
-                if steps_kept and len(together) > 1 and any(failures):
-                    addition.drop()
-                    return False
-                for place, ((run, _), failure) in enumerate(zip(together, failures, strict=True)):
-                    status = "ok" if failure is None else f"failed at {failure}"
-                    addition.write(recorder.record(replace(run, status=status), provenance, place))
-            bar.update(len(together))
-            return True
+            def make(together: Sequence[tuple[Run, str]]) -> bool:
+                """Make some runs and write them; or none of them, if they would have to be taken apart again."""
+                with storage.adding(output) as addition:
+                    recorder.add_to(addition.priors if steps_kept else None, provenance)
+                    call(together)
+                    failures = [recorder.failure(place) for place in range(len(together))]
+                    if steps_kept and len(together) > 1 and any(failures):
+                        addition.drop()
+                        return False
+                    for place, ((run, _), failure) in enumerate(zip(together, failures, strict=True)):
+                        status = "ok" if failure is None else f"failed at {failure}"
+                        addition.write(recorder.record(replace(run, status=status), provenance, place))
+                bar.update(len(together))
+                return True
 
-        with tqdm(planned, initial=len(done), desc=f"profile {name}", unit="run", disable=not progress) as bar:
-            trial = ahead[:batch] if 1 < batch < len(ahead) else []
-            alone = []
-            for single in trial:
-                make([single])
-                alone.append(recorder.outputs())
-            if trial:
-                recorder.add_to(None, provenance)
-                call(trial)
-                for place, outputs in enumerate(alone):
-                    _check_alike(outputs, recorder.outputs(place))
-            for start in range(len(trial), len(ahead), batch):
-                together = ahead[start : start + batch]
-                if not make(together):
-                    for single in together:
-                        make([single])
-    _, finished = storage.header(output)
-    if not any(run.ok for run in finished):
-        raise ProfileError(f"every run {finished[0].status}: the model's outputs are not finite; try another --dtype")
+            with tqdm(
+                total=len(done) + len(ahead),
+                initial=len(done),
+                desc=f"profile {name}",
+                unit="run",
+                disable=not progress,
+            ) as bar:
+                trial = ahead[:batch] if 1 < batch < len(ahead) else []
+                alone = []
+                for single in trial:
+                    make([single])
+                    alone.append(recorder.outputs())
+                if trial:
+                    recorder.add_to(None, provenance)
+                    call(trial)
+                    for place, outputs in enumerate(alone):
+                        _check_alike(outputs, recorder.outputs(place))
+                for start in range(len(trial), len(ahead), batch):
+                    together = ahead[start : start + batch]
+                    if not make(together):
+                        for single in together:
+                            make([single])
+    if only is None:
+        check_runs(output)
     return output
 
 
@@ -243,6 +251,18 @@ def pipeline_of(provenance: Provenance, device: str | None = None) -> Any:
     """
     target = provenance.target
     return load(provenance.model, device=device, dtype=target.dtype, scheduler=target.scheduler)
+
+
+def planned_runs(conditions: Sequence[str], seed: int, keep_prompts: bool) -> list[Run]:
+    """Return the runs of these conditions; each has the next seed."""
+    return [Run(condition if keep_prompts else hashed(condition), seed + i) for i, condition in enumerate(conditions)]
+
+
+def check_runs(profile: Path) -> None:
+    """Raise ProfileError if every run of a profile failed."""
+    _, runs = storage.header(profile)
+    if not any(run.ok for run in runs):
+        raise ProfileError(f"every run {runs[0].status}: the model's outputs are not finite; try another --dtype")
 
 
 def hashed(prompt: str) -> str:
@@ -445,16 +465,13 @@ def digest(content: Any) -> str:
 
 
 def _check_resumable(
-    output: Path, before: Provenance, now: Provenance, done: Sequence[Run], planned: Sequence[Run]
+    file: Path, before: Provenance, now: Provenance, done: Sequence[Run], planned: Sequence[Run]
 ) -> None:
-    old, new = (json.loads(json.dumps(provenance.to_json())) for provenance in (before, now))
-    differing = [key for key in old if key != "versions" and old[key] != new[key]]
-    if differing:
+    if differing := before.differences(now):
         raise ProfileError(
-            f"{output} cannot be gone on with: it was begun with another {', '.join(differing)}; choose another -o"
+            f"{file} cannot be gone on with: it was begun with another {', '.join(differing)}; choose another -o"
         )
-    same = [(run.prompt, run.seed) for run in done] == [(run.prompt, run.seed) for run in planned[: len(done)]]
-    if not same or len(done) > len(planned):
+    if not {run.key for run in done} <= {run.key for run in planned}:
         raise ProfileError(
-            f"{output} cannot be gone on with: its {len(done)} runs are of other prompts or seeds; choose another -o"
+            f"{file} cannot be gone on with: its {len(done)} runs are of other prompts or seeds; choose another -o"
         )

@@ -23,7 +23,7 @@ def load(path: str | os.PathLike[str]) -> Profile:
         ProfileError: If the file is missing, cut off, or not a profile.
     """
     path = Path(path)
-    with _reading(path) as file:
+    with reading(path) as file:
         provenance = _provenance(path, file)
         runs = _runs(file)
         for name, shape in shapes(provenance).items():
@@ -42,7 +42,7 @@ def load_prior(path: str | os.PathLike[str], site: str) -> tuple[tuple[int, ...]
     Raises:
         ProfileError: If the profile has no priors of this site.
     """
-    with _reading(Path(path)) as file:
+    with reading(Path(path)) as file:
         if f"priors/{site}" not in file:
             raise ProfileError(f"{path} has no prior of {site}; profile again with --priors")
         dataset = file[f"priors/{site}"]
@@ -53,7 +53,7 @@ def load_prior(path: str | os.PathLike[str], site: str) -> tuple[tuple[int, ...]
 
 def has_priors(path: str | os.PathLike[str]) -> bool:
     """Return whether a profile has mean outputs of any site."""
-    with _reading(Path(path)) as file:
+    with reading(Path(path)) as file:
         return "priors" in file
 
 
@@ -68,7 +68,7 @@ class _Arrays(Mapping[str, np.ndarray]):
         if name not in self._names:
             raise KeyError(name)
         if name not in self._read:
-            with _reading(self._path) as file:
+            with reading(self._path) as file:
                 rows = file[name][: len(self._ok)]
             self._read[name] = rows if self._ok.all() else rows[self._ok]
         return self._read[name]
@@ -86,20 +86,25 @@ def header(path: str | os.PathLike[str]) -> tuple[Provenance, tuple[Run, ...]]:
     Raises:
         ProfileError: If the file is missing, cut off, or not a profile.
     """
-    with _reading(Path(path)) as file:
+    with reading(Path(path)) as file:
         return _provenance(path, file), _runs(file)
 
 
 def array_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     """Return the shape of every dataset in a profile by its name."""
     found: dict[str, tuple[int, ...]] = {}
-    with _reading(Path(path)) as file:
+    with reading(Path(path)) as file:
         file.visititems(lambda name, item: found.update({f"/{name}": item.shape}) if hasattr(item, "shape") else None)
     return found
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[Any]:
+def reading(path: Path) -> Iterator[Any]:
+    """Open a profile.
+
+    Raises:
+        ProfileError: If it is missing or cannot be read, now or later in the block.
+    """
     if not path.is_file():
         raise ProfileError(f"{path} does not exist; make a profile with `dicache profile --model ...`")
     try:

@@ -34,6 +34,17 @@ def create(path: Path, provenance: Provenance, priors: Mapping[str, PriorShape] 
         priors: Sites whose mean outputs are kept, with their steps and the shape of an output: (parts of all passes,
             tokens, channels).
     """
+    with writing(path, provenance, priors):
+        pass
+
+
+@contextmanager
+def writing(path: Path, provenance: Provenance, priors: Mapping[str, PriorShape] | None = None) -> Iterator[Any]:
+    """Begin a profile without runs; it takes the place of what was there when the block is left without an error.
+
+    Yields:
+        The open file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         _replacing(path) as part,
@@ -56,6 +67,30 @@ def create(path: Path, provenance: Provenance, priors: Mapping[str, PriorShape] 
             )
         for key, prior in (priors or {}).items():
             _create_prior(file.require_group("priors"), key, prior)
+        yield file
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other processes from writing a profile while the block runs.
+
+    Raises:
+        ProfileError: If another one does.
+    """
+    lock = _lock_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        holding = h5py.File(lock, "w")  # locked by HDF5, until it is closed or the process ends
+    except BlockingIOError:
+        raise ProfileError(f"{path} is being written by another process; wait for it, or choose another -o") from None
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error
+        raise ProfileError(f"{path} cannot be written ({reason}); choose another -o") from None
+    with holding:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def append(path: Path, record: RunRecord) -> None:
@@ -129,9 +164,23 @@ def _create_prior(group: Any, key: str, shape: PriorShape) -> None:
     group[key].attrs["counts"] = np.zeros((parts, len(steps)), np.int64)
 
 
+def remove(path: Path) -> None:
+    """Remove a profile, and what a process left beside it that was killed while it wrote."""
+    for file in (path, _part_of(path), _lock_of(path)):
+        file.unlink(missing_ok=True)
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    part = path.with_name(f".{path.name}.part")
+    part = _part_of(path)
     try:
         yield part
         with part.open("rb") as file:
