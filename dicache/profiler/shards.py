@@ -68,7 +68,7 @@ def ranks() -> Iterator[int]:
     except (RuntimeError, ValueError) as error:
         raise ProfileError(
             f"rank {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']} did not find the others ({error}); "
-            "needed all of them, and RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment, as torchrun has it"
+            "needed all of them, and RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them"
         ) from error
     try:
         yield distributed.get_rank()
