@@ -34,8 +34,8 @@ def main() -> None:
         f"dicache profile --model {given.model} --steps {given.steps}, one thread a process, {os.cpu_count()} cores.",
         f"Runs a second beyond the first {given.runs // 4} of a process, the median of {given.repetitions}:",
         *(
-            f"  {count} process{'es' if count > 1 else '  '}  {median(found):.3f}  ({', '.join(f'{rate:.3f}' for rate in found)})"
-            for count, found in rates.items()
+            f"  processes {count}  {median(each):.3f}  ({', '.join(map('{:.3f}'.format, each))})"
+            for count, each in rates.items()
         ),
         f"  ratio         {two / one:.2f}",
     ]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dicache.anatomy import Anatomy
+from dicache.anatomy.parts import check_keys
 from dicache.schedules import Schedule, Target
 
 FORMAT = "dicache.profile/1"
@@ -106,18 +107,30 @@ class Provenance:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Provenance":
-        return cls(
-            **{
-                **content,
-                "anatomy": Anatomy.from_json(content["anatomy"]),
-                "target": Target.from_json(content["target"]),
-                "contexts": tuple(content["contexts"]),
-                "parts": tuple(content["parts"]),
-                "time_signals": tuple(content.get("time_signals", ())),  # older profiles have none
-                "decision_blocks": tuple(content.get("decision_blocks", ())),
-                "first_blocks": tuple(content.get("first_blocks", ())),
-            }
-        )
+        """Read what `to_json` returns; the last lists are not in files of before they were measured.
+
+        Raises:
+            ProfileError: If a key is unknown or missing, or a value is not of its kind.
+        """
+        kinds: dict[str, type] = {"model": str, "settings": Mapping, "versions": Mapping, "lags": int}
+        lists: dict[str, type] = {"contexts": str, "parts": int}
+        later: dict[str, type] = {"time_signals": str, "decision_blocks": int, "first_blocks": int}
+        check_keys("provenance", content, {*kinds, *lists, "anatomy", "target"}, optional={*later, "first_block_lags"})
+        for name, kind in {**kinds, "first_block_lags": int}.items():
+            if not isinstance(value := content.get(name, 0), kind) or isinstance(value, bool):
+                raise ProfileError(f"its {name} cannot be {value!r}")
+        for name, kind in (lists | later).items():
+            value = content.get(name, [])
+            if not isinstance(value, list) or not all(type(item) is kind for item in value):
+                raise ProfileError(f"its {name} cannot be {value!r}")
+        anatomy = Anatomy.from_json(content["anatomy"])
+        blocks = range(len(anatomy.blocks))
+        if content["lags"] < 1 or not blocks or any(b not in blocks for b in content.get("decision_blocks", [])):
+            raise ProfileError(f"it has {len(blocks)} blocks, lags up to {content['lags']} and decisions by others")
+        if not content["contexts"] or len(content["contexts"]) != len(content["parts"]) or min(content["parts"]) < 1:
+            raise ProfileError(f"its passes {content['contexts']} cannot have the parts {content['parts']}")
+        made = {name: tuple(content.get(name, ())) for name in (*lists, *later)}
+        return cls(**{**content, **made, "anatomy": anatomy, "target": Target.from_json(content["target"])})
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,12 @@ def read_text(path: Path) -> str:
     return data.decode("utf-8")
 
 
-def parse(text: str) -> Any:
+def parse(text: str, *, finite: bool = True) -> Any:
     """Return what JSON says.
+
+    Args:
+        text: The document.
+        finite: Whether to refuse infinities and NaN, which a sampler's configuration may have.
 
     Raises:
         DocumentError: If a number is not finite or has too many digits, a string holds what is no text, or it is
@@ -43,7 +47,8 @@ def parse(text: str) -> Any:
         json.JSONDecodeError: If it is not JSON.
     """
     try:
-        content = json.loads(text, parse_constant=_finite, parse_float=_finite, parse_int=_whole)
+        numbers = _finite if finite else float
+        content = json.loads(text, parse_constant=numbers, parse_float=numbers, parse_int=_whole)
     except RecursionError:
         raise DocumentError(f"objects and lists are nested more than {MAX_DEPTH} deep") from None
     level = [content]
@@ -51,6 +56,23 @@ def parse(text: str) -> Any:
         if not (level := [inner for value in level for inner in _inside(value)]):
             return content
     raise DocumentError(f"objects and lists are nested more than {MAX_DEPTH} deep")
+
+
+def wrong_format(found: Any, needed: str, by: Any) -> str:
+    """Say why a file of another format is not read, and what to do.
+
+    Args:
+        found: The format that it says, as `dicache.schedule/2`.
+        needed: The format that is read.
+        by: The version of dicache that it says it was written by, which later formats do.
+    """
+    kind, _, number = needed.partition("/")
+    match = re.fullmatch(rf"{re.escape(kind)}/(\d{{1,9}})", found) if isinstance(found, str) else None
+    if match is None or int(match[1]) <= int(number):
+        return f"found format {found!r}, needed {needed!r}"
+    known = isinstance(by, str) and re.fullmatch(r"\d{1,9}(\.\d{1,9}){0,3}", by)
+    newer = f"'dicache>={by}'" if known else "--upgrade dicache"
+    return f"found format {found!r}, which is newer than {needed!r}: `pip install {newer}`"
 
 
 def shortened(error: Exception) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dicache.anatomy.parts import Anatomy, AnatomyError
 from dicache.schedules.corrections import Corrections
-from dicache.schedules.documents import DocumentError, parse, read_text, shortened
+from dicache.schedules.documents import DocumentError, parse, read_text, shortened, wrong_format
 from dicache.schedules.plan import ACT, COMPUTE, MAX_STEPS, Plan, PlanError, Rule
 from dicache.schedules.policies import Policy, read_policy
 from dicache.schedules.rows import Rows
@@ -215,8 +215,8 @@ class Schedule:
             ScheduleError: If a key is unknown or missing, or a value contradicts another.
         """
         if not isinstance(content, Mapping) or content.get("format") != FORMAT:
-            found = content.get("format") if isinstance(content, Mapping) else type(content).__name__
-            raise ScheduleError(f"not a schedule: found format {found!r}, needed {FORMAT!r}")
+            told = content if isinstance(content, Mapping) else {"format": type(content).__name__}
+            raise ScheduleError(f"not a schedule: {wrong_format(told.get('format'), FORMAT, told.get('dicache'))}")
         keys = {"format", "method", "settings", "steps", "made_for", "measured", "anatomy"}
         given = set(content) - {"plan", "policy", "corrections"}
         if wrong := sorted(keys ^ given):

@@ -202,7 +202,7 @@ def test_broken_files_are_one_line_with_what_to_do(workplace: Path) -> None:
     assert "cannot be read as a profile" in refused("calibrate", "teacache", "--profile", "cut.h5")
     with h5py.File("empty.h5", "w"):
         pass
-    assert "is not a profile" in refused("plot", "delta", "empty.h5", "-o", "x.png")
+    assert "empty.h5: not a profile" in refused("plot", "delta", "empty.h5", "-o", "x.png")
 
 
 def test_wrong_usage_exits_with_two(workplace: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_number_too_large_to_be_finite_is_refused(tmp_path: Path) -> None:
         Schedule.load(path)
 
 
-@pytest.mark.parametrize("content", [{}, {"format": "dicache.schedule/2"}, {"format": None}, [], "schedule", None, 3])
+@pytest.mark.parametrize("content", [{}, {"format": "dicache.schedule/0"}, {"format": None}, [], "schedule", None, 3])
 def test_another_format_is_refused_with_the_one_that_is_needed(content: Any) -> None:
     with pytest.raises(ScheduleError, match=r"not a schedule: found format .* needed 'dicache\.schedule/1'"):
         Schedule.from_json(content)

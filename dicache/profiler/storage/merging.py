@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dicache.profiler.profiles import ProfileError, Provenance, Run
+from dicache.profiler.storage.checking import measured_row
 from dicache.profiler.storage.layout import shapes
 from dicache.profiler.storage.reading import header, reading
 from dicache.profiler.storage.writing import PriorShape, alone, writing
@@ -79,7 +80,9 @@ def _rows(
 
 
 def _equal(one: Any, row: int, other: Any, there: int, names: dict[str, tuple[int, ...]]) -> bool:
-    return all(np.array_equal(one[name][row], other[name][there], equal_nan=True) for name in names)
+    return all(
+        np.array_equal(measured_row(one[name], row), measured_row(other[name], there), equal_nan=True) for name in names
+    )
 
 
 def _copy_rows(opened: Sequence[Any], rows: Rows, made: Any, provenance: Provenance) -> None:
@@ -90,7 +93,7 @@ def _copy_rows(opened: Sequence[Any], rows: Rows, made: Any, provenance: Provena
         into, sources = made[name], [file[name] for file in opened]
         into.resize(len(rows), axis=0)
         for place, (_, file, row) in enumerate(rows):
-            into[place] = sources[file][row]
+            into[place] = measured_row(sources[file], row)
 
 
 def _priors(files: Sequence[Path], opened: Sequence[Any]) -> dict[str, PriorShape]:

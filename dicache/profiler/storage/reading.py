@@ -1,6 +1,5 @@
 """Read a profile."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,10 +9,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dicache.anatomy import AnatomyError
 from dicache.profiler.profiles import FORMAT, Profile, ProfileError, Provenance, Run
+from dicache.profiler.storage.checking import check_file, check_room, measured_rows, texts
 from dicache.profiler.storage.layout import shapes
-from dicache.schedules import ScheduleError
+from dicache.schedules.documents import parse, shortened, wrong_format
 
 
 def load(path: str | os.PathLike[str]) -> Profile:
@@ -47,7 +46,11 @@ def load_prior(path: str | os.PathLike[str], site: str) -> tuple[tuple[int, ...]
             raise ProfileError(f"{path} has no prior of {site}; profile again with --priors")
         dataset = file[f"priors/{site}"]
         steps = np.array(dataset.attrs["steps"])
-        whole = np.flatnonzero((dataset.attrs.get("counts", np.ones((1, len(steps)))) > 0).all(axis=0))
+        counts = np.array(dataset.attrs.get("counts", np.ones((1, len(steps)), np.int64)))
+        if dataset.ndim != 4 or steps.shape != dataset.shape[1:2] or counts.shape[1:] != steps.shape:
+            raise ProfileError(f"{path}: the prior of {site} is not of as many steps as it says; profile again")
+        whole = np.flatnonzero((counts > 0).all(axis=0))
+        check_room(dataset.name, 2 * dataset.nbytes)
         return tuple(steps[whole].tolist()), dataset[:, whole]
 
 
@@ -69,7 +72,7 @@ class _Arrays(Mapping[str, np.ndarray]):
             raise KeyError(name)
         if name not in self._read:
             with reading(self._path) as file:
-                rows = file[name][: len(self._ok)]
+                rows = measured_rows(file[name])
             self._read[name] = rows if self._ok.all() else rows[self._ok]
         return self._read[name]
 
@@ -109,23 +112,33 @@ def reading(path: Path) -> Iterator[Any]:
         raise ProfileError(f"{path} does not exist; make a profile with `dicache profile --model ...`")
     try:
         with h5py.File(path, "r") as file:
+            _check_format(file)
+            check_file(file)
             yield file
     except (OSError, KeyError, RuntimeError) as error:
-        if isinstance(error, ProfileError):
-            raise
         raise ProfileError(f"{path} cannot be read as a profile ({error}); was it cut off? Profile again") from None
+    except ProfileError as error:
+        said = shortened(error)
+        raise ProfileError(said if said.startswith(str(path)) else f"{path}: {said}") from None
+
+
+def _check_format(file: Any) -> None:
+    found = file.attrs.get("format")
+    if not isinstance(found, str) or found != FORMAT:
+        said = wrong_format(found, FORMAT, file.attrs.get("dicache"))
+        raise ProfileError(f"not a profile: {said}")
 
 
 def _provenance(path: str | os.PathLike[str], file: Any) -> Provenance:
-    found = file.attrs.get("format")
-    if found != FORMAT:
-        raise ProfileError(f"{path} is not a profile: found format {found!r}, needed {FORMAT!r}; profile again")
     try:
-        return Provenance.from_json(json.loads(file.attrs["provenance"]))
-    except (KeyError, TypeError, ValueError, AnatomyError, ScheduleError) as error:
+        return Provenance.from_json(parse(file.attrs["provenance"], finite=False))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ProfileError(f"{path}: its provenance cannot be read ({error}); profile again") from None
 
 
 def _runs(file: Any) -> tuple[Run, ...]:
-    prompts, statuses = (file[f"runs/{name}"].asstr()[:] for name in ("prompt", "status"))
-    return tuple(Run(p, int(s), t) for p, s, t in zip(prompts, file["runs/seed"][:], statuses, strict=True))
+    prompts, statuses = (texts(file[f"runs/{name}"]) for name in ("prompt", "status"))
+    seeds = file["runs/seed"][:].tolist()
+    if not len(prompts) == len(statuses) == len(seeds):
+        raise ProfileError(f"it has {len(prompts)} prompts, {len(seeds)} seeds and {len(statuses)} states of runs")
+    return tuple(map(Run, prompts, seeds, statuses))

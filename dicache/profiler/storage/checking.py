@@ -1,0 +1,104 @@
+"""What a profile's file may hold, whoever made it: nothing outside of itself, and no more than it says.
+
+HDF5 can point into other files, and its filters can make much of little. A profile has datasets of known kinds in
+groups of one level, and measured rows that are each one chunk of shuffled and deflated numbers. These are inflated
+here, to the size that they must have and no further.
+"""
+
+import zlib
+from typing import Any
+
+import h5py
+import numpy as np
+
+from dicache.models.devices import host_memory
+from dicache.profiler.profiles import ProfileError
+
+MEASURED_FILTERS = [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE]
+RUNS = {"prompt": "O", "seed": "i", "status": "O"}  # kind of number or text
+
+
+def check_file(file: Any) -> None:
+    """Raise ProfileError unless all in a file is of the kinds that a profile has."""
+    for name, item in _members(file):
+        if isinstance(item, h5py.Group):
+            for inner, dataset in _members(item):
+                _check_dataset(f"{name}/{inner}", dataset)
+        else:
+            _check_dataset(name, item)
+
+
+def check_room(name: str, size: int) -> None:
+    """Raise ProfileError if so many bytes do not fit into memory."""
+    if size > (free := host_memory()):
+        raise ProfileError(f"its {name} takes {size:.3g} bytes of memory, and {free:.3g} are free")
+
+
+def measured_rows(dataset: Any) -> np.ndarray:
+    """Return all rows of a dataset of measurements."""
+    check_room(dataset.name, dataset.nbytes)
+    rows = np.empty(dataset.shape, dataset.dtype)
+    for place in range(len(rows)):
+        rows[place] = measured_row(dataset, place)
+    return rows
+
+
+def measured_row(dataset: Any, place: int) -> np.ndarray:
+    """Return one row of a dataset of measurements: a chunk, which is inflated to its size and no further."""
+    shape, kind = dataset.shape[1:], dataset.dtype
+    size = kind.itemsize * int(np.prod(shape, dtype=object))
+    check_room(dataset.name, 2 * size)
+    left_out, deflated = dataset.id.read_direct_chunk((place, *[0] * len(shape)))
+    inflating = zlib.decompressobj()
+    try:
+        shuffled = b"" if left_out else inflating.decompress(deflated, size + 1)
+    except zlib.error as error:
+        raise ProfileError(f"row {place} of its {dataset.name} cannot be inflated ({error})") from None
+    if len(shuffled) != size or not inflating.eof:
+        raise ProfileError(f"row {place} of its {dataset.name} has not the {size} bytes that it should have")
+    by_significance = np.frombuffer(shuffled, np.uint8).reshape(kind.itemsize, -1)
+    row: np.ndarray = np.ascontiguousarray(by_significance.T).view(kind).reshape(shape)
+    return row
+
+
+def texts(dataset: Any) -> list[str]:
+    """Return a column of texts, each of which a file holds anew."""
+    found, left = [], dataset.file.id.get_filesize()
+    for place in range(len(dataset)):
+        data = dataset[place]
+        left -= len(data)
+        if left < 0:
+            raise ProfileError(f"its {dataset.name} is longer than the file")
+        try:
+            found.append(data.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise ProfileError(f"row {place} of its {dataset.name} is no text") from None
+    return found
+
+
+def _members(group: Any) -> list[tuple[str, Any]]:
+    names = list(group)
+    for name in names:
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise ProfileError(f"{name} in it is a link, which may lead to another file")
+    return [(name, group[name]) for name in names]
+
+
+def _check_dataset(name: str, item: Any) -> None:
+    if not isinstance(item, h5py.Dataset) or not item.shape:
+        raise ProfileError(f"{name} in it is no array of numbers or texts")
+    if item.is_virtual or item.external:
+        raise ProfileError(f"the numbers of its {name} lie in another file")
+    settings = item.id.get_create_plist()
+    filters = [settings.get_filter(i)[0] for i in range(settings.get_nfilters())]
+    folder, _, column = name.partition("/")
+    if folder in ("runs", "priors"):
+        kind = RUNS.get(column, "?") if folder == "runs" else "f"
+        text = kind != "O" or h5py.check_string_dtype(item.dtype) is not None
+        column_too = folder == "priors" or item.ndim == 1
+        if item.dtype.kind != kind or not text or not column_too or filters or item.nbytes > item.id.get_storage_size():
+            raise ProfileError(f"its {name} is not stored as a profile's {folder} are")
+    elif item.dtype.kind != "f" or filters != MEASURED_FILTERS or item.chunks != (1, *item.shape[1:]):
+        raise ProfileError(
+            f"its {name} is not stored as what a profile measures is: a row a run, shuffled and deflated"
+        )
