@@ -31,7 +31,7 @@ with atheris.instrument_imports(include=["dicache.schedules", "dicache.anatomy.p
 import h5py
 import numpy as np
 
-SECONDS = 10  # that a small file may take
+SECONDS = 10  # of the processor that a small file may take
 MEMORY = 3 * 2**30  # bytes of address space beside what is there after the imports
 STRANGE: tuple[Any, ...] = (
     None,
@@ -186,7 +186,7 @@ class Inputs:
     def one(self, data: bytes) -> None:
         self.file.write_bytes(data)
         self.counts["inputs"] += 1
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         try:
             self.read(self.file)
             self.counts["read"] += 1
@@ -197,8 +197,8 @@ class Inputs:
         except BaseException as error:
             self._found(type(error).__name__, data)
         finally:
-            signal.alarm(0)
-        if self.counts["inputs"] % 1000 == 0:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        if self.counts["inputs"] % 100 == 0:
             self.tell()
 
     def _found(self, kind: str, data: bytes) -> None:
@@ -238,7 +238,7 @@ def main() -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, _too_long)
+    signal.signal(signal.SIGVTALRM, _too_long)
     arguments = [sys.argv[0], f"-max_total_time={round(60 * given.minutes)}", "-max_len=300000", "-timeout=60"]
     arguments += ["-rss_limit_mb=0", "-print_final_stats=1", "-len_control=0", str(reached)]
     atheris.Setup(arguments, inputs.one, custom_mutator=KINDS[given.kind][2])

@@ -31,8 +31,6 @@ from dicache.profiler.recorder import Recorder
 from dicache.runtime.apply import denoiser
 from dicache.schedules import FirstBlockPolicy, Schedule, Target
 
-TABLE = 10_000  # bytes of HDF5's own for each dataset
-
 
 @dataclass(frozen=True)
 class Need:
@@ -394,7 +392,7 @@ def _need(recorder: Recorder, provenance: Provenance, runs: int) -> Need:
     shapes = storage.shapes(provenance)
     rows = sum(8 * math.prod(shape) for shape in shapes.values())
     priors = sum(4 * len(kept) * math.prod(shape) for kept, shape in recorder.priors.values())
-    tables = TABLE * (len(shapes) + len(recorder.priors))
+    tables = storage.TABLE * (len(shapes) + len(recorder.priors))
     return Need(recorder.bytes, steps * recorder.bytes_a_step, runs * rows + priors + tables)
 
 

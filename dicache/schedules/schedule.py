@@ -277,8 +277,13 @@ class Schedule:
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     part = path.with_name(f".{path.name}.part")
-    write(part)
-    os.replace(part, path)
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _resampled(plan: Plan, mine: tuple[float, ...], theirs: tuple[float, ...]) -> Plan:

@@ -36,15 +36,20 @@ def write(path: Path, runs: Sequence[Run], provenance: Provenance = PROVENANCE) 
     """Make a profile of runs, whose numbers follow from their seeds."""
     storage.create(path, provenance, PRIORS)
     for run in runs:
-        numbers = np.random.default_rng(run.seed)
-        rows = {name: numbers.normal(size=shape) for name, shape in storage.shapes(provenance).items()}
-        rows["delta/cosine"][:, 0] = np.nan
-        with storage.adding(path) as addition:
-            for key, (steps, shape) in PRIORS.items():
-                for step in steps:
-                    addition.priors.add(key, step, 0, torch.from_numpy(numbers.normal(size=shape).astype(np.float32)))
-            addition.write(storage.RunRecord(run, rows))
+        add(path, run)
     return path
+
+
+def add(path: Path, run: Run) -> None:
+    """Add a run whose numbers follow from its seed."""
+    numbers = np.random.default_rng(run.seed)
+    rows = {name: numbers.normal(size=shape) for name, shape in storage.shapes(PROVENANCE).items()}
+    rows["delta/cosine"][:, 0] = np.nan
+    with storage.adding(path) as addition:
+        for key, (steps, shape) in PRIORS.items():
+            for step in steps:
+                addition.priors.add(key, step, 0, torch.from_numpy(numbers.normal(size=shape).astype(np.float32)))
+        addition.write(storage.RunRecord(run, rows))
 
 
 def assert_same(one: Path, two: Path) -> None:

@@ -3,9 +3,10 @@
 from dicache.profiler.storage.layout import RunRecord, shapes
 from dicache.profiler.storage.merging import merge
 from dicache.profiler.storage.reading import array_shapes, has_priors, header, load, load_prior
-from dicache.profiler.storage.writing import Addition, PriorShape, adding, alone, append, create, remove
+from dicache.profiler.storage.writing import TABLE, Addition, PriorShape, adding, alone, append, create, remove
 
 __all__ = [
+    "TABLE",
     "Addition",
     "PriorShape",
     "RunRecord",

@@ -45,7 +45,8 @@ def merge(files: Sequence[Path], output: Path) -> tuple[Run, ...]:
         opened = [stack.enter_context(reading(file)) for file in files]
         used, rows = _rows(files, opened, [runs for _, runs in headers], shapes(first))
         priors = _priors(files, opened)
-        with writing(output, first, priors) as made:
+        room = sum(file.stat().st_size for file in files)
+        with writing(output, first, priors, room=room) as made:
             _copy_rows(opened, rows, made, first)
             for key in priors:
                 _average([opened[place]["priors"][key] for place in used], made["priors"][key])

@@ -71,7 +71,7 @@ class _Arrays(Mapping[str, np.ndarray]):
         if name not in self._names:
             raise KeyError(name)
         if name not in self._read:
-            with reading(self._path) as file:
+            with _opened(self._path) as file:  # checked when the profile was loaded
                 rows = measured_rows(file[name])
             self._read[name] = rows if self._ok.all() else rows[self._ok]
         return self._read[name]
@@ -103,17 +103,23 @@ def array_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[Any]:
-    """Open a profile.
+    """Open a profile, whoever made it.
 
     Raises:
-        ProfileError: If it is missing or cannot be read, now or later in the block.
+        ProfileError: If it is missing, holds what no profile does, or cannot be read, now or later in the block.
     """
+    with _opened(path) as file:
+        _check_format(file)
+        check_file(file)
+        yield file
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ProfileError(f"{path} does not exist; make a profile with `dicache profile --model ...`")
     try:
         with h5py.File(path, "r") as file:
-            _check_format(file)
-            check_file(file)
             yield file
     except (OSError, KeyError, RuntimeError) as error:
         raise ProfileError(f"{path} cannot be read as a profile ({error}); was it cut off? Profile again") from None

@@ -4,11 +4,13 @@ Each run is added to a copy that then takes the file's place: whoever reads, or 
 a whole file with all runs that were finished.
 """
 
+import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from dicache.profiler.profiles import FORMAT, ProfileError, Provenance
 from dicache.profiler.storage.layout import RunRecord, shapes
 
 ALIGNED = 4096  # bytes: whole pages of memory, for the means that are changed in place
+TABLE = 10_000  # bytes of HDF5's own for each dataset
+DEFLATED = 1.001  # of its size, that a row takes at most which deflate cannot make smaller
+ZEROS = bytes(2**20)
 PriorShape = tuple[Sequence[int], Sequence[int]]
 
 
@@ -39,17 +44,29 @@ def create(path: Path, provenance: Provenance, priors: Mapping[str, PriorShape] 
 
 
 @contextmanager
-def writing(path: Path, provenance: Provenance, priors: Mapping[str, PriorShape] | None = None) -> Iterator[Any]:
+def writing(
+    path: Path, provenance: Provenance, priors: Mapping[str, PriorShape] | None = None, *, room: int = 0
+) -> Iterator[Any]:
     """Begin a profile without runs; it takes the place of what was there when the block is left without an error.
+
+    Args:
+        path: Of the file.
+        provenance: Where it comes from.
+        priors: As `create` takes them.
+        room: Bytes on the disk that will be needed besides.
 
     Yields:
         The open file.
+
+    Raises:
+        ProfileError: If there is no such room.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        _replacing(path) as part,
-        h5py.File(part, "w", alignment_threshold=ALIGNED, alignment_interval=ALIGNED) as file,
-    ):
+    with _replacing(path) as part, ExitStack() as stack:
+        means = [4 * len(steps) * math.prod(output) for steps, output in (priors or {}).values()]
+        _reserve(path, part, room + sum(means) + TABLE * (len(shapes(provenance)) + len(means)))
+        file = h5py.File(part, "w", alignment_threshold=ALIGNED, alignment_interval=ALIGNED)
+        stack.enter_context(file)
         file.attrs["format"] = FORMAT
         file.attrs["provenance"] = json.dumps(provenance.to_json())
         text = h5py.string_dtype()
@@ -75,17 +92,16 @@ def alone(path: Path) -> Iterator[None]:
     """Keep other processes from writing a profile while the block runs.
 
     Raises:
-        ProfileError: If another one does.
+        ProfileError: If another one does, or its folder cannot be written to.
     """
     lock = _lock_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         holding = h5py.File(lock, "w")  # locked by HDF5, until it is closed or the process ends
-    except BlockingIOError:
-        raise ProfileError(f"{path} is being written by another process; wait for it, or choose another -o") from None
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
-        raise ProfileError(f"{path} cannot be written ({reason}); choose another -o") from None
+        if error.errno in (None, errno.EAGAIN):  # none: it is open in this process
+            raise ProfileError(f"{path} is being written already; wait for that, or choose another -o") from None
+        raise ProfileError(f"{path} cannot be written ({os.strerror(error.errno)}); choose another -o") from None
     with holding:
         try:
             yield
@@ -129,6 +145,8 @@ class Addition:
         """Add what was recorded. The outputs of a run that failed are no part of the priors."""
         priors = self.priors if record.run.ok else self._copy()
         priors.flush()
+        rows = sum(array.nbytes for array in record.arrays.values())
+        _reserve(self._path, self._part, math.ceil(DEFLATED * rows) + TABLE * len(record.arrays))
         with h5py.File(self._part, "r+") as file:
             columns = {f"runs/{name}": value for name, value in vars(record.run).items()}
             for name, value in {**columns, **record.arrays}.items():
@@ -139,7 +157,8 @@ class Addition:
                 file[f"priors/{key}"].attrs["counts"] = prior.counts
 
     def _copy(self) -> Priors:
-        shutil.copyfile(self._path, self._part)
+        with _said(self._path):
+            shutil.copyfile(self._path, self._part)
         sites = {}
         with h5py.File(self._part, "r") as file:
             for key, dataset in file.get("priors", {}).items():
@@ -183,8 +202,27 @@ def _replacing(path: Path) -> Iterator[Path]:
     part = _part_of(path)
     try:
         yield part
-        with part.open("rb") as file:
+        with _said(path), part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _reserve(path: Path, part: Path, size: int) -> None:
+    """See that so many bytes fit behind a file: HDF5, which cuts them off again, breaks down on a full disk."""
+    with _said(path), part.open("ab") as file:
+        for start in range(0, size, len(ZEROS)):
+            file.write(ZEROS[: size - start])
+        file.flush()
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ProfileError(
+            f"{path} cannot be written ({error.strerror}); what it held before is untouched: make room on the disk, "
+            "and go on with --resume"
+        ) from error
