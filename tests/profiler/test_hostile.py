@@ -17,7 +17,7 @@ from dicache.profiler.storage import checking
 from tests.hostile import changed
 from tests.profiler.test_merging import PROVENANCE, RUNS, write
 
-FORMATS = Path(__file__).parent.parent / "formats"
+WRITTEN = Path(__file__).parent.parent / "written"
 DOCUMENTS = [json.loads(json.dumps(PROVENANCE.to_json()))]
 
 
@@ -183,7 +183,7 @@ def test_a_profile_with_broken_bytes_is_read_or_refused(path: Path, at: int) -> 
         read(path)
 
 
-@pytest.mark.parametrize("file", sorted(FORMATS.glob("profiles-1/*.h5")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(WRITTEN.glob("profiles-1/*.h5")), ids=lambda file: file.stem)
 def test_a_file_of_every_format_that_was_written_is_read(file: Path) -> None:
     with h5py.File(file) as opened:
         assert opened.attrs["format"] == "dicache.profile/1"

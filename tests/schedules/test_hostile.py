@@ -14,7 +14,7 @@ from tests.hostile import changed
 from tests.schedules.test_file import ADAPTIVE, STATIC
 from tests.schedules.test_schema import SCHEDULES, written
 
-FORMATS = Path(__file__).parent.parent / "formats"
+WRITTEN = Path(__file__).parent.parent / "written"
 DOCUMENTS = [written(schedule) for schedule in SCHEDULES]
 BLOCK = written(STATIC)["anatomy"]["blocks"][0]
 
@@ -111,7 +111,7 @@ def test_a_message_does_not_repeat_a_large_file(tmp_path: Path) -> None:
     assert len(str(refused.value)) < 1000
 
 
-@pytest.mark.parametrize("file", sorted(FORMATS.glob("schedules-1/*.json")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(WRITTEN.glob("schedules-1/*.json")), ids=lambda file: file.stem)
 def test_a_file_of_every_format_that_was_written_is_read(file: Path) -> None:
     schedule = Schedule.load(file)
     assert json.loads(file.read_text())["format"] == "dicache.schedule/1"
@@ -133,7 +133,7 @@ def test_a_file_of_the_future_says_what_to_install(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../t", "/etc/passwd", "..", "a/../b", "a\\b", "t\0", ""])
 def test_tensors_lie_beside_the_schedule_and_nowhere_else(name: str, tmp_path: Path) -> None:
-    content = json.loads((FORMATS / "schedules-1" / "corrections.json").read_text())
+    content = json.loads((WRITTEN / "schedules-1" / "corrections.json").read_text())
     content["corrections"]["file"] = name
     (tmp_path / "s.json").write_text(json.dumps(content))
     with pytest.raises(ScheduleError, match=r"must lie beside the schedule|which is no text"):
