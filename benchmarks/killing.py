@@ -21,7 +21,7 @@ def main() -> None:
     """Kill, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--runs", type=int, default=600)
+    parser.add_argument("--runs", type=int, default=260)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with TemporaryDirectory() as folder:

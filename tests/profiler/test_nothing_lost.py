@@ -14,7 +14,7 @@ from dicache.profiler import ProfileError, Run, storage
 from tests.profiler.test_merging import PROVENANCE, RUNS, add, assert_same, write
 
 FORK = multiprocessing.get_context("fork")
-LONGEST = 8  # times what a run takes, that a writer is left alone
+LONGEST = 3  # times what a run takes, that a writer is left alone
 
 
 def go_on(path: Path, runs: int) -> None:
