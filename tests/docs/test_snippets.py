@@ -1,0 +1,78 @@
+"""Every command and example of the README and of docs/ runs, or says why it cannot."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.docs.snippets import (
+    FENCE,
+    LANGUAGES,
+    PAGES,
+    ROOT,
+    SnippetError,
+    check_names,
+    commands,
+    parse,
+    run,
+    snippets,
+    spans,
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_snippets_of_a_page_run_in_their_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for snippet in snippets(page):
+        try:
+            run(snippet, names)
+        except Exception as error:
+            error.add_note(f"in {snippet.where}")
+            raise
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_shows_is_of_a_kind_that_is_checked(page: Path) -> None:
+    for snippet in snippets(page):
+        assert snippet.language in LANGUAGES or snippet.language.startswith("{"), snippet.where
+        if snippet.language == "json":
+            json.loads(snippet.text)
+    indented = re.search(
+        r"^ {4,}(\$ )?(dicache|import dicache|torchrun) ?.*", FENCE.sub("", page.read_text()), re.MULTILINE
+    )
+    assert not indented, f"put it between fences: {indented[0]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_in_running_text_are_there(page: Path) -> None:
+    for words in spans(page):
+        check_names(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", FENCE.sub("", page.read_text())):
+        assert (page.parent / link).exists(), link
+
+
+def test_output_is_compared_but_for_numbers() -> None:
+    (command,) = commands("$ dicache models\nBundled:\n  digits ...\n")
+    assert command.output == ("Bundled:", "  digits ...")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["profil", "--model", "digits"],
+        ["profile", "--model", "digits", "--step", "20"],
+        ["calibrate", "fora", "--interval", "two"],
+        ["calibrate", "auto", "--speedup", "2"],
+    ],
+)
+def test_what_is_no_command_is_refused(words: list[str]) -> None:
+    with pytest.raises(SnippetError):
+        parse(words)
