@@ -22,6 +22,7 @@ html_theme = "furo"
 html_title = "dicache"
 html_show_sourcelink = False
 html_copy_source = False
+html_show_copyright = False
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 pygments_style = "friendly"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dicache.cli import calibrate
 from tests.docs.snippets import (
     FENCE,
     LANGUAGES,
@@ -57,6 +58,17 @@ def test_commands_in_running_text_are_there(page: Path) -> None:
 def test_every_link_leads_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", FENCE.sub("", page.read_text())):
         assert (page.parent / link).exists(), link
+
+
+def test_every_method_has_its_place_among_the_methods() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert [name for name in calibrate.commands if f"| [`{name}`](#" not in page] == []
+
+
+def test_every_result_is_told_of_on_their_page() -> None:
+    page = (ROOT / "docs" / "results.md").read_text()
+    results = [path.name for path in (ROOT / "benchmarks" / "results").glob("*.txt")]
+    assert [name for name in results if f"results/{name})" not in page] == []
 
 
 def test_output_is_compared_but_for_numbers() -> None:
