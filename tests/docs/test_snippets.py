@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dicache.cli import calibrate
+from dicache.cli.calibrate import calibrate
 from tests.docs.snippets import (
     FENCE,
     LANGUAGES,
