@@ -27,6 +27,7 @@ from tests.docs.snippets import (
 def test_the_snippets_of_a_page_run_in_their_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
+    monkeypatch.setenv("COLUMNS", "110")  # as wide as the pages, so that no table is folded
     names: dict[str, Any] = {"__name__": "__main__"}
     for snippet in snippets(page):
         try:
