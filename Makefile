@@ -7,12 +7,12 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test lint types pytest bench format clean
+.PHONY: demo test lint types docs pytest bench format clean
 
 demo: .venv/installed
 	$(BIN)/dicache demo
 
-test: lint types pytest
+test: lint types docs pytest
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .
@@ -20,6 +20,9 @@ lint: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
+
+docs: .venv/installed
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 
 pytest: .venv/installed .venv/extra/installed
 	$(BIN)/pytest -n 2

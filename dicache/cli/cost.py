@@ -51,7 +51,7 @@ class Counted:
 @click.option("--schedule", "schedule_file", type=click.Path(path_type=Path), help="Count what it computes.")
 @click.option("--method", help="Instead: a method that needs no measurement, with its options behind it.")
 @click.option("--published", is_flag=True, help="Count the settings of papers again, beside their numbers.")
-@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[METHOD'S OPTIONS]")
+@click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF METHOD]")
 @json_option
 def cost(
     model: str | None,

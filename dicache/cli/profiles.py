@@ -78,10 +78,11 @@ def show(file: Path | None, names: tuple[str, ...], as_json: bool) -> None:
     click.echo(f"arrays, {byte_size(file.stat().st_size)} in all:")
     shapes = array_shapes(file)
     priors = [name for name in shapes if name.startswith("/priors/")]
-    for name, shape in shapes.items():
-        if name not in priors[1:]:
-            more = f" and {len(priors) - 1} more" if name in priors[:1] else ""
-            click.echo(f"  {name:20} {' x '.join(map(str, shape))}{more}")
+    shown = [name for name in shapes if name not in priors[1:]]
+    width = max(map(len, shown))
+    for name in shown:
+        more = f" and {len(priors) - 1} more" if name in priors[:1] else ""
+        click.echo(f"  {name:{width}} {' x '.join(map(str, shapes[name]))}{more}")
 
 
 @profiles.command()

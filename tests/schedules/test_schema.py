@@ -14,6 +14,7 @@ from tests.tiny import anatomy_of, dit, pixart
 SCHEMA = json.loads(schema_text())
 TARGET = Target("fa7a", "float32", (4, 8, 8), "DDIMScheduler", 4, (3.0, 2.0, 1.0, 0.0), (3.0, 2.0, 1.0, 0.0))
 TEACACHE = TeaCachePolicy(0.1, (1.0, 0.0), (0.0, 0.3))
+LINE = {2: ((1, 2.0), (0, -1.0)), 3: ((1, 3.0), (0, -2.0))}
 SCHEDULES = [
     planned_schedule(Fora(2), anatomy_of(dit), TARGET, 4),
     planned_schedule(Fora(2, branches=("mlp",)), anatomy_of(pixart), Target(), 4),
@@ -21,6 +22,9 @@ SCHEDULES = [
     Schedule("x", {}, anatomy_of(dit), Target(), 4, Plan(4, (Rule("skip", "CC..", "1-2", context="cond"),))),
     Schedule("x", {}, anatomy_of(dit), Target(), 4, Plan(4, (Rule("reuse", "CC..", predictor="taylor", order=2),))),
     Schedule("x", {}, anatomy_of(dit), Target(), 4, Plan(4, (Rule("skip", "CC..", "0-1", predictor="feature"),))),
+    Schedule(
+        "x", {}, anatomy_of(dit), Target(), 4, Plan(4, (Rule("skip", "CC..", predictor="forecast", weights=LINE),))
+    ),
     Schedule("teacache", {"threshold": 0.1}, anatomy_of(dit), TARGET, 4, policy=TEACACHE),
     Schedule("x", {}, anatomy_of(pixart), Target(), 4, Plan(4, (Rule("reuse", "CC..", branch="cross_attn"),), 2)),
     Schedule("first-block", {}, anatomy_of(dit), TARGET, 4, policy=FirstBlockPolicy(0.1, 2, 1, 3)),
@@ -51,9 +55,9 @@ def test_every_schedule_that_is_made_is_valid(schedule: Schedule) -> None:
 
 
 def broken() -> list[Any]:
-    fora, teacache, first_block = (written(SCHEDULES[place]) for place in (0, 6, 8))
+    fora, forecast, teacache, first_block = (written(SCHEDULES[place]) for place in (0, 6, 7, 9))
     first = first_block["policy"]
-    rule = fora["plan"]["rules"][0]
+    rule, weighed = fora["plan"]["rules"][0], forecast["plan"]["rules"][0]
     return [
         {**fora, "colour": "red"},
         {key: value for key, value in fora.items() if key != "anatomy"},
@@ -67,6 +71,13 @@ def broken() -> list[Any]:
         {**fora, "plan": {**fora["plan"], "rules": [{**rule, "predictor": "feature"}]}},
         {**fora, "plan": {**fora["plan"], "rules": [{**rule, "order": 1}]}},
         {**fora, "plan": {**fora["plan"], "rules": [{**rule, "predictor": "taylor", "order": 5}]}},
+        {**fora, "plan": {**fora["plan"], "rules": [{**rule, "weights": LINE}]}},
+        {
+            **fora,
+            "plan": {**fora["plan"], "rules": [{key: value for key, value in weighed.items() if key != "weights"}]},
+        },
+        {**fora, "plan": {**fora["plan"], "rules": [{**weighed, "weights": {"2": {"x": 1.0}, "3": {"1": 1.0}}}]}},
+        {**fora, "plan": {**fora["plan"], "rules": [{**weighed, "weights": {"2": {"1": "1"}, "3": {"1": 1.0}}}]}},
         {**fora, "plan": {**fora["plan"], "collapse_guidance_from": 0}},
         {**fora, "plan": {**fora["plan"], "collapse_guidance_from": True}},
         {**fora, "plan": {**fora["plan"], "collapse_guidance_from": None}},
