@@ -254,6 +254,8 @@ def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
             raise AnatomyError(f"site {branch}: inner must be a list of the paths of modules, found {inner!r}")
         sites.append(Site(branch=branch, module=site["module"], macs=int(site["macs"]), inner=tuple(inner)))
     returns = entry["returns"]
+    if not isinstance(returns, (str, list)):
+        raise AnatomyError(f"blocks {entry['blocks']}: returns must be a name or a list of names, found {returns!r}")
     texts = [entry["module"], entry["class"], *(site.module for site in sites)]
     texts += [name for name in ([returns] if isinstance(returns, str) else returns) if name is not None]
     texts += [name for feeds in entry["norms"].values() for name in feeds]

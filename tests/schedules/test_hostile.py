@@ -138,3 +138,9 @@ def test_tensors_lie_beside_the_schedule_and_nowhere_else(name: str, tmp_path: P
     (tmp_path / "s.json").write_text(json.dumps(content))
     with pytest.raises(ScheduleError, match=r"must lie beside the schedule|which is no text"):
         Schedule.load(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize("returns", [7, {"a": 1}, [None, 7], ["hidden_states", ["x"]], True])
+def test_what_a_block_returns_is_text(returns: Any) -> None:
+    with pytest.raises(ScheduleError, match=r"returns must be|have names, found"):
+        Schedule.from_json(with_anatomy(blocks=[{**BLOCK, "returns": returns}]))
