@@ -31,7 +31,7 @@ class Command(click.Command):
         debug = ctx.params.pop("debug")
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
             raise click.ClickException(f"interrupted; {self.interrupted}") from None
