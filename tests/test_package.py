@@ -36,6 +36,7 @@ def test_a_wheel_installed_in_a_clean_environment_runs_the_demo(tmp_path: Path) 
     away = tmp_path / "away"
     away.mkdir()
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    env["COLUMNS"] = "200"  # so that no table is folded
 
     def run(*words: str | Path) -> str:
         out = subprocess.run([str(word) for word in words], env=env, cwd=away, capture_output=True, text=True)
@@ -99,6 +100,7 @@ def test_each_package_imports_only_from_those_below_it() -> None:
         "profiler",
         "evaluate",
         "calibrate",
+        "formats",
         "figures",
         "cli",
     ]

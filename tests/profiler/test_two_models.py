@@ -96,8 +96,10 @@ def test_schedules_from_both_profiles_save_what_they_expect(profiles: dict[str, 
     ):
         for seed, prompt in enumerate(PROMPTS):  # the profile's own runs
             sample(pipe, [prompt], [seed], SAMPLING)
-        assert high.stats.macs_fraction == pytest.approx(made["transformer"].macs_fraction(), abs=1e-3)
-        assert low.stats.macs_fraction == pytest.approx(made["transformer_2"].macs_fraction(), abs=1e-3)
+        for cache, name in ((high, "transformer"), (low, "transformer_2")):
+            # Skipping changes what is decided by: a decision that is close may fall otherwise, as the processor rounds.
+            one = 2 / cache.stats.calls  # step, in both passes
+            assert cache.stats.macs_fraction == pytest.approx(made[name].macs_fraction(), abs=one)
 
 
 def test_adacache_counts_the_steps_of_its_model_alone(profiles: dict[str, Profile]) -> None:

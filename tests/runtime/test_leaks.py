@@ -28,14 +28,18 @@ def held() -> tuple[int, int]:
 
 
 def growth(act: Callable[[], object], times: int) -> tuple[int, int]:
-    """Return how many objects and bytes of tensors are held after so many times that were not after a few."""
-    for _ in range(3):
-        act()
-    objects, size = held()
-    for _ in range(times):
-        act()
-    more, larger = held()
-    return more - objects, larger - size
+    """Return how many objects and bytes of tensors are held after so many times that were not before.
+
+    The least of several counts: what others in the process come to hold, or let go of, is not there each time.
+    """
+    found = []
+    for _ in range(4):
+        objects, size = held()
+        for _ in range(times):
+            act()
+        more, larger = held()
+        found.append((more - objects, larger - size))
+    return min(found, key=lambda pair: abs(pair[0]) + abs(pair[1]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
