@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from dicache.formats.format import FormatError
+from dicache.schedules.documents import DocumentError, parse
 from dicache.schedules.schedule import dump
 
 LARGEST = 4 << 20  # bytes; the largest published file, a mask for each branch of 70 steps, has 30 kB
@@ -40,12 +41,12 @@ def read_json(path: Path) -> Any:
     """Return what a JSON file holds.
 
     Raises:
-        FormatError: If it is not JSON, or has a number that is not finite.
+        FormatError: If it is not JSON, or more than `dicache.schedules.documents` lets in.
     """
     try:
-        return json.loads(read_text(path), parse_constant=_finite, parse_float=_finite)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise FormatError(f"{path} is not JSON ({error}); is it of another format?") from None
+        return parse(read_text(path))
+    except (json.JSONDecodeError, DocumentError) as error:
+        raise FormatError(f"{path} is not JSON that is read ({error}); is it of another format?") from None
 
 
 def read_yaml(path: Path) -> Any:
@@ -136,13 +137,6 @@ def numbers(what: str, content: Any) -> list[float]:
 def as_json(content: Any) -> str:
     """Write JSON with lists of plain values in one line."""
     return dump(content) + "\n"
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise FormatError(f"found {text}, needed a finite number")
-    return value
 
 
 def _short(value: Any) -> str:

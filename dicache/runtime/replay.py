@@ -82,7 +82,7 @@ class Replay:
         self._entries = entries
         self._batch = lane.batch
         if self._store is not None:
-            self._store.begin(entries.get(entry) for entry in step.in_order)
+            self._store.begin(entries.get(entry) for entry, _ in step.reads)
 
     def run(self, forward: Forward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call the model, whose modules have the step's forwards."""
@@ -326,12 +326,11 @@ class _Step:
         shapes = (key for part in row.release_delta for key in shape_keys(anatomy, part))
         self.released = (*row.release, *row.release_delta, *row.release_older, *ended, *shapes)
         ages: dict[Key, int] = {key: len(weights) for key, weights in row.predict}
-        used: tuple[Key, ...] = (*row.reuse, *row.skip)
-        newest = tuple((key, key) for key in used)
-        self.reads = (*newest, *(((key, age + 1), key) for key in used for age in range(ages.get(key, 0))))
-        places = {block.key(site): (block.index, n) for block in anatomy.blocks for n, site in enumerate(block.sites)}
-        order = sorted(used, key=lambda key: places[key] if isinstance(key, str) else (key[0], 0))
-        self.in_order = tuple(e for key in order for e in (key, *((key, age + 1) for age in range(ages.get(key, 0)))))
+        used: list[Key] = [*(key for key in anatomy.sites if key in row.reuse), *row.skip]
+        used.sort(key=lambda key: int(key.split(".")[0]) if isinstance(key, str) else key[0])  # as they are read
+        self.reads = tuple(
+            (entry, key) for key in used for entry in (key, *((key, age + 1) for age in range(ages.get(key, 0))))
+        )
         self.letter = "." if row.reuse or row.skip else "C"
         self.changes = bool(self.released or row.keep or row.keep_delta)
         self.bytes_held: dict[tuple[Signature, bool], int] = {}

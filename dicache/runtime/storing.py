@@ -35,8 +35,8 @@ class Store:
     what was read before it is at work.
 
     Args:
-        on_cpu: Whether tensors lie in main memory, and not where they are made.
         dtype: Of the numbers that have more bits; None for their own.
+        on_cpu: Whether tensors lie in main memory, and not where they are made.
 
     Raises:
         ValueError: If the dtype is none that can hold outputs.
@@ -110,8 +110,8 @@ class Store:
 
     def _here(self, entry: Stored) -> Sequence[Tensor]:
         """Return what is stored, on the device where it is read."""
-        at = next(tensors_of(entry.form)).device
-        if at.type != "cuda" or not self._on_cpu:
+        at = _device(entry)
+        if at is None or at.type != "cuda" or not self._on_cpu:
             return [part.to(at) for part in entry.parts]
         coming = self._coming.pop(id(entry)) if id(entry) in self._coming else self._fetched(entry, at)
         parts, copied = coming
@@ -125,8 +125,8 @@ class Store:
         """Begin to copy in what is read next, where that goes on beside the model's work."""
         entry = self._due[0] if self._due and self._on_cpu else None
         if entry is not None and id(entry) not in self._coming:
-            at = next(tensors_of(entry.form)).device
-            if at.type == "cuda":
+            at = _device(entry)
+            if at is not None and at.type == "cuda":
                 self._coming[id(entry)] = self._fetched(entry, at)
 
     def _fetched(self, entry: Stored, at: torch.device) -> tuple[list[Tensor], "torch.cuda.Event"]:
@@ -140,3 +140,8 @@ class Store:
         if self._copying is None:
             self._copying = torch.cuda.Stream()
         return self._copying
+
+
+def _device(entry: Stored) -> torch.device | None:
+    """Return where an output is read; None if there is no tensor in it."""
+    return next((form.device for form in tensors_of(entry.form)), None)

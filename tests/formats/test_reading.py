@@ -11,6 +11,7 @@ import torch
 from dicache.calibrate.magcache import MagCache
 from dicache.calibrate.pab import Pab
 from dicache.formats import FormatError, Given, find, imported
+from dicache.formats.files import read_json
 from dicache.schedules import FirstBlockPolicy, Schedule, Target, TeaCachePolicy
 from tests.toys import written
 
@@ -245,3 +246,14 @@ def test_what_a_file_says_of_its_sampler_binds_the_schedule(tmp_path: Path) -> N
     path.write_text(json.dumps({**content, "max_gap": 2}))
     with pytest.raises(FormatError, match="further apart than its max_gap of 2"):
         imported(path, find("sglang-dpcache"), Given("toy", ANATOMY, given, STEPS))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[" + "9" * 5000 + "]", "a whole number of 5000 digits"), ("[" * 5000, "deep"), ("[NaN]", "finite")],
+)
+def test_json_is_limited_as_that_of_schedules_is(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    with pytest.raises(FormatError, match=said):
+        read_json(file)

@@ -44,6 +44,7 @@ def test_all_tensors_of_an_output_are_stored_and_what_is_none_of_them_stays() ->
     assert torch.equal(found["pair"][0], made["pair"][0])
     assert torch.equal(found["pair"][1], made["pair"][1])  # integers are not rounded
     assert found["pair"][2] is None
+    assert Store(torch.bfloat16).get(Store(torch.bfloat16).put(None)) is None
 
 
 def test_a_dtype_that_cannot_hold_outputs_is_refused() -> None:

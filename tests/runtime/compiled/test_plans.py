@@ -45,10 +45,8 @@ def graphs(schedule: Schedule) -> int:
     return distinct_rows(schedule.plan, schedule.anatomy)
 
 
-@pytest.mark.parametrize(
-    ("build", "method"),
-    [*((build, method) for build in (dit, pixart, sd3, sd35, flux) for method in ("reuse", "skip")), (unet, "skip")],
-)
+@pytest.mark.parametrize("build", [dit, pixart, sd3, sd35, flux, unet])
+@every_method
 def test_a_plan_is_a_graph_for_each_distinct_row_that_gives_what_it_gives_uncompiled(
     build: Build, method: str, counter: CompileCounter
 ) -> None:
