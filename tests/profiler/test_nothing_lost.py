@@ -1,11 +1,13 @@
 """Profiles whose writer is killed, finds the disk full, or is not alone."""
 
+import itertools
 import multiprocessing
 import os
 import random
 import resource
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -14,42 +16,48 @@ from dicache.profiler import ProfileError, Run, storage
 from tests.profiler.test_merging import PROVENANCE, RUNS, add, assert_same, write
 
 FORK = multiprocessing.get_context("fork")
-LONGEST = 3  # times what a run takes, that a writer is left alone
+MOST = 4  # runs that a writer finishes before it is killed while it writes the next
 
 
-def go_on(path: Path, runs: int) -> None:
-    """Add the runs that are missing."""
-    for seed in range(len(storage.header(path)[1]), runs):
+def write_on(path: Path, finished: Connection) -> None:
+    """Add runs without an end, and say after each that it is finished."""
+    for seed in itertools.count(len(storage.header(path)[1])):
         add(path, Run(f"prompt {seed % 3}", seed))
+        finished.send(seed)
 
 
-def killed_again_and_again(folder: Path, kills: int, runs: int, seed: int = 0) -> list[int]:
-    """Kill a writer at random moments, check that the profile holds all that was finished, and finish it.
+def killed_again_and_again(folder: Path, kills: int, seed: int = 0) -> list[int]:
+    """Kill a writer at random moments, check that the profile holds all that was finished, and compare it in the end.
 
     Returns:
         How many runs there were after each kill.
     """
-    source, since = random.Random(seed), time.monotonic()
+    source, kept = random.Random(seed), [1]
     path = write(folder / "p.h5", [Run("prompt 0", 0)])
-    run, kept = time.monotonic() - since, [1]
     for _ in range(kills):
-        child = FORK.Process(target=go_on, args=(path, runs))
+        ours, theirs = FORK.Pipe(duplex=False)
+        child = FORK.Process(target=write_on, args=(path, theirs))
+        begun, left_alone = time.monotonic(), source.randint(0, MOST)
         child.start()
-        time.sleep(source.uniform(0, LONGEST * run))
+        for _ in range(left_alone):
+            assert ours.poll(60), "no run was finished in a minute"
+            ours.recv()
+        time.sleep(source.random() * (time.monotonic() - begun) / max(left_alone, 1))
         child.kill()
         child.join()
         found = storage.load(path)
         kept.append(len(found.runs))
         assert all(len(values) == kept[-1] for values in found.arrays.values())
-        assert kept[-2] <= kept[-1] < runs
-    go_on(path, runs)
-    assert_same(path, write(folder / "whole.h5", [Run(f"prompt {seed % 3}", seed) for seed in range(runs)]))
+        assert kept[-1] >= kept[-2] + left_alone
+    add(path, Run(f"prompt {kept[-1] % 3}", kept[-1]))
+    undisturbed = [Run(f"prompt {seed % 3}", seed) for seed in range(kept[-1] + 1)]
+    assert_same(path, write(folder / "whole.h5", undisturbed))
     return kept[1:]
 
 
 def test_a_profile_whose_writer_is_killed_equals_an_undisturbed_one(tmp_path: Path) -> None:
-    kept = killed_again_and_again(tmp_path, kills=5, runs=80)
-    assert kept[-1] > 1, "it was killed before it had written a run"
+    kept = killed_again_and_again(tmp_path, kills=5)
+    assert kept[-1] > 1
     assert not (tmp_path / ".p.h5.part").exists()
 
 
