@@ -6,6 +6,7 @@ from torch import nn
 
 from dicache.anatomy.inputs import Inputs, latents_of
 from dicache.anatomy.parts import MADE, Anatomy, AnatomyError, Block, Site, check_branch
+from dicache.anatomy.spread import kind_of
 from dicache.anatomy.streams import check_streams, segments, streams
 from dicache.anatomy.surveying import described, measured
 from dicache.anatomy.verifying import buffers_kept, unread, verified
@@ -80,7 +81,7 @@ def _describe(
         found = _checked_runs(runs, known)
     known, macs = measured(model, known, inputs)
     return Anatomy(
-        model=type(model).__name__,
+        model=kind_of(model),
         blocks=tuple(known),
         segments=found,
         macs=macs,

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dicache.anatomy.spread import Sharded, is_sharded
+
 SAMPLES = 8  # values of each tensor: enough that a fine-tuned model differs, few enough for thousands of tensors
 
 
@@ -13,17 +15,28 @@ def fingerprint(model: nn.Module) -> str:
     """Return 16 hexadecimal digits made of the names, shapes and sampled values of all parameters and buffers.
 
     Values are rounded to bfloat16 first, so that the precision a checkpoint was loaded in rarely matters. Weights that
-    accelerate has offloaded count as if they were in their places. Adapters (LoRA) and quantisation change it.
+    accelerate has offloaded count as if they were in their places, and so do those that are in shards, about which all
+    processes have to ask together. Adapters (LoRA) and quantisation change it.
     """
     digest = hashlib.sha256()
-    sampled = []
+    sampled: list[Tensor] = []
+    sharded, owed = Sharded(model), []
     for name, tensor in model.state_dict().items():
         own = name.replace(".base_layer.", ".")  # peft leaves its wrapper in place when the last adapter is deleted
         digest.update(f"{own}{tuple(tensor.shape)}".encode())
         value = _value(model, name, tensor)
-        if not value.is_meta and value.numel():
+        if value.is_meta or not value.numel():
+            continue
+        if is_sharded(value):
+            count = value.numel()
+            sharded.look_up(name, value, range(0, count, max(1, count // SAMPLES))[:SAMPLES])
+            owed.append((len(sampled), value.dtype))
+            sampled.append(torch.empty(0))
+        else:
             flat = value.detach().reshape(-1)
             sampled.append(flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].to(torch.bfloat16))
+    for (place, dtype), values in zip(owed, sharded.values(), strict=True):
+        sampled[place] = values.to(dtype).to(torch.bfloat16)
     if sampled:
         values = torch.cat([part.to(sampled[0].device) for part in sampled])
         digest.update(values.view(torch.int16).cpu().numpy().tobytes())

@@ -12,7 +12,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.overrides import Overrides, forward_of
 
 TOTAL = ""
 
@@ -50,7 +50,7 @@ class MacCounter(TorchDispatchMode):
         with Overrides() as overrides:
             for path in paths:
                 module = overrides.part(model, path)
-                overrides.set(module, watched(path, module.forward))
+                overrides.set(module, watched(path, forward_of(module)))
             yield
 
     def __torch_dispatch__(

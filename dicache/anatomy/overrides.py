@@ -1,5 +1,6 @@
 """Replaces `forward` on instances of modules, and puts back exactly what was there."""
 
+import re
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch import nn
 
 TURN = "#"  # `ff#2/2`: the second of two calls of `ff` in one call of its block
+SHARING = re.compile(r"cp_(in|out)put---.")  # diffusers' hooks of context parallelism, but those on the model itself
 
 
 class Turn(nn.Module):
@@ -18,6 +20,32 @@ class Turn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
+
+
+def home(module: nn.Module) -> dict[str, Any]:
+    """Return where a replacement of `forward` stands: among a module's attributes, or inside of the hooks on it.
+
+    diffusers' context parallelism puts hooks on the first block that share out the tokens among the ranks. They must
+    run even where the block does not, and what replaces its forward must see what the block would.
+    """
+    registry = vars(module).get("_diffusers_hook")
+    if registry is not None:
+        for name, reference in zip(registry._hook_order, registry._fn_refs, strict=True):  # the innermost first
+            if SHARING.match(name):
+                found: dict[str, Any] = vars(reference)
+                return found
+    return vars(module)
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """Return what a replacement of a module's forward takes the place of."""
+    found: Callable[..., Any] | None = home(module).get("forward")
+    return found if found is not None else type(module).forward.__get__(module)
+
+
+def inside(module: nn.Module) -> Callable[..., Any]:
+    """Return what calls a module with what a replacement of its forward is given."""
+    return module if home(module) is vars(module) else forward_of(module)
 
 
 class Overrides:
@@ -36,10 +64,10 @@ class Overrides:
     def set(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         """Replace the forward of `module`."""
         if module not in self._before:
-            self._before[module] = module.__dict__.get("forward")
+            self._before[module] = home(module).get("forward")
         self._set[module] = forward
         # Past nn.Module.__setattr__, which would look through its parameters and buffers first.
-        module.__dict__["forward"] = forward
+        home(module)["forward"] = forward
 
     def part(self, root: nn.Module, path: str) -> nn.Module:
         """Return a module by its path below another; for a path that names one of several calls, what stands for it."""
@@ -49,7 +77,7 @@ class Overrides:
             return module
         place, count = map(int, turn.split("/"))
         if module not in self._turns:
-            turns = self._turns[module] = [Turn(module.forward) for _ in range(count)]
+            turns = self._turns[module] = [Turn(forward_of(module)) for _ in range(count)]
 
             def in_turn(*args: Any, **kwargs: Any) -> Any:
                 now = self._next.get(module, 0)
@@ -70,7 +98,9 @@ class Overrides:
 
     def original(self, module: nn.Module) -> Callable[..., Any]:
         """Return the forward that `module` had before any replacement."""
-        before = self._before.get(module, module.__dict__.get("forward"))
+        if module not in self._before:
+            return forward_of(module)
+        before = self._before[module]
         return before if before is not None else type(module).forward.__get__(module)
 
     def untouched(self) -> dict[nn.Module, Callable[..., Any] | None]:
@@ -78,19 +108,19 @@ class Overrides:
         return {
             module: before
             for module, before in self._before.items()
-            if module.__dict__.get("forward") is self._set[module]
+            if home(module).get("forward") is self._set[module]
         }
 
     def clear(self, module: nn.Module) -> None:
         """Give `module` its own forward back, unless somebody has put another one on it since."""
         if module in self._before:
             before, own = self._before.pop(module), self._set.pop(module)
-            if module.__dict__.get("forward") is not own:
+            if home(module).get("forward") is not own:
                 return
             if before is None:
-                module.__dict__.pop("forward", None)
+                home(module).pop("forward", None)
             else:
-                module.__dict__["forward"] = before
+                home(module)["forward"] = before
 
     def restore(self) -> None:
         """Give every module its own forward back."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dicache.anatomy.overrides import TURN, Overrides, without_turn
+from dicache.anatomy.overrides import TURN, Overrides, forward_of, without_turn
 from dicache.anatomy.parts import MADE, AnatomyError, Block
 from dicache.anatomy.recognising import norms
 from dicache.anatomy.standins import one_token, pass_on, view_of_zero
@@ -47,7 +47,7 @@ class Probe:
                 overrides.set(overrides.part(module, path), partial(_give, self._kept[path]))
             for path, make in (replaced or {}).items():
                 part = overrides.part(module, path)
-                overrides.set(part, make(part.forward))
+                overrides.set(part, make(forward_of(part)))
             return self._call.again(arguments or {})
 
     def reaches(self, source: str, piece: str, branches: list[str]) -> bool:

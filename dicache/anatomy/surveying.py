@@ -14,12 +14,14 @@ from dicache.anatomy.middles import middle_of
 from dicache.anatomy.parts import Anatomy, AnatomyError, Block, Site
 from dicache.anatomy.probing import continued, does_with_one_token, norms_of
 from dicache.anatomy.recognising import containers
+from dicache.anatomy.spread import kind_of
 from dicache.anatomy.streams import check_streams, segments, streams
 from dicache.anatomy.unets import is_unet, unet_blocks, without_additions
 from dicache.anatomy.verifying import buffers_kept, unread, verified
 from dicache.anatomy.watching import BlockCall, Returns, refiners, watch
 
-HOOKS = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook")  # are put round a forward, and do not change it
+# Are put round a forward, or share it out among devices, and do not change what it is.
+HOOKS = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_parallel_config")
 
 
 def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
@@ -44,7 +46,7 @@ def survey(model: nn.Module, inputs: Inputs | None = None) -> Anatomy:
         blocks, links = unet_blocks(model, inputs)
         blocks, macs = measured(model, blocks, inputs)
         return Anatomy(
-            model=type(model).__name__,
+            model=kind_of(model),
             blocks=tuple(blocks),
             segments=((0, len(blocks)),),
             macs=macs,
@@ -78,7 +80,7 @@ def _survey_transformer(model: nn.Module, inputs: Inputs) -> Anatomy:
     blocks = verified(model, inputs, calls, blocks)
     blocks, macs = measured(model, blocks, inputs)
     return Anatomy(
-        model=type(model).__name__,
+        model=kind_of(model),
         blocks=tuple(blocks),
         segments=unread(model, inputs, calls, segments(calls, [block.returns for block in blocks])),
         macs=macs,
@@ -145,7 +147,7 @@ def described(index: int, call: BlockCall, returns: Returns, sites: tuple[Site, 
         index=index,
         path=call.container,
         position=call.position,
-        kind=type(call.module).__name__,
+        kind=kind_of(call.module),
         returns=returns,
         sites=sites,
     )
@@ -167,8 +169,8 @@ def _form(value: Any) -> Any:
     """Return what of a setting, an argument or an output has to be equal in blocks that are alike."""
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
-    if isinstance(value, nn.Module):
-        return type(value)  # looked at by itself
+    if isinstance(value, nn.Module) or type(value).__module__.startswith("torch.distributed"):
+        return type(value)  # looked at by itself, or of how the model is spread
     if isinstance(value, (tuple, list, set, frozenset)):
         return type(value), tuple(map(_form, value))
     if isinstance(value, Mapping):

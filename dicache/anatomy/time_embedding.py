@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dicache.anatomy.inputs import Inputs, is_time
-from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.overrides import Overrides, forward_of
 from dicache.anatomy.parts import Anatomy
 from dicache.anatomy.watching import signature
 
@@ -79,7 +79,7 @@ def find_time_embedding(model: nn.Module, inputs: Inputs, anatomy: Anatomy) -> d
 def watch_reading(overrides: Overrides, model: nn.Module, reading: Reading, take: Take) -> None:
     """Hand a tensor to `take` whenever the model makes it."""
     module = model.get_submodule(reading.module)
-    forward = module.forward
+    forward = forward_of(module)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if reading.argument is not None:

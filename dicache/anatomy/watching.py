@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dicache.anatomy.inputs import Inputs, moved_inputs
-from dicache.anatomy.overrides import TURN, Overrides
+from dicache.anatomy.overrides import TURN, Overrides, forward_of, inside
 from dicache.anatomy.parts import MADE, AnatomyError
 from dicache.anatomy.recognising import pieces
 
@@ -76,7 +76,7 @@ class BlockCall:
     def again(self, changed: Mapping[str, Any]) -> Any:
         """Call the block again, with some of its arguments changed, and return what it returns."""
         bound = inspect.BoundArguments(signature(self.module), OrderedDict({**self.arguments, **changed}))
-        return self.module(*bound.args, **bound.kwargs)
+        return inside(self.module)(*bound.args, **bound.kwargs)
 
 
 def signature(module: nn.Module) -> inspect.Signature:
@@ -138,7 +138,7 @@ def watch(
     with Overrides() as overrides, torch.no_grad():
         for path, container in containers.items():
             for position, block in enumerate(container):
-                overrides.set(block, watch_block(path, position, block, block.forward))
+                overrides.set(block, watch_block(path, position, block, forward_of(block)))
                 inside = dict(block.named_modules())
                 enter = {place for kind, place in entered if kind is type(block)}
                 found = {
@@ -146,7 +146,7 @@ def watch(
                     **{p: inside[p] for p in (named or {}).get(path, ()) if p in inside},
                 }
                 for name, piece in found.items():
-                    overrides.set(piece, watch_piece(name, piece, piece.forward))
+                    overrides.set(piece, watch_piece(name, piece, forward_of(piece)))
         model(*inputs.args, **inputs.kwargs)
     return calls
 
@@ -211,7 +211,7 @@ def _call_alike(
     with Overrides() as overrides, torch.no_grad():
         for container in containers.values():
             for block in container:
-                overrides.set(block, compared(block, block.forward))
+                overrides.set(block, compared(block, forward_of(block)))
         model(*inputs.args, **inputs.kwargs)
     if next(following, None) is not None:
         raise AnatomyError(differs)

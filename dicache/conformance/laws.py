@@ -10,7 +10,7 @@ from torch import Tensor
 from dicache.anatomy.inputs import moved_inputs
 from dicache.anatomy.macs import TOTAL, count_macs
 from dicache.anatomy.nested import tensors_of
-from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.overrides import Overrides, forward_of
 from dicache.anatomy.probing import same
 from dicache.conformance.subject import Place, Subject, attributes, error, rounding
 from dicache.runtime.errors import CacheWarning
@@ -98,7 +98,7 @@ def _left(subject: Subject) -> Iterator[list[list[Tensor]]]:
     """Collect what leaves the last block, where it runs."""
     seen: list[list[Tensor]] = []
     last = subject.model.get_submodule(subject.anatomy.blocks[-1].module)
-    forward = last.forward
+    forward = forward_of(last)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         out = forward(*args, **kwargs)
@@ -183,7 +183,7 @@ def restoring(subject: Subject) -> int:
     for index in (0, len(blocks) // 2, len(blocks) - 1):
         module = subject.model.get_submodule(blocks[index].module)
         with Overrides() as overrides:
-            fails = _failing(module.forward)
+            fails = _failing(forward_of(module))
             overrides.set(module, fails)
             try:
                 subject.replay(schedule, subject.calls[:2])
@@ -218,7 +218,7 @@ def keeping(subject: Subject) -> int:
         for block in subject.anatomy.blocks:
             for site in block.sites:
                 module = overrides.part(subject.model, f"{block.module}.{site.module}")
-                overrides.set(module, watched(block.key(site), module.forward))
+                overrides.set(module, watched(block.key(site), forward_of(module)))
         with subject.steps(subject.plan(Rule("reuse", "C.."), steps=3)) as (cache, step):
             step(subject.inputs)
             step(subject.calls[1])

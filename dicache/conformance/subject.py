@@ -16,7 +16,7 @@ from dicache.anatomy import Anatomy, Block
 from dicache.anatomy.inputs import Inputs, moved_inputs
 from dicache.anatomy.macs import TOTAL, count_macs
 from dicache.anatomy.nested import tensors_of
-from dicache.anatomy.overrides import Overrides, without_turn
+from dicache.anatomy.overrides import Overrides, forward_of, without_turn
 from dicache.runtime.apply import apply
 from dicache.runtime.cache import Cache
 from dicache.schedules import Plan, Rule, Schedule, Target
@@ -132,7 +132,7 @@ def _counting(model: nn.Module, paths: Sequence[str]) -> Iterator[Counter[str]]:
     with Overrides() as overrides:
         for path in paths:
             module = model.get_submodule(without_turn(path))
-            overrides.set(module, counted(path, module.forward))
+            overrides.set(module, counted(path, forward_of(module)))
         yield counts
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dicache.anatomy import Anatomy, AnatomyError, Block, survey
 from dicache.anatomy.inputs import Inputs, example_inputs, latents_of
 from dicache.anatomy.macs import TOTAL, count_macs
-from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.overrides import Overrides, forward_of
 from dicache.anatomy.recognising import containers
 from dicache.anatomy.unets import is_unet
 from dicache.models.configs import ModelConfig
@@ -149,7 +149,7 @@ class PassCost:
         with Overrides() as overrides:
             for block in blocks:
                 module = self.model.get_submodule(block.module)
-                overrides.set(module, watched(block, module.forward))
+                overrides.set(module, watched(block, forward_of(module)))
             self._count()
         return [replace(block, shapes=shapes[block.module]) for block in blocks]
 

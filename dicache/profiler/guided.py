@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dicache.profiler.together import ALONE, Together
+
 LINEAR = 2e-2  # relative error up to which an output counts as a weighted sum of the passes; float16 and less rounds
 CHUNK = 1 << 20  # elements that are multiplied at a time
 
@@ -70,10 +72,12 @@ class GuidedSteps:
     Attributes:
         kinds: Branch of each site.
         steps: Of a run.
+        together: The ranks that the model is spread over.
     """
 
     kinds: Sequence[str]
     steps: int
+    together: Together = ALONE
     _guided: dict[int, Tensor] = field(default_factory=dict)
     _passes: dict[int, dict[str, PassOutput]] = field(default_factory=dict)
 
@@ -120,9 +124,10 @@ class GuidedSteps:
             places = [place for place, kind in enumerate(self.kinds) if kind == branch]
             by_branch[index] = self._gram({step: sketch[places].flatten() for step, sketch in sketches.items()})
         outputs = {step: guided.float().flatten() for step, guided in self._guided.items()}
+        body, by_branch = self.together.sums([self._gram(residuals), by_branch])
         return {
             "body/weights": weights,
-            "body/gram": self._gram(residuals),
+            "body/gram": body,
             "body/output": self._gram(outputs),
             "body/branches": by_branch,
         }

@@ -13,6 +13,7 @@ from dicache.profiler.profiles import RATES
 from dicache.profiler.residuals import Residuals
 from dicache.profiler.rings import DeltaRing, Ring, SiteRing, fetched, wide
 from dicache.profiler.storage.layout import MAGNITUDES, SITE_STATISTICS, TEACACHE_SIGNALS
+from dicache.profiler.together import ALONE, Together
 from dicache.runtime.streams import Tensors
 
 Tensorlist = list[Tensor]
@@ -31,6 +32,7 @@ class Pass:
         first_block_lags: How many steps back.
         decision_blocks: Blocks of which what they add to the stream is measured for AdaCache.
         frames: Of a video; 0 otherwise.
+        together: The ranks that the model is spread over.
     """
 
     def __init__(
@@ -42,11 +44,13 @@ class Pass:
         first_block_lags: int = 0,
         decision_blocks: Sequence[int] = (),
         frames: int = 0,
+        together: Together = ALONE,
     ) -> None:
+        self._ranks = together
         self.anatomy, self.lags = anatomy, lags
         self.signals = (*TEACACHE_SIGNALS, *time_signals)
         self.time: dict[str, Tensor] = {}  # the time signals of the call that runs
-        self._residuals = {block: Residuals(RATES, frames) for block in decision_blocks}
+        self._residuals = {block: Residuals(RATES, frames, together) for block in decision_blocks}
         self._middles: dict[int, Tensor] = {}
         self._histories = {count: Latest(first_block_lags) for count in first_blocks}
         self.parts = 1
@@ -173,7 +177,7 @@ class Pass:
     def failure(self) -> tuple[int, int] | None:
         """Return the first step and site whose output is not finite."""
         table = self._tables["sites"]
-        for step, sums in zip(table, fetched(list(table.values())), strict=True):
+        for step, sums in zip(table, self._ranks.sums(fetched(list(table.values()))), strict=True):
             bad = np.flatnonzero(~np.isfinite(sums[:, 0]))
             if len(bad):
                 return step, int(bad[0])
@@ -193,11 +197,14 @@ class Pass:
         out |= self._first_block_arrays(steps)
         if self._sites is None:
             return out | {"delta/cosine": _cosine(out["delta/gram"])}
+        found_by = [fetched(list(table.values())) for table in self._tables.values()]
+        put_together = (self._ranks.sums, *[self._ranks.means] * 3)
         sums, changes, sizes, magnitudes = (
-            dict(zip(table, fetched(list(table.values())), strict=True)) for table in self._tables.values()
+            dict(zip(table, put(found), strict=True))
+            for table, found, put in zip(self._tables.values(), found_by, put_together, strict=True)
         )
-        grams = iter(fetched([gram for step in seen for gram in self._grams[step]]))
-        counts = np.array([sum(sizes) for sizes in self._sites.sizes])[:, None]
+        grams = iter(self._ranks.sums(fetched([gram for step in seen for gram in self._grams[step]])))
+        counts = self._ranks.tokens * np.array([sum(sizes) for sizes in self._sites.sizes])[:, None]
         for step, since in seen.items():
             back, found = min(since, lags), sums[step]  # (sites, 2 lags + 2)
             out["sites/abs_l1"][step] = found[:, :1] / counts
@@ -219,7 +226,7 @@ class Pass:
         depth = max(history.lags for history in self._histories.values())
         size = np.full((steps, len(self._histories)), np.nan)
         change = np.full((*size.shape, depth), np.nan)
-        found_rows = iter(fetched([row for rows in self._first_blocks.values() for row in rows]))
+        found_rows = iter(self._ranks.means(fetched([row for rows in self._first_blocks.values() for row in rows])))
         for step, rows in self._first_blocks.items():
             for place in range(len(rows)):
                 found = next(found_rows)

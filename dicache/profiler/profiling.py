@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dicache.anatomy import Anatomy, StepClock, survey
 from dicache.anatomy.clock import noise_levels, timesteps
 from dicache.anatomy.fingerprint import fingerprint
 from dicache.anatomy.inputs import capture_inputs
+from dicache.anatomy.spread import kind_of
 from dicache.anatomy.time_embedding import find_time_embedding
 from dicache.anatomy.unets import is_unet
 from dicache.models.loading import load
@@ -28,6 +30,7 @@ from dicache.profiler import storage
 from dicache.profiler.guided import LINEAR
 from dicache.profiler.profiles import MOST_LAGS, ProfileError, Provenance, Run
 from dicache.profiler.recorder import Recorder
+from dicache.profiler.together import Together
 from dicache.runtime.apply import denoiser
 from dicache.schedules import FirstBlockPolicy, Schedule, Target
 
@@ -107,6 +110,9 @@ def profile_pipeline(
     Each run is written when it is done, so that a killed profile goes on at the next one. A run that meets a NaN or an
     infinity is kept as failed, and has no part in the measurements.
 
+    Of a model that is spread over several processes (diffusers' `enable_parallelism`, FSDP2), all of them call this
+    alike and make each run together. The first of them writes, and multiply-accumulates are those of one of them.
+
     Args:
         pipeline: A diffusers pipeline.
         name: Of the model, for titles.
@@ -151,14 +157,27 @@ def profile_pipeline(
             f"a profile measures what a row of blocks adds to one stream, and {type(model).__name__} is a U-Net, whose "
             "stream changes its shape; take a method that needs no profile, such as `dicache calibrate deepcache`"
         )
-    with storage.alone(output):
-        begun = {file: storage.header(file) for file in (output, *elsewhere) if file.exists()}
-        if output in begun and not resume:
-            runs = begun[output][1]
+    ranks = Together(model)
+    if priors and ranks.tokens > 1:
+        raise ProfileError(
+            "--priors keeps whole outputs, and the tokens of this model are spread over ranks; profile it whole"
+        )
+
+    held, files = ExitStack(), (output, *elsewhere)
+
+    def headers() -> list[tuple[Provenance, tuple[Run, ...]] | None]:
+        held.enter_context(storage.alone(output))
+        found = [storage.header(file) if file.exists() else None for file in files]
+        if found[0] is not None and not resume:
+            runs = found[0][1]
             raise ProfileError(f"{output} exists, with {len(runs)} runs; pass --resume to go on with it, or another -o")
+        return found
+
+    with held:
+        begun = {file: found for file, found in zip(files, ranks.ask(headers), strict=True) if found is not None}
         inputs = capture_inputs(model, lambda: sample(pipeline, conditions[:1], [seed], sampling))
-        if anatomy is not None and anatomy.model != type(model).__name__:
-            raise ProfileError(f"the anatomy is that of a {anatomy.model}, found {type(model).__name__}")
+        if anatomy is not None and anatomy.model != kind_of(model):
+            raise ProfileError(f"the anatomy is that of a {anatomy.model}, found {kind_of(model)}")
         anatomy = anatomy or survey(model, inputs)
         time = find_time_embedding(model, inputs, anatomy)
         steps = len(pipeline.scheduler.timesteps)
@@ -171,7 +190,7 @@ def profile_pipeline(
         blocks = sorted(set(decision_blocks))
         counts = _counts_of_first_blocks(first_blocks, anatomy)
         first_lags = min(MOST_LAGS, steps - 1) if counts else 0
-        with Recorder(pipeline, model, anatomy, lags, steps_kept, time, counts, first_lags, blocks) as recorder:
+        with Recorder(pipeline, model, anatomy, lags, steps_kept, time, counts, first_lags, blocks, ranks) as recorder:
 
             def call(together: Sequence[tuple[Run, str]]) -> None:
                 recorder.runs = len(together)
@@ -186,24 +205,32 @@ def profile_pipeline(
             for file, (before, runs) in begun.items():
                 _check_resumable(file, before, provenance, runs, planned)
             need = _need(recorder, provenance, len(done) + len(ahead))
+            progress = progress and ranks.leads
             if progress:
                 tqdm.write(f"needs {need}", file=sys.stderr)
-            _check_need(need, max_memory, output)
-            if output not in begun:
-                storage.create(output, provenance, recorder.priors)
+
+            def begin() -> None:
+                _check_need(need, max_memory, output)
+                if output not in begun:
+                    storage.create(output, provenance, recorder.priors)
+
+            ranks.ask(begin)
 
             def make(together: Sequence[tuple[Run, str]]) -> bool:
                 """Make some runs and write them; or none of them, if they would have to be taken apart again."""
-                with storage.adding(output) as addition:
-                    recorder.add_to(addition.priors if steps_kept else None, provenance)
+                with storage.adding(output) if ranks.leads else nullcontext() as addition:
+                    recorder.add_to(addition.priors if addition and steps_kept else None, provenance)
                     call(together)
                     failures = [recorder.failure(place) for place in range(len(together))]
                     if steps_kept and len(together) > 1 and any(failures):
-                        addition.drop()
+                        if addition:
+                            addition.drop()
                         return False
                     for place, ((run, _), failure) in enumerate(zip(together, failures, strict=True)):
                         status = "ok" if failure is None else f"failed at {failure}"
-                        addition.write(recorder.record(replace(run, status=status), provenance, place))
+                        record = recorder.record(replace(run, status=status), provenance, place)
+                        if addition:
+                            addition.write(record)
                 bar.update(len(together))
                 return True
 
@@ -230,7 +257,7 @@ def profile_pipeline(
                         for single in together:
                             make([single])
     if only is None:
-        check_runs(output)
+        ranks.ask(lambda: check_runs(output))
     return output
 
 

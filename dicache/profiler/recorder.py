@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dicache.anatomy import Anatomy, StepClock
 from dicache.anatomy.inputs import latents_of
 from dicache.anatomy.nested import tensors_of
-from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.overrides import Overrides, forward_of
 from dicache.anatomy.signal import frames_of
 from dicache.anatomy.time_embedding import Reading, watch_reading
 from dicache.profiler.batches import Batch
@@ -21,6 +21,7 @@ from dicache.profiler.passes import Pass
 from dicache.profiler.priors import Priors
 from dicache.profiler.profiles import Provenance, Run
 from dicache.profiler.storage import PriorShape, RunRecord
+from dicache.profiler.together import ALONE, Together
 from dicache.runtime.generation import Call, Generation
 from dicache.runtime.naming import PassNames
 from dicache.runtime.streams import Streams
@@ -41,6 +42,7 @@ class Recorder:
         first_blocks: How many of the first blocks, rising, to compare the residual of.
         first_block_lags: How many steps back.
         decision_blocks: Blocks of which what they add to the stream is measured for AdaCache.
+        together: The ranks that the model is spread over.
 
     Attributes:
         runs: How many are in a batch of the next generation, each a sample, or one in each half; set beforehand.
@@ -57,7 +59,9 @@ class Recorder:
         first_blocks: Sequence[int] = (),
         first_block_lags: int = 0,
         decision_blocks: Sequence[int] = (),
+        together: Together = ALONE,
     ) -> None:
+        self._ranks = together
         self.lags, self.first_blocks, self.first_block_lags = lags, tuple(first_blocks), first_block_lags
         self.time_signals = tuple(time or ())
         self.decision_blocks = tuple(decision_blocks)
@@ -79,18 +83,18 @@ class Recorder:
         self._overrides.set(model, self._model(model.forward))
         for block in anatomy.blocks:
             module = model.get_submodule(block.module)
-            self._overrides.set(module, self._block(block.index, Streams(block, module, module.forward)))
+            self._overrides.set(module, self._block(block.index, Streams(block, module, forward_of(module))))
             for site in block.sites:
                 branch = self._overrides.part(model, f"{block.module}.{site.module}")
-                self._overrides.set(branch, self._site(block.key(site), branch.forward))
+                self._overrides.set(branch, self._site(block.key(site), forward_of(branch)))
         for index in self.decision_blocks:
             if anatomy.blocks[index].middle:
                 module = self._overrides.part(model, f"{anatomy.blocks[index].module}.{anatomy.blocks[index].middle}")
                 # It may be a branch as well, which is watched already.
-                self._overrides.set(module, self._middle(index, module.forward))
+                self._overrides.set(module, self._middle(index, forward_of(module)))
         first = anatomy.blocks[0]
         entrance = self._overrides.part(model, f"{first.module}.{first.sites[0].entrance}")
-        self._overrides.set(entrance, self._entrance(entrance.forward))
+        self._overrides.set(entrance, self._entrance(forward_of(entrance)))
         for name, reading in (time or {}).items():
             watch_reading(self._overrides, model, reading, partial(self._time, name))
         self._clock = StepClock(pipeline.scheduler, self._begin, self._step)
@@ -172,7 +176,9 @@ class Recorder:
 
     def _new_pass(self, frames: int = 0) -> Pass:
         first_blocks = (self.first_blocks, self.first_block_lags)
-        return Pass(self._anatomy, self.lags, self.time_signals, *first_blocks, self.decision_blocks, frames)
+        return Pass(
+            self._anatomy, self.lags, self.time_signals, *first_blocks, self.decision_blocks, frames, self._ranks
+        )
 
     def _time(self, name: str, embedding: Tensor) -> None:
         if self._running is not None:
@@ -190,7 +196,7 @@ class Recorder:
         self._generation = Generation(len(scheduler.timesteps))
         self._generation.begin_step()
         kinds = [key.partition(".")[2] for key in self._anatomy.sites]
-        self._guided = [GuidedSteps(kinds, self._generation.steps) for _ in range(self.runs)]
+        self._guided = [GuidedSteps(kinds, self._generation.steps, self._ranks) for _ in range(self.runs)]
         for passes in self._passes.values():
             for each in passes:
                 each.restart()

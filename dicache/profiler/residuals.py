@@ -9,6 +9,7 @@ from dicache.anatomy.signal import motion_of
 from dicache.profiler.latest import Change, Latest
 from dicache.profiler.profiles import RESIDUALS
 from dicache.profiler.rings import fetched
+from dicache.profiler.together import ALONE, Together
 
 
 class Residuals:
@@ -17,10 +18,11 @@ class Residuals:
     Args:
         lags: How many steps back it is compared with.
         frames: Of a video; 0 otherwise.
+        together: The ranks that the model is spread over; between frames whose tokens they share nothing is measured.
     """
 
-    def __init__(self, lags: int, frames: int) -> None:
-        self._lags, self._frames = lags, frames
+    def __init__(self, lags: int, frames: int, together: Together = ALONE) -> None:
+        self._lags, self._frames, self._ranks = lags, frames if together.tokens == 1 else 0, together
         self._latest = Latest(lags)
         self.restart()
 
@@ -64,7 +66,7 @@ class Residuals:
             "diff_l1": np.full((steps, len(RESIDUALS), self._lags), np.nan),
             "between_frames": np.full((steps, len(RESIDUALS)), np.nan),
         }
-        for step, found in zip(self._rows, fetched(list(self._rows.values())), strict=True):
+        for step, found in zip(self._rows, self._ranks.means(fetched(list(self._rows.values()))), strict=True):
             back = min(seen[step], self._lags)
             out["between_frames"][step, places] = found[:, 0]
             out["abs_l1"][step, places] = found[:, 1] / self._latest.size

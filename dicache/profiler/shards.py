@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import distributed
 
+from dicache.anatomy.spread import groups_of
 from dicache.profiler import storage
 from dicache.profiler.profiles import ProfileError, Run
 from dicache.profiler.profiling import check_runs, planned_runs, profile_pipeline
+from dicache.runtime.apply import denoiser
 
 MEETING = timedelta(minutes=10)  # within which all ranks must have started
 LATE = timedelta(hours=24)  # by which a rank may be done later than another; one that has died is noticed at once
@@ -107,6 +109,18 @@ def profile_together(
     Raises:
         ProfileError: As `profile_pipeline` does, or if another rank has died.
     """
+    if groups_of(denoiser(pipeline, options.get("component"))):  # a rank is no worker, but a part of the model
+        return profile_pipeline(
+            pipeline,
+            name,
+            output,
+            conditions,
+            seed=seed,
+            keep_prompts=keep_prompts,
+            resume=resume,
+            progress=progress,
+            **options,
+        )
     rank, count = distributed.get_rank(), distributed.get_world_size()
     begun = [file for file in (output, *shards_of(output)) if file.exists()]
     if begun and not resume:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dicache.anatomy import Anatomy, StepClock
 from dicache.anatomy.inputs import capture_inputs, latents_of
-from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.overrides import Overrides, forward_of
 from dicache.anatomy.signal import l1_change
 from dicache.anatomy.time_embedding import BlocksEntered, find_time_embedding, watch_reading
 from dicache.runtime.apply import denoiser
@@ -48,7 +48,7 @@ def measure_time(pipeline: Any, anatomy: Anatomy, run: Callable[[], Any]) -> dic
     steps: list[dict[str, Tensor]] = []  # of a generation
     outputs: dict[torch.Size, Any] = {}  # of the first calls, by the shape of the latents
     forward, block = model.forward, model.get_submodule(anatomy.blocks[0].module)
-    into_block, whole = block.forward, True
+    into_block, whole = forward_of(block), True
 
     def enter(*args: Any, **kwargs: Any) -> Any:
         if not whole:

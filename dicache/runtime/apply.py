@@ -11,7 +11,7 @@ from dicache.runtime.cache import Cache
 from dicache.runtime.compiled import Compiling
 from dicache.runtime.errors import CacheError
 from dicache.runtime.fitting import BOUND, Fit, Fitting
-from dicache.runtime.ranks import Ranks, group_of
+from dicache.runtime.ranks import Ranks
 from dicache.runtime.storing import Store
 from dicache.schedules import Schedule
 
@@ -50,7 +50,8 @@ def apply(
             Wan 2.2. Each is given a schedule of its own.
         group: Process group of `torch.distributed` that the model's tokens or samples are spread over, so that all its
             ranks decide alike on what is skipped; they must call the model for the same steps. Where diffusers has
-            spread the model (`enable_parallelism`), its own group is taken. A plan decides nothing, and needs none.
+            spread the model (`enable_parallelism`), or its weights are in shards (`DTensor`), the groups are known
+            without it. A plan decides nothing, and needs none.
         store_dtype: In which what is kept is stored until it is read, where that is smaller than its own: float16,
             bfloat16, float8_e4m3fn or float8_e5m2. It halves or quarters the memory held, and rounds what is reused.
         store_on_cpu: Whether what is kept lies in main memory until it is read. On a CUDA device it is copied beside
@@ -79,7 +80,7 @@ def apply(
     allowed = frozenset(allow) | ({"num_inference_steps"} if "timesteps" in allow else set())
     fitting = Fitting(model, schedule, fit, allowed)
     fitting.check_model(None if pipeline is None else pipeline.scheduler)
-    ranks = Ranks(group_of(model) if group is None else group, next(model.parameters()).device)
+    ranks = Ranks(() if group is None else (group,), next(model.parameters()).device)
     store = None if store_dtype is None and not store_on_cpu else Store(store_dtype, on_cpu=store_on_cpu)
     return Cache(model, schedule, pipeline, fitting, ranks, store, compiling)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dicache.anatomy.clock import StepClock
 from dicache.anatomy.overrides import modules_of
+from dicache.anatomy.spread import RanksError, groups_of
 from dicache.runtime.callers import guidance_scale, loop_scheduler
 from dicache.runtime.compiled import Compiling
 from dicache.runtime.errors import CacheError, CacheWarning
@@ -23,7 +24,7 @@ from dicache.runtime.fitting import Fitting
 from dicache.runtime.generation import Call, Generation
 from dicache.runtime.guidance import WHOLE, Collapse, twice
 from dicache.runtime.naming import PassNames
-from dicache.runtime.ranks import Ranks, RanksError
+from dicache.runtime.ranks import Ranks
 from dicache.runtime.requests import Request, Requests
 from dicache.runtime.stats import Stats
 from dicache.runtime.storing import Store
@@ -67,6 +68,7 @@ class Cache:
         self._pipeline = pipeline
         self._fitting = fitting
         self._ranks = ranks
+        self._given_groups = bool(ranks.groups)
         self._store = store
         self._compiling = compiling
         self.known: Callable[[int], Any] | None = None
@@ -224,6 +226,8 @@ class Cache:
             if self._installer.outdated(parts):
                 self._follow_the_model()
             self._stand_in_front()
+            if schedule.policy is not None and not self._given_groups:
+                self._ranks.groups = groups_of(self._model, parts)
             if levels not in self._executors:
                 self._executors[levels] = self._make_executor(schedule)
         generation = Generation(schedule.steps, self._executors[levels])

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from dicache.anatomy import Anatomy, Block
 from dicache.anatomy.signal import frames_of, l1_change, motion_of
+from dicache.anatomy.spread import RanksError, group_of_tokens
 from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane
-from dicache.runtime.ranks import Ranks, RanksError, group_of
+from dicache.runtime.ranks import Ranks
 from dicache.runtime.streams import Streams
 from dicache.schedules.policies import AdaCachePolicy, FirstBlockPolicy, Policy, TeaCachePolicy
 from dicache.schedules.rows import Range
@@ -169,7 +170,7 @@ class ByResiduals(Decider[AdaCachePolicy]):
         return computed is not None and self.policy.watches(computed, steps)
 
     def watch(self, model: nn.Module, program: Program, installer: Installer) -> None:
-        if self.policy.motion is not None and group_of(model) is not None:
+        if self.policy.motion is not None and group_of_tokens(model) is not None:
             raise RanksError(
                 "adacache: motion is measured between whole frames, and the tokens of this model are spread over "
                 "ranks; calibrate with --no-motion"

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from dicache.anatomy.overrides import Overrides, modules_of
+from dicache.anatomy.overrides import Overrides, home, modules_of
 from dicache.runtime.errors import CacheError
 from dicache.runtime.generation import Generation, Lane
 
@@ -134,7 +134,7 @@ class Installer:
         """Return the modules of the installed program and of another, and what stands on each before and after."""
         both = {**self._installed, **program}
         self._known += [program, both]
-        return both, [(vars(m), self._with(self._installed, m), self._with(program, m)) for m in both]
+        return both, [(home(m), self._with(self._installed, m), self._with(program, m)) for m in both]
 
     def uninstall(self) -> None:
         """Let the model run as it is.
@@ -149,9 +149,9 @@ class Installer:
         for module in self._installed:
             found = self._with(self._nothing, module)
             if found is None:
-                vars(module).pop("forward", None)
+                home(module).pop("forward", None)
             else:
-                vars(module)["forward"] = found
+                home(module)["forward"] = found
         self._installed, self._changing = self._nothing, False
 
     def leave(self) -> None:
@@ -166,7 +166,7 @@ class Installer:
 
     def _refuse(self, program: Program) -> None:
         paths = {module: path for path, module in self._model.named_modules()}
-        module = next(m for m in program if vars(m).get("forward") is not self._with(self._installed, m))
+        module = next(m for m in program if home(m).get("forward") is not self._with(self._installed, m))
         raise CacheError(
             f"the forward of {paths.get(module, type(module).__name__)} was replaced while a generation was running; "
             "put hooks (offloading, casting, guidance that skips layers) on the model, and take them off, before the "
@@ -176,4 +176,4 @@ class Installer:
 
 def _forwards(parts: Sequence[nn.Module]) -> dict[nn.Module, Forward | None]:
     """Return what stands on each module of a model in place of its class's forward, the model itself left out."""
-    return {module: vars(module).get("forward") for module in parts[1:]}
+    return {module: home(module).get("forward") for module in parts[1:]}

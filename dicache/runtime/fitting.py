@@ -8,6 +8,7 @@ from torch import nn
 from dicache.anatomy.clock import noise_levels, timesteps
 from dicache.anatomy.fingerprint import fingerprint
 from dicache.anatomy.overrides import modules_of, without_turn
+from dicache.anatomy.spread import kind_of
 from dicache.runtime.callers import is_distilled
 from dicache.runtime.errors import CacheError, CacheWarning
 from dicache.runtime.features import compiled, obstacle
@@ -140,8 +141,8 @@ class Fitting:
         """Return what differs in the class of the model and in its modules; without the latter nothing is replayed."""
         model, anatomy = self._model, self._schedule.anatomy
         said = []
-        if type(model).__name__ != anatomy.model and "model" not in self._allow:
-            said.append(f"a {anatomy.model}, found {type(model).__name__}")
+        if kind_of(model) != anatomy.model and "model" not in self._allow:
+            said.append(f"a {anatomy.model}, found {kind_of(model)}")
         modules = dict(model.named_modules(remove_duplicate=False))
         other = set()
         for path in sorted({block.path for block in anatomy.blocks}):

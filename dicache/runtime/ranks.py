@@ -1,27 +1,29 @@
 """The processes that a model is spread over: what is measured is averaged, so that all decide alike."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
-
-class RanksError(RuntimeError):
-    """The ranks of a process group cannot decide together."""
+from dicache.anatomy.spread import RanksError, waiting
 
 
 class Ranks:
-    """The ranks of a process group, or this process alone.
+    """The ranks of process groups, or this process alone.
 
     Args:
-        group: Of `torch.distributed`; its time-out is how long one rank waits for the others. None for a model that is
-            whole in this process.
+        groups: Of `torch.distributed`, each a dimension of the ranks; its time-out is how long one rank waits for the
+            others. None for a model that is whole in this process.
         device: Of the model.
+
+    Attributes:
+        groups: As they were given; may be changed between generations.
     """
 
-    def __init__(self, group: Any | None = None, device: torch.device | str = "cpu") -> None:
-        self._group = group
+    def __init__(self, groups: Sequence[Any] = (), device: torch.device | str = "cpu") -> None:
+        self.groups = tuple(groups)
         self._device = device
 
     def quotients(self, sums: Tensor) -> list[float]:
@@ -35,7 +37,7 @@ class Ranks:
         Raises:
             RanksError: If another rank has failed in this step, or does not come within the time.
         """
-        if self._group is None:
+        if not self.groups:
             alone: list[float] = (sums[:, 0] / sums[:, 1]).tolist()
             return alone
         self._device = sums.device
@@ -48,24 +50,11 @@ class Ranks:
 
     def give_up(self, count: int) -> None:
         """Let the other ranks, which wait for `count` numbers of this one, fail as well."""
-        if self._group is not None:
+        if self.groups:
             self._reduce(torch.full((1 + count,), torch.nan, dtype=torch.float32, device=self._device))
 
     def _reduce(self, numbers: Tensor) -> Tensor:
-        try:
-            distributed.all_reduce(numbers, group=self._group)
-        except RuntimeError as error:
-            rank, count = distributed.get_rank(self._group), distributed.get_world_size(self._group)
-            raise RanksError(
-                f"rank {rank} of {count} waited in vain for the others to decide on this step: one of them has failed, "
-                "or does not run the same steps. All ranks of the group given to apply() must call the model for the "
-                "same generations"
-            ) from error
+        for group in self.groups:
+            with waiting(group):
+                distributed.all_reduce(numbers, group=group)
         return numbers
-
-
-def group_of(model: nn.Module) -> Any | None:
-    """Return the process group that diffusers has spread a model's tokens over, None if it has not."""
-    spread = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
-    mesh = getattr(spread, "_flattened_mesh", None)
-    return None if mesh is None else mesh.get_group()

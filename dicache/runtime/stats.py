@@ -60,6 +60,10 @@ def bytes_of(kept: Any) -> int:
     storages: dict[int, int] = {}
 
     def visit(value: Any) -> None:
+        if hasattr(value, "to_local"):  # in shards
+            value = value.to_local()
+        if hasattr(value, "wait"):  # on its way from other processes
+            value = value.wait()
         if isinstance(value, Tensor):
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()

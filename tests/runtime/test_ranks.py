@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 from dicache import apply
-from dicache.runtime.ranks import Ranks, RanksError
+from dicache.anatomy.spread import RanksError
+from dicache.runtime.ranks import Ranks
 from tests.runtime.test_decisions import Waits
 from tests.tiny import adaptive, arguments, dit, first_block, predict
 
@@ -152,7 +153,7 @@ def test_a_rank_that_fails_behind_its_decision_is_not_waited_for_in_another_pass
 def test_ranks_wait_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "all_reduce", lambda numbers, group: numbers.mul_(RANKS))
     with Waits() as waits:
-        assert Ranks(object()).quotients(torch.tensor([[1.0, 2.0], [3.0, 4.0]])) == [0.5, 0.75]
+        assert Ranks([object()]).quotients(torch.tensor([[1.0, 2.0], [3.0, 4.0]])) == [0.5, 0.75]
     assert waits.count == 1
 
 
