@@ -68,12 +68,16 @@ def evaluate(
     dtype: str | None,
     as_json: bool,
 ) -> None:
-    """Judge schedules against the uncached run of the same seeds, and against fewer steps at the same cost."""
+    """Judge schedules against the uncached run of the same seeds, and against fewer steps at the same cost.
+
+    Under torchrun the ranks share the images, and rank 0 times and tells.
+    """
     from dicache.evaluate.evaluation import evaluate as judge
     from dicache.evaluate.networks import CLIP_MODEL, DISTANCES, SCORES, Request
     from dicache.evaluate.references import default_folder
     from dicache.models.images import save_png
     from dicache.models.judges import judges_of
+    from dicache.models.launching import device_of_rank, workers
     from dicache.models.loading import load
     from dicache.models.names import ModelError
     from dicache.models.sampling import Sampling, default_conditions, read_conditions
@@ -89,25 +93,29 @@ def evaluate(
     if len(counts) > 1:
         raise ScheduleError(f"the schedules are for {sorted(counts)} steps; evaluate those of one step count together")
     given = read_conditions(prompts) if prompts else None
-    pipeline = load(model, device=device, dtype=dtype, scheduler=scheduler)
-    conditions = given or default_conditions(pipeline, runs)
-    judges = {name: f for name, f in judges_of(model, pipeline, conditions).items() if name in wanted}
-    request = Request(conditions, real, clip_model or CLIP_MODEL)
-    judges |= {name: SCORES[name](request) for name in wanted if name in SCORES}
-    distances = {name: DISTANCES[name](request) for name in wanted if name in DISTANCES}
-    if metrics and (absent := [m for m in wanted if m not in ("psnr", "ssim", *judges, *distances)]):
-        raise ModelError(f"{model} has no judge for {', '.join(absent)}; the bundled models have")
-    uncached, results, fewer = judge(
-        pipeline,
-        schedules,
-        conditions,
-        sampling=Sampling(counts.pop(), guidance, height, width, frames).usual_for(model),
-        seed=seed,
-        judges=judges,
-        distances=distances,
-        timing_rounds=timing_rounds,
-        references=references or default_folder(),
-    )
+    with workers() as ranks:
+        pipeline = load(model, device=device_of_rank(device), dtype=dtype, scheduler=scheduler)
+        conditions = given or default_conditions(pipeline, runs)
+        judges = {name: f for name, f in judges_of(model, pipeline, conditions).items() if name in wanted}
+        request = Request(conditions, real, clip_model or CLIP_MODEL)
+        judges |= {name: SCORES[name](request) for name in wanted if name in SCORES}
+        distances = {name: DISTANCES[name](request) for name in wanted if name in DISTANCES}
+        if metrics and (absent := [m for m in wanted if m not in ("psnr", "ssim", *judges, *distances)]):
+            raise ModelError(f"{model} has no judge for {', '.join(absent)}; the bundled models have")
+        uncached, results, fewer = judge(
+            pipeline,
+            schedules,
+            conditions,
+            sampling=Sampling(counts.pop(), guidance, height, width, frames).usual_for(model),
+            seed=seed,
+            judges=judges,
+            distances=distances,
+            timing_rounds=timing_rounds,
+            references=references or default_folder(),
+            workers=ranks,
+        )
+    if ranks.rank > 0:
+        return
     if images:
         for result in (uncached, *results, *fewer):
             folder = images / re.sub(r"[^\w.-]+", "-", result.name).strip("-")

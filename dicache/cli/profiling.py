@@ -92,11 +92,12 @@ def profile(
     It is written to ./profiles, where the other commands look for the newest one. Under torchrun the ranks share the
     runs, and rank 0 writes the profile.
     """
+    from dicache.models.launching import device_of_rank, is_launched, part_of, workers
     from dicache.models.loading import load
     from dicache.models.names import find
     from dicache.models.sampling import Sampling, default_conditions, read_conditions
     from dicache.profiler.profiling import profile_pipeline
-    from dicache.profiler.shards import device_of_rank, is_launched, part_of, profile_together, ranks, shard_of
+    from dicache.profiler.shards import profile_together, shard_of
     from dicache.schedules import Schedule
 
     if priors and priors_for:
@@ -107,7 +108,7 @@ def profile(
         )
     source = find(model)
     conditions = read_conditions(prompts) if prompts else None
-    with ranks() as rank:
+    with workers() as ranks:
         pipeline = load(model, device=device_of_rank(device), dtype=dtype, scheduler=scheduler)
         sampling = Sampling(steps, guidance, height, width, frames).usual_for(model).resolved(pipeline)
         conditions = conditions or default_conditions(pipeline, runs)
@@ -136,7 +137,7 @@ def profile(
             profile_pipeline(pipeline, model, output, conditions, only=only, **options)
         else:
             profile_pipeline(pipeline, model, output, conditions, **options)
-    if rank > 0:
+    if ranks.rank > 0:
         return
     if as_json:
         show_json({"profile": str(output)})

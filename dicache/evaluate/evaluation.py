@@ -16,6 +16,7 @@ from dicache.evaluate.quality import Mean, mean_with_interval, paired_difference
 from dicache.evaluate.references import Trajectory, key_of, latent_error, read, write
 from dicache.evaluate.timing import Variant as Timed
 from dicache.evaluate.timing import interleaved, speedup
+from dicache.models.launching import ALONE, Workers
 from dicache.models.sampling import Sampling, sample
 from dicache.runtime import Cache, apply
 from dicache.schedules import Schedule
@@ -89,8 +90,7 @@ class Replayed:
     Attributes:
         trajectory: The images and the latents on the way to them.
         macs_fraction: Multiply-accumulates as a share of the uncached run's.
-        computed_each: Of an adaptive schedule, the steps at which everything was computed, image by image; of any other
-            batch by batch.
+        computed_each: The steps at which everything was computed, image by image.
         steps_each: Image by image, for each guidance pass a letter a step: C all computed, `.` not all.
     """
 
@@ -130,6 +130,7 @@ def evaluate(
     timing_rounds: int = 5,
     references: Path | None = None,
     progress: bool = True,
+    workers: Workers = ALONE,
 ) -> tuple[Result, list[Result], list[Result]]:
     """Run the pipeline uncached, with each schedule, and with fewer steps at each schedule's cost.
 
@@ -148,34 +149,38 @@ def evaluate(
         timing_rounds: Rounds of single images to time; 0 times nothing.
         references: Folder in which uncached runs are kept from one evaluation to the next; None keeps none.
         progress: Whether to show a bar on standard error.
+        workers: Processes that call this alike and share the images; the first of them times, when all are made.
 
     Returns:
         The uncached result, those of the schedules in their order, and those of fewer steps.
 
     Raises:
         ScheduleError: If a schedule does not fit the pipeline as it is called.
+        RanksError: If another worker has died.
     """
     sampling = (sampling or Sampling()).resolved(pipeline)
+    progress = progress and workers.rank == 0
     assert sampling.steps is not None
     judges = judges or {}
     seeds = [seed + i for i in range(len(conditions))]
     uncached = _Variant(UNCACHED, sampling)
-    reference = reference_run(pipeline, conditions, seeds, sampling, references, progress)
+    reference = reference_run(pipeline, conditions, seeds, sampling, references, progress, workers)
 
     cached: list[tuple[_Variant, Replayed]] = []
     for name, schedule in schedules:
         variant = _with_schedule(name, sampling, schedule)
-        cached.append((variant, replay(pipeline, name, schedule, conditions, seeds, sampling, progress)))
+        cached.append((variant, replay(pipeline, name, schedule, conditions, seeds, sampling, progress, workers)))
 
     fewer: dict[int, tuple[_Variant, Trajectory]] = {}
     alike = [max(1, round(made.macs_fraction * sampling.steps)) for _, made in cached]
     for count in sorted(set(alike), reverse=True) if fewer_steps else ():
         if count < sampling.steps:
             variant = _Variant(f"{count} steps", replace(sampling, steps=count))
-            fewer[count] = variant, _images(pipeline, variant, conditions, seeds, progress)[0]
+            fewer[count] = variant, _images(pipeline, variant, conditions, seeds, progress, workers)[0]
 
     variants = [uncached, *(row[0] for row in cached), *(row[0] for row in fewer.values())]
-    seconds = _time(pipeline, variants, conditions, seeds, timing_rounds, progress) if timing_rounds else {}
+    times = timing_rounds and workers.rank == 0
+    seconds = _time(pipeline, variants, conditions, seeds, timing_rounds, progress) if times else {}
 
     def result(
         variant: _Variant,
@@ -235,6 +240,7 @@ def reference_run(
     sampling: Sampling,
     references: Path | None = None,
     progress: bool = True,
+    workers: Workers = ALONE,
 ) -> Trajectory:
     """Return the uncached run, from the folder of references if it is kept there; else it is made, and kept there.
 
@@ -245,13 +251,15 @@ def reference_run(
         sampling: How to call the pipeline, resolved.
         references: The folder; None keeps none.
         progress: Whether to show a bar on standard error.
+        workers: Processes that share the images; the first of them looks into the folder, and writes.
     """
-    key = key_of(pipeline, conditions, seeds, sampling) if references else ""
-    kept = read(references, key) if references else None
+    keeps = references is not None and workers.rank == 0
+    key = key_of(pipeline, conditions, seeds, sampling) if keeps else ""
+    kept = workers.first(read(references, key) if references and keeps else None)
     if kept is not None:
         return kept
-    made, _ = _images(pipeline, _Variant(UNCACHED, sampling), conditions, seeds, progress)
-    if references:
+    made, _ = _images(pipeline, _Variant(UNCACHED, sampling), conditions, seeds, progress, workers)
+    if references and keeps:
         write(references, key, made)
     return made
 
@@ -264,6 +272,7 @@ def replay(
     seeds: Sequence[int],
     sampling: Sampling,
     progress: bool = True,
+    workers: Workers = ALONE,
 ) -> Replayed:
     """Run the pipeline with a schedule and count what it computes.
 
@@ -271,11 +280,10 @@ def replay(
         ScheduleError: If the schedule does not fit the pipeline as it is called.
     """
     variant = _with_schedule(name, sampling, schedule)
-    made, stats = _images(pipeline, variant, conditions, seeds, progress)
+    made, stats = _images(pipeline, variant, conditions, seeds, progress, workers)
     shares, steps = zip(*stats, strict=True)
     computed = tuple(float(np.mean([row.count("C") for row in passes.values()])) for passes in steps)
-    each = tuple(steps[i // variant.batch] for i in range(len(conditions)))
-    return Replayed(made, float(np.mean(shares)), computed, each)
+    return Replayed(made, float(np.mean(shares)), computed, steps)
 
 
 def _with_schedule(name: str, sampling: Sampling, schedule: Schedule) -> _Variant:
@@ -283,38 +291,39 @@ def _with_schedule(name: str, sampling: Sampling, schedule: Schedule) -> _Varian
 
 
 def _images(
-    pipeline: Any, variant: _Variant, conditions: Sequence[str], seeds: Sequence[int], progress: bool
+    pipeline: Any,
+    variant: _Variant,
+    conditions: Sequence[str],
+    seeds: Sequence[int],
+    progress: bool,
+    workers: Workers = ALONE,
 ) -> tuple[Trajectory, list[tuple[float, Mapping[str, str]]]]:
-    """Return what was made, and for each batch the share of multiply-accumulates and what each pass computed."""
-    images: list[np.ndarray] = []
-    latents: list[np.ndarray] = []
+    """Return what was made, and of each image the share of multiply-accumulates and what each pass computed."""
+    made: list[tuple[np.ndarray, np.ndarray, tuple[float, Mapping[str, str]]]] = []  # image by image
     steps: list[np.ndarray] = []
-    stats: list[tuple[float, Mapping[str, str]]] = []
+    own = workers.share(len(conditions))
 
     def keep() -> None:
         steps.append(clock.latents.detach().to("cpu", torch.float16).numpy())
 
-    bar = tqdm(total=len(conditions), desc=variant.name, unit="image", disable=not progress, leave=False)
+    bar = tqdm(total=len(own), desc=variant.name, unit="image", disable=not progress, leave=False)
     with bar, variant.attached(pipeline) as cache:
         clock = StepClock(pipeline.scheduler, lambda _: steps.clear(), keep)
         try:
-            for batch in _batches(len(conditions), variant.batch):
+            for start in range(0, len(own), variant.batch):
+                batch = own[start : start + variant.batch]
                 before = (cache.stats.macs, cache.stats.calls) if cache else (0.0, 0)
-                images.append(sample(pipeline, conditions[batch], seeds[batch], variant.sampling))
+                images = sample(pipeline, [conditions[i] for i in batch], [seeds[i] for i in batch], variant.sampling)
                 # DiTPipeline hands its sampler the latents twice over, once for each half of the guidance batch.
-                latents.append(np.stack(steps, axis=1)[: len(images[-1])])
-                if cache:
-                    share = (cache.stats.macs - before[0]) / (cache.stats.calls - before[1])
-                    stats.append((share, dict(cache.stats.steps)))
-                bar.update(len(conditions[batch]))
+                latents = np.stack(steps, axis=1)[: len(images)]
+                share = (cache.stats.macs - before[0]) / (cache.stats.calls - before[1]) if cache else 1.0
+                stats = share, dict(cache.stats.steps) if cache else {}
+                made += [(image, path, stats) for image, path in zip(images, latents, strict=True)]
+                bar.update(len(batch))
         finally:
             clock.detach()
-    return Trajectory(np.concatenate(images), np.concatenate(latents)), stats
-
-
-def _batches(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        yield slice(start, start + size)
+    every_image, every_path, every_stats = zip(*workers.gather(made, len(conditions)), strict=True)
+    return Trajectory(np.stack(every_image), np.stack(every_path)), list(every_stats)
 
 
 def _time(

@@ -1,28 +1,24 @@
 """One profile made by many processes: each writes its runs to a shard of its own, and the shards are joined.
 
 Under a launcher such as torchrun, which tells each process its rank, the ranks of all machines need a folder in common
-for the files. Elsewhere `part_of` says which runs are whose, and nothing is exchanged.
+for the files.
 """
 
-import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import distributed
 
 from dicache.anatomy.spread import groups_of
+from dicache.models.launching import Workers
 from dicache.profiler import storage
 from dicache.profiler.profiles import ProfileError, Run
 from dicache.profiler.profiling import check_runs, planned_runs, profile_pipeline
 from dicache.runtime.apply import denoiser
 
-MEETING = timedelta(minutes=10)  # within which all ranks must have started
-LATE = timedelta(hours=24)  # by which a rank may be done later than another; one that has died is noticed at once
+AGAIN = "What all have finished is on disk; start again with --resume"
 
 
 def shard_of(output: Path, part: int, count: int) -> Path:
@@ -34,48 +30,6 @@ def shards_of(output: Path) -> list[Path]:
     """Return the shards that lie beside a profile, whatever its number of parts was."""
     form = re.compile(re.escape(output.name) + r"\.\d+-of-\d+")
     return sorted(file for file in output.parent.glob("*-of-*") if form.fullmatch(file.name))
-
-
-def part_of(runs: int, part: int, count: int) -> range:
-    """Return the places of the runs of part 1 to `count`: every `count`th, so that no part ends much later."""
-    return range(part - 1, runs, count)
-
-
-def is_launched() -> bool:
-    """Whether a launcher has started this process as one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def device_of_rank(device: str | None) -> str | None:
-    """Return the GPU that is this rank's of those of its machine, where it is to be one."""
-    wants_gpu = device == "cuda" or (device is None and torch.cuda.is_available())
-    return f"cuda:{os.environ['LOCAL_RANK']}" if wants_gpu and "LOCAL_RANK" in os.environ else device
-
-
-@contextmanager
-def ranks() -> Iterator[int]:
-    """Meet the other ranks, if a launcher has started several, and part from them in the end.
-
-    Yields:
-        The rank of this process; 0 if it is alone.
-
-    Raises:
-        ProfileError: If the others do not come.
-    """
-    if not is_launched():
-        yield 0
-        return
-    try:
-        distributed.init_process_group("gloo", timeout=MEETING)
-    except (RuntimeError, ValueError) as error:
-        raise ProfileError(
-            f"rank {os.environ.get('RANK', '?')} of {os.environ['WORLD_SIZE']} did not find the others ({error}); "
-            "needed all of them, and RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them"
-        ) from error
-    try:
-        yield distributed.get_rank()
-    finally:
-        distributed.destroy_process_group()
 
 
 def profile_together(
@@ -107,7 +61,8 @@ def profile_together(
         The file, once rank 0 has written it.
 
     Raises:
-        ProfileError: As `profile_pipeline` does, or if another rank has died.
+        ProfileError: As `profile_pipeline` does.
+        RanksError: If another rank has died. What all have finished is on disk.
     """
     if groups_of(denoiser(pipeline, options.get("component"))):  # a rank is no worker, but a part of the model
         return profile_pipeline(
@@ -121,15 +76,15 @@ def profile_together(
             progress=progress,
             **options,
         )
-    rank, count = distributed.get_rank(), distributed.get_world_size()
+    ranks = Workers(distributed.get_rank(), distributed.get_world_size(), AGAIN)
     begun = [file for file in (output, *shards_of(output)) if file.exists()]
     if begun and not resume:
         raise ProfileError(f"{begun[0]} exists; pass --resume to go on with it, or another -o")
     done = {run.key for file in begun for run in storage.header(file)[1]}
     planned = planned_runs(conditions, seed, keep_prompts)
     missing = [place for place, run in enumerate(planned) if run.key not in done]
-    own = shard_of(output, rank + 1, count)
-    _wait()  # until all have seen what is there, before any of them writes
+    own = shard_of(output, ranks.rank + 1, ranks.count)
+    ranks.wait()  # until all have seen what is there, before any of them writes
     if missing:
         profile_pipeline(
             pipeline,
@@ -139,15 +94,15 @@ def profile_together(
             seed=seed,
             keep_prompts=keep_prompts,
             resume=True,
-            progress=progress and rank == 0,
-            only=[missing[i] for i in part_of(len(missing), rank + 1, count)],
+            progress=progress and ranks.rank == 0,
+            only=[missing[i] for i in ranks.share(len(missing))],
             elsewhere=[file for file in begun if file != own],
             **options,
         )
-    _wait()
-    if rank == 0:
+    ranks.wait()
+    if ranks.rank == 0:
         _join(output, planned)
-    _wait()
+    ranks.wait()
     return output
 
 
@@ -164,14 +119,3 @@ def _join(output: Path, planned: Sequence[Run]) -> None:
     for file in shards:
         storage.remove(file)
     check_runs(output)
-
-
-def _wait() -> None:
-    """Wait until all ranks are here."""
-    try:
-        distributed.monitored_barrier(timeout=LATE)
-    except RuntimeError as error:
-        raise ProfileError(
-            f"rank {distributed.get_rank()} of {distributed.get_world_size()} waited in vain for the others: one of "
-            "them has failed, see its own error. What all have finished is on disk; start again with --resume"
-        ) from error

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import distributed
 
+from dicache.anatomy.spread import RanksError
+from dicache.models import launching
 from dicache.profiler import ProfileError, shards, storage
 from tests.profiler.test_profiling import SAMPLING, profiled
 from tests.tiny import dit, pipeline_of
@@ -58,7 +60,7 @@ def work(task: Task, rank: int, count: int, output: Path, meeting: Path) -> None
     try:
         task(rank, output)
         said = "done"
-    except ProfileError as error:
+    except (ProfileError, RanksError) as error:
         said = str(error)
     Path(f"{meeting}-{rank}").write_text(said)
 
@@ -139,15 +141,15 @@ def test_a_rank_makes_no_run_that_is_there(tmp_path: Path, alone: Path, monkeypa
 def test_a_rank_that_the_others_do_not_come_to_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(shards, "MEETING", timedelta(seconds=1))
-    with pytest.raises(ProfileError, match="rank 0 of 2 did not find the others"), shards.ranks():
+    monkeypatch.setattr(launching, "MEETING", timedelta(seconds=1))
+    with pytest.raises(RanksError, match="rank 0 of 2 did not find the others"), launching.workers():
         pass
     monkeypatch.delenv("RANK")
-    with pytest.raises(ProfileError, match=r"rank \? of 2 did not find the others"), shards.ranks():
+    with pytest.raises(RanksError, match=r"rank \? of 2 did not find the others"), launching.workers():
         pass
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with shards.ranks() as rank:
-        assert rank == 0
+    with launching.workers() as ranks:
+        assert (ranks.rank, ranks.count) == (0, 1)
 
 
 def test_shards_are_told_by_their_names(tmp_path: Path) -> None:
@@ -156,11 +158,11 @@ def test_shards_are_told_by_their_names(tmp_path: Path) -> None:
     for file in (*parts, tmp_path / "p1.h5.1-of-2", tmp_path / "p[1].h5.x-of-2", tmp_path / "p[1].h5"):
         file.touch()
     assert shards.shards_of(output) == parts
-    assert [list(shards.part_of(7, part, 3)) for part in (1, 2, 3)] == [[0, 3, 6], [1, 4], [2, 5]]
+    assert [list(launching.part_of(7, part, 3)) for part in (1, 2, 3)] == [[0, 3, 6], [1, 4], [2, 5]]
 
 
 def test_each_rank_takes_a_gpu_of_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert [shards.device_of_rank(name) for name in ("cuda", "cpu", "cuda:0")] == ["cuda:3", "cpu", "cuda:0"]
+    assert [launching.device_of_rank(name) for name in ("cuda", "cpu", "cuda:0")] == ["cuda:3", "cpu", "cuda:0"]
     monkeypatch.delenv("LOCAL_RANK")
-    assert shards.device_of_rank("cuda") == "cuda"
+    assert launching.device_of_rank("cuda") == "cuda"

@@ -5,6 +5,7 @@ told that a CPU is one. What is tested is then done by diffusers' own hooks and 
 """
 
 import json
+import multiprocessing
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 
 from dicache import apply
 from dicache.anatomy import Anatomy, survey
@@ -184,7 +185,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def said(folder: Path) -> list[Told]:
     """What each rank says of all cases: it takes a while until a process has begun."""
-    multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)  # type: ignore[attr-defined, no-untyped-call] # torch has no types for it
+    fork = multiprocessing.get_context("fork")  # the parent's imports take a while
+    processes = [fork.Process(target=work, args=(rank, str(folder))) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
