@@ -14,7 +14,8 @@ from dicache.models.judges import judges_of
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, default_conditions
 from dicache.profiler import Profile, storage
-from dicache.profiler.profiling import profile_pipeline, survey_pipeline
+from dicache.profiler.describing import survey_pipeline
+from dicache.profiler.profiling import profile_pipeline
 from dicache.schedules import Schedule, Target
 
 BUILD = Path(__file__).parents[1] / "build" / "ablations"

@@ -37,7 +37,8 @@ from dicache.cli.command import table
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, default_conditions
 from dicache.profiler import Profile, Run, storage
-from dicache.profiler.profiling import profile_pipeline, survey_pipeline
+from dicache.profiler.describing import survey_pipeline
+from dicache.profiler.profiling import profile_pipeline
 from dicache.schedules import Schedule
 
 MEASURED = 4  # runs that are really made

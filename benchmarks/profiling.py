@@ -28,8 +28,8 @@ from dicache.anatomy import Anatomy, survey
 from dicache.cli.command import table
 from dicache.profiler import Provenance, Run, storage
 from dicache.profiler.profiles import MOST_LAGS
-from dicache.profiler.profiling import usual_decision_block
 from dicache.profiler.recorder import Recorder
+from dicache.profiler.wanted import usual_decision_block
 from dicache.schedules import Target
 
 

@@ -30,7 +30,7 @@ from dicache.calibrate.l2c import (
 )
 from dicache.calibrate.methods import CalibrationError
 from dicache.models.sampling import UNCONDITIONAL, Sampling, sample
-from dicache.profiler.profiling import digest
+from dicache.profiler.describing import digest
 from dicache.runtime.apply import denoiser
 from dicache.runtime.executor import Forward
 from dicache.runtime.generation import Call, Generation

@@ -96,7 +96,7 @@ def l2c(
 
 def _target(subject: Subject) -> "Target":
     """Return all that the schedule can be bound to, from the profile or from the pipeline that was looked at."""
-    from dicache.profiler.profiling import target_of
+    from dicache.profiler.describing import target_of
 
     if subject.pipeline is None:
         return subject.target
@@ -111,7 +111,7 @@ def _trained(
     from dicache.calibrate.l2c import check_steps
     from dicache.calibrate.l2c_training import train
     from dicache.models.sampling import class_id, default_conditions, read_conditions, takes_classes
-    from dicache.profiler.profiling import survey_pipeline, target_of
+    from dicache.profiler.describing import survey_pipeline, target_of
 
     check_steps(subject.steps)
     pipeline = subject.loaded(device)

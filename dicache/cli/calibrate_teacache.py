@@ -190,7 +190,7 @@ def _without_profile(
     from dicache.calibrate.teacache_published import IN_WORDS, SIGNALS
     from dicache.models.names import ModelError
     from dicache.models.sampling import default_conditions, sample
-    from dicache.profiler.profiling import target_of
+    from dicache.profiler.describing import target_of
     from dicache.profiler.time_signal import measure_time
 
     try:

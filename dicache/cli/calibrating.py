@@ -70,7 +70,7 @@ def share_of(target_speedup: float | None, max_macs: float | None) -> float | No
 
 
 def subject_of_profile(provenance: "Provenance", runs: "tuple[Run, ...]") -> Subject:
-    from dicache.profiler.profiling import sampling_of
+    from dicache.profiler.describing import sampling_of
 
     return Subject(
         provenance.model,
@@ -103,7 +103,7 @@ def subject_of(
         return subject_of_profile(*header(profile_file or newest()))
     from dicache.models.loading import load
     from dicache.models.sampling import Sampling
-    from dicache.profiler.profiling import survey_pipeline
+    from dicache.profiler.describing import survey_pipeline
 
     pipeline = load(model, device=device, dtype=dtype, scheduler=scheduler)
     sampling = Sampling(steps=steps).usual_for(model).resolved(pipeline)

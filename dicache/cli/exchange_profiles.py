@@ -68,7 +68,7 @@ def import_profile(
     from dicache.cli.calibrating import subject_of
     from dicache.formats import Given
     from dicache.formats.sglang_rows import records_of
-    from dicache.profiler.profiling import target_of
+    from dicache.profiler.describing import target_of
     from dicache.profiler.storage import append, create
 
     subject = subject_of(None, model, steps, scheduler=scheduler)

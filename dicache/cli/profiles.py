@@ -1,16 +1,12 @@
 """`dicache profiles`: look at profiles, and join them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from dicache.cli.command import Group, json_option, show_json
-
-if TYPE_CHECKING:
-    from dicache.calibrate.rescale import Judged
-    from dicache.profiler import Profile
 
 FOLDER = Path("profiles")
 
@@ -35,7 +31,8 @@ def show(file: Path | None, names: tuple[str, ...], as_json: bool) -> None:
     TeaCache's polynomials, one fitted to the profile and those that are published for the model, are judged by how well
     they foretell the change of the model's output: the share of its variance that they explain (R2), and their error.
     """
-    from dicache.profiler.profiling import byte_size
+    from dicache.calibrate.first_look import redundancy, teacache_fits
+    from dicache.profiler.needing import byte_size
     from dicache.profiler.storage import array_shapes, load
 
     file = file or newest()
@@ -108,48 +105,6 @@ def merge(files: tuple[Path, ...], output: Path, as_json: bool) -> None:
         show_json({"profile": str(output), "runs": len(runs), "failed": failed})
     else:
         click.echo(f"Wrote {output}: {len(runs)} runs, {failed} failed")
-
-
-def redundancy(profile: "Profile") -> dict[str, float | None]:
-    """Return how much a step is like the one before, by name; None where nothing is known.
-
-    Means over runs, guidance passes, steps and blocks; correlations over runs, passes and steps.
-    """
-    import numpy as np
-    from scipy.stats import spearmanr
-
-    found = {name: profile.similarity(name) for name in profile.branches} | {"block delta": profile.delta_cosine}
-    means = {name: np.ma.masked_invalid(cosine).mean() for name, cosine in found.items()}
-    segments = [profile.range_error(start, stop) for start, stop in profile.anatomy.segments]
-    means["change"] = np.mean([np.ma.filled(np.ma.masked_invalid(change).mean(), np.nan) for change in segments])
-    x, y = (profile.relative_l1(what).ravel() for what in ("input", "output"))
-    known = np.isfinite(x) & np.isfinite(y)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means["correlation"] = np.corrcoef(x[known], y[known])[0, 1]
-    means["rank correlation"] = spearmanr(x[known], y[known]).statistic
-    known = {name: mean for name, mean in means.items() if mean is not np.ma.masked and np.isfinite(mean)}
-    return {name: round(float(known[name]), 5) if name in known else None for name in means}
-
-
-def teacache_fits(profile: "Profile", names: Sequence[str] = ()) -> "tuple[dict[str, float] | None, dict[str, Judged]]":
-    """Return how well TeaCache's polynomials foretell the output's change: a fit of its own, and published ones.
-
-    The former is None where the profile does not suffice for a fit.
-
-    Args:
-        profile: With the pairs.
-        names: Of published ones; none takes those for the model's class.
-    """
-    from dicache.calibrate import CalibrationError
-    from dicache.calibrate.rescale import fit_rescale
-    from dicache.calibrate.teacache import published_fits
-
-    published = published_fits(profile, names)
-    try:
-        fit = fit_rescale(profile.relative_l1("input"), profile.relative_l1("output"))
-    except CalibrationError:
-        return None, published
-    return {"r2": round(fit.held_out_r2, 5), "rmse": round(fit.held_out_rmse, 5)}, published
 
 
 def judged_in_words(judged: Mapping[str, Any]) -> str:

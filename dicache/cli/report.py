@@ -53,7 +53,7 @@ def report(
     from dicache.figures.pareto import read_series
     from dicache.figures.report import check, save
     from dicache.figures.report import report as page_of
-    from dicache.profiler.profiling import byte_size
+    from dicache.profiler.needing import byte_size
     from dicache.profiler.storage import load
     from dicache.schedules import Schedule
 

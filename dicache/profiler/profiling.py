@@ -1,25 +1,16 @@
 """Run a pipeline uncached with recorders attached, and write down what they saw, run by run."""
 
-import hashlib
-import json
-import math
-import platform
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import dicache
 from dicache.anatomy import Anatomy, StepClock, survey
-from dicache.anatomy.clock import noise_levels, timesteps
-from dicache.anatomy.fingerprint import fingerprint
 from dicache.anatomy.inputs import capture_inputs
 from dicache.anatomy.spread import kind_of
 from dicache.anatomy.time_embedding import find_time_embedding
@@ -27,40 +18,15 @@ from dicache.anatomy.unets import is_unet
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, default_conditions, sample
 from dicache.profiler import storage
+from dicache.profiler.describing import check_resumable, planned_runs, provenance_of
 from dicache.profiler.guided import LINEAR
+from dicache.profiler.needing import check_need, need_of
 from dicache.profiler.profiles import MOST_LAGS, ProfileError, Provenance, Run
 from dicache.profiler.recorder import Recorder
 from dicache.profiler.together import Together
+from dicache.profiler.wanted import counts_of_first_blocks, steps_of_priors, usual_decision_block
 from dicache.runtime.apply import denoiser
-from dicache.schedules import FirstBlockPolicy, Schedule, Target
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a profile needs, as it was measured in the first step of a run.
-
-    Attributes:
-        device: Bytes on the model's device, beside model and activations.
-        host: Bytes of main memory.
-        disk: Bytes of the finished file at most; while a run is added, its copy needs as much again.
-    """
-
-    device: int
-    host: int
-    disk: int
-
-    def __str__(self) -> str:
-        parts = {"on the model's device": self.device, "of main memory": self.host, "on disk at most": self.disk}
-        return ", ".join(f"{byte_size(size)} {where}" for where, size in parts.items())
-
-
-def byte_size(size: float) -> str:
-    """Write a number of bytes: `31.4 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+from dicache.schedules import Schedule
 
 
 def profile_model(
@@ -181,14 +147,14 @@ def profile_pipeline(
         anatomy = anatomy or survey(model, inputs)
         time = find_time_embedding(model, inputs, anatomy)
         steps = len(pipeline.scheduler.timesteps)
-        steps_kept = _steps_of_priors(priors, anatomy, steps)
+        steps_kept = steps_of_priors(priors, anatomy, steps)
         if decision_blocks is None:
             usual = usual_decision_block(anatomy)
             decision_blocks = (usual,) if anatomy.blocks[usual].main_stream else ()
         elif wrong := [block for block in decision_blocks if not 0 <= block < len(anatomy.blocks)]:
             raise ProfileError(f"no block {wrong[0]} in this {anatomy.model}; it has 0 to {len(anatomy.blocks) - 1}")
         blocks = sorted(set(decision_blocks))
-        counts = _counts_of_first_blocks(first_blocks, anatomy)
+        counts = counts_of_first_blocks(first_blocks, anatomy)
         first_lags = min(MOST_LAGS, steps - 1) if counts else 0
         with Recorder(pipeline, model, anatomy, lags, steps_kept, time, counts, first_lags, blocks, ranks) as recorder:
 
@@ -201,16 +167,16 @@ def profile_pipeline(
             done = {run.key for run in begun[output][1]} if output in begun else set()
             ahead = [(run, condition) for run, condition in mine if run.key not in done]
             _first_step(pipeline, recorder, lambda: call(ahead[:batch] or every[:1]))
-            provenance = _provenance(pipeline, component, name, anatomy, sampling, recorder, priors)
+            provenance = provenance_of(pipeline, component, name, anatomy, sampling, recorder, priors)
             for file, (before, runs) in begun.items():
-                _check_resumable(file, before, provenance, runs, planned)
-            need = _need(recorder, provenance, len(done) + len(ahead))
+                check_resumable(file, before, provenance, runs, planned)
+            need = need_of(recorder, provenance, len(done) + len(ahead))
             progress = progress and ranks.leads
             if progress:
                 tqdm.write(f"needs {need}", file=sys.stderr)
 
             def begin() -> None:
-                _check_need(need, max_memory, output)
+                check_need(need, max_memory, output)
                 if output not in begun:
                     storage.create(output, provenance, recorder.priors)
 
@@ -261,118 +227,11 @@ def profile_pipeline(
     return output
 
 
-def sampling_of(provenance: Provenance) -> Sampling:
-    """Return how the pipeline of a profile was called."""
-    settings = provenance.settings
-    size = {name: settings.get(name) for name in ("guidance", "height", "width", "frames")}
-    return Sampling(provenance.target.num_inference_steps, **size)
-
-
-def pipeline_of(provenance: Provenance, device: str | None = None) -> Any:
-    """Load the pipeline that a profile is of, with its sampler and in its precision.
-
-    Raises:
-        ModelError: If the model is not where it was.
-    """
-    target = provenance.target
-    return load(provenance.model, device=device, dtype=target.dtype, scheduler=target.scheduler)
-
-
-def planned_runs(conditions: Sequence[str], seed: int, keep_prompts: bool) -> list[Run]:
-    """Return the runs of these conditions; each has the next seed."""
-    return [Run(condition if keep_prompts else hashed(condition), seed + i) for i, condition in enumerate(conditions)]
-
-
 def check_runs(profile: Path) -> None:
     """Raise ProfileError if every run of a profile failed."""
     _, runs = storage.header(profile)
     if not any(run.ok for run in runs):
         raise ProfileError(f"every run {runs[0].status}: the model's outputs are not finite; try another --dtype")
-
-
-def hashed(prompt: str) -> str:
-    """Return what stands for a prompt that is not to be written down."""
-    return f"sha256:{hashlib.sha256(prompt.encode()).hexdigest()[:16]}"
-
-
-def survey_pipeline(pipeline: Any, sampling: Sampling) -> tuple[Anatomy, Target, int]:
-    """Return what is known of a pipeline without measuring it: anatomy, step counts, and the number of steps."""
-    sampling = sampling.resolved(pipeline)
-    model = denoiser(pipeline)
-    condition = default_conditions(pipeline, 1)
-    # The pipeline itself sets the timesteps on the way: some hand their own sigmas or a shift to the scheduler.
-    anatomy = survey(model, capture_inputs(model, lambda: sample(pipeline, condition, [0], sampling)))
-    return anatomy, Target(num_inference_steps=sampling.steps), len(pipeline.scheduler.timesteps)
-
-
-def target_of(pipeline: Any, anatomy: Anatomy, sampling: Sampling, component: str | None = None) -> Target:
-    """Return all that a schedule can be bound to, of a pipeline whose sampling has begun at least once."""
-    model, scheduler = denoiser(pipeline, component), pipeline.scheduler
-    return Target(
-        weights=fingerprint(model),
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-        latents=anatomy.latents,
-        scheduler=type(scheduler).__name__,
-        num_inference_steps=sampling.steps,
-        timesteps=timesteps(scheduler),
-        noise_levels=noise_levels(scheduler),
-        guidance=sampling.resolved(pipeline).guidance,
-    )
-
-
-def usual_decision_block(anatomy: Anatomy) -> int:
-    """Return the block that AdaCache decides by: the middle one of those whose attention can be told from the rest.
-
-    Of a video model with lists of spatial and of temporal blocks, the middle one of the temporal ones.
-
-    References:
-        AdaCache-DiT/AdaCache, which takes block 13 of 28.
-    """
-    seen = [block for block in anatomy.blocks if block.middle] or list(anatomy.blocks)
-    temporal = [block for block in seen if "temporal" in block.path]
-    blocks = temporal or seen
-    return blocks[(len(blocks) - 1) // 2].index
-
-
-def _steps_of_priors(priors: bool | Schedule, anatomy: Anatomy, steps: int) -> dict[str, tuple[int, ...]]:
-    """Return the steps at which each site's outputs are kept whole."""
-    if isinstance(priors, bool):
-        return {key: tuple(range(steps)) for key in anatomy.sites} if priors else {}
-    if priors.plan is None:
-        raise ProfileError(
-            f"--priors-for needs a schedule with a plan, found {priors.method}, which decides at run time"
-        )
-    if priors.anatomy.sites != anatomy.sites or priors.steps != steps:
-        raise ProfileError(
-            f"--priors-for: the schedule is for {priors.steps} steps of a {priors.anatomy.model} with "
-            f"{len(priors.anatomy.sites)} sites, found {steps} steps of a {anatomy.model} with {len(anatomy.sites)}"
-        )
-    return _reused_pairs(priors)
-
-
-def _counts_of_first_blocks(asked: Sequence[int] | None, anatomy: Anatomy) -> tuple[int, ...]:
-    most = FirstBlockPolicy.most_first(anatomy)
-    if asked is None:
-        return (1,) if most >= 1 else ()
-    if wrong := [count for count in asked if not 1 <= count <= most]:
-        raise ProfileError(
-            f"--first-blocks: found {wrong[0]}; they must lie in one segment and leave a block to skip, which in this "
-            f"{anatomy.model} are " + (f"1 to {most}" if most else "none")
-        )
-    return tuple(sorted(set(asked)))
-
-
-def _reused_pairs(schedule: Schedule) -> dict[str, tuple[int, ...]]:
-    """Return, for each site, the steps that a plan reuses an output at, and those that these outputs are from."""
-    assert schedule.plan is not None
-    pairs: dict[str, set[int]] = {key: set() for key in schedule.anatomy.sites}
-    for context in (None, *schedule.plan.contexts):
-        table = schedule.plan.table(schedule.anatomy, context)
-        for key, letters in table.items():
-            for step, letter in enumerate(letters):
-                if letter == "R":
-                    pairs[key] |= {step, letters.rindex("C", 0, step)}
-    return {key: tuple(sorted(steps)) for key, steps in pairs.items() if steps}
 
 
 class _FirstStepDone(BaseException):  # past the pipeline's own `except Exception`
@@ -411,92 +270,4 @@ def _check_alike(alone: Tensor, together: Tensor) -> None:
             f"what the model makes of a run depends on the others in its batch: an output of step "
             f"{int((apart > LINEAR).nonzero()[0])} differs by {float(apart.max()):.2g} of its size. Go on with "
             "--batch 1 --resume"
-        )
-
-
-def _need(recorder: Recorder, provenance: Provenance, runs: int) -> Need:
-    steps = len(provenance.target.timesteps or ())
-    shapes = storage.shapes(provenance)
-    rows = sum(8 * math.prod(shape) for shape in shapes.values())
-    priors = sum(4 * len(kept) * math.prod(shape) for kept, shape in recorder.priors.values())
-    tables = storage.TABLE * (len(shapes) + len(recorder.priors))
-    return Need(recorder.bytes, steps * recorder.bytes_a_step, runs * rows + priors + tables)
-
-
-def _check_need(need: Need, max_memory: int | None, output: Path) -> None:
-    most = max(need.device, need.host)
-    if max_memory is not None and most > max_memory:
-        raise ProfileError(
-            f"needs {need}, which is above the {byte_size(max_memory)} of --max-memory; take fewer --lags, "
-            "--priors-for in the place of --priors, or a smaller size"
-        )
-    folder = next(folder for folder in output.absolute().parents if folder.exists())
-    free = shutil.disk_usage(folder).free
-    if 2 * need.disk > free:
-        raise ProfileError(
-            f"needs {byte_size(2 * need.disk)} in {folder} while it writes, found {byte_size(free)} free"
-        )
-
-
-def _provenance(
-    pipeline: Any,
-    component: str | None,
-    name: str,
-    anatomy: Anatomy,
-    sampling: Sampling,
-    recorder: Recorder,
-    priors: bool | Schedule,
-) -> Provenance:
-    import diffusers
-
-    configured = {k: v for k, v in dict(pipeline.scheduler.config).items() if not k.startswith("_")}
-    device = next(denoiser(pipeline, component).parameters()).device
-    return Provenance(
-        model=name,
-        anatomy=anatomy,
-        target=target_of(pipeline, anatomy, sampling, component),
-        settings={
-            "pipeline": type(pipeline).__name__,
-            **({"component": component} if component else {}),
-            "guidance": sampling.guidance,
-            "height": sampling.height,
-            "width": sampling.width,
-            "frames": sampling.frames,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "scheduler_config": configured,
-            "scheduler_config_hash": digest(configured),
-            "priors": priors if isinstance(priors, bool) else digest(priors.to_json()),
-        },
-        versions={
-            "dicache": dicache.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
-        lags=recorder.lags,
-        contexts=recorder.contexts,
-        parts=recorder.parts,
-        time_signals=recorder.time_signals,
-        decision_blocks=recorder.decision_blocks,
-        first_blocks=recorder.first_blocks,
-        first_block_lags=recorder.first_block_lags,
-    )
-
-
-def digest(content: Any) -> str:
-    """Return 16 hexadecimal digits that are equal for equal content, whatever the order of its keys."""
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _check_resumable(
-    file: Path, before: Provenance, now: Provenance, done: Sequence[Run], planned: Sequence[Run]
-) -> None:
-    if differing := before.differences(now):
-        raise ProfileError(
-            f"{file} cannot be gone on with: it was begun with another {', '.join(differing)}; choose another -o"
-        )
-    if not {run.key for run in done} <= {run.key for run in planned}:
-        raise ProfileError(
-            f"{file} cannot be gone on with: its {len(done)} runs are of other prompts or seeds; choose another -o"
         )

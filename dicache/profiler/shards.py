@@ -14,8 +14,9 @@ from torch import distributed
 from dicache.anatomy.spread import groups_of
 from dicache.models.launching import Workers
 from dicache.profiler import storage
+from dicache.profiler.describing import planned_runs
 from dicache.profiler.profiles import ProfileError, Run
-from dicache.profiler.profiling import check_runs, planned_runs, profile_pipeline
+from dicache.profiler.profiling import check_runs, profile_pipeline
 from dicache.runtime.apply import denoiser
 
 AGAIN = "What all have finished is on disk; start again with --resume"

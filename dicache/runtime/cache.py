@@ -1,5 +1,6 @@
 """A schedule attached to a model."""
 
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -7,6 +8,7 @@ from functools import wraps
 from threading import RLock, get_ident
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from dicache.schedules import Schedule
 from dicache.schedules.policies import Policy
 
 _MARK = "_dicache"
+_ATTACHED: "WeakSet[Cache]" = WeakSet()
 
 
 class Cache:
@@ -83,6 +86,7 @@ class Cache:
         self._calling: int | None = None  # the thread that is inside the model's call
         self._clock: StepClock | None = None
         self._attached = True
+        _ATTACHED.add(self)
         self._executors: dict[tuple[float, ...] | None, Executor] = {}
         self._planned: dict[tuple[float, ...] | None, tuple[float, str]] = {}
         vars(model)[_MARK] = self  # before whatever else hangs on the model, so that a copy meets its refusal first
@@ -169,6 +173,11 @@ class Cache:
             f"a {type(self._model).__name__} with a schedule attached cannot be copied or pickled; call the cache's "
             "detach() first, and dicache.apply on the copy"
         )
+
+    def _unlock(self) -> None:
+        """Go on in a process that was forked: what a thread was at when it was is not gone on with there."""
+        self._lock, self._calling = RLock(), None
+        self._requests.unlock()
 
     def __enter__(self) -> "Cache":
         return self
@@ -420,3 +429,12 @@ class Cache:
     def _check_attached(self) -> None:
         if not self._attached:
             raise CacheError("this cache is detached; call dicache.apply again")
+
+
+def _unlock_all() -> None:
+    for cache in _ATTACHED:
+        cache._unlock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_unlock_all)

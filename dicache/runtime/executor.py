@@ -176,4 +176,7 @@ class Installer:
 
 def _forwards(parts: Sequence[nn.Module]) -> dict[nn.Module, Forward | None]:
     """Return what stands on each module of a model in place of its class's forward, the model itself left out."""
-    return {module: home(module).get("forward") for module in parts[1:]}
+    return {
+        module: (home(module) if "_diffusers_hook" in (own := vars(module)) else own).get("forward")
+        for module in parts[1:]
+    }

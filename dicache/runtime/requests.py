@@ -98,6 +98,10 @@ class Requests:
             self._made.add(request)
         return request
 
+    def unlock(self) -> None:
+        """Go on in a process that was forked, in which no other thread runs."""
+        self._changing = Lock()
+
     def enter(self, frame: FrameType, request: Request) -> None:
         with self._changing:
             self._entries = (*self._entries, _Entry(frame, get_ident(), _current_task(), request))

@@ -60,11 +60,9 @@ def bytes_of(kept: Any) -> int:
     storages: dict[int, int] = {}
 
     def visit(value: Any) -> None:
-        if hasattr(value, "to_local"):  # in shards
-            value = value.to_local()
-        if hasattr(value, "wait"):  # on its way from other processes
-            value = value.wait()
         if isinstance(value, Tensor):
+            if type(value) is not Tensor:
+                value = _held_here(value)
             storage = value.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, dict):
@@ -76,3 +74,10 @@ def bytes_of(kept: Any) -> int:
 
     visit(kept)
     return sum(storages.values())
+
+
+def _held_here(value: Any) -> Any:
+    """Return what this process holds of a tensor that is in shards, or on its way from other processes."""
+    if hasattr(value, "to_local"):
+        value = value.to_local()
+    return value.wait() if hasattr(value, "wait") else value

@@ -10,7 +10,7 @@ from dicache.calibrate.fora import Fora
 from dicache.calibrate.methods import planned_schedule
 from dicache.calibrate.taylorseer import TaylorSeer
 from dicache.models.sampling import Sampling, sample
-from dicache.profiler.profiling import survey_pipeline
+from dicache.profiler.describing import survey_pipeline
 from dicache.runtime import apply
 
 STEPS, RUNS = 6, (["3", "8"], [1, 2])

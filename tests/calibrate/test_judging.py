@@ -10,7 +10,7 @@ from dicache.calibrate.judging import RealRuns
 from dicache.calibrate.methods import planned_schedule
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling
-from dicache.profiler.profiling import survey_pipeline
+from dicache.profiler.describing import survey_pipeline
 
 CLASSES, SEEDS = ["0", "1", "2"], [7, 8, 9]
 

@@ -20,7 +20,7 @@ from dicache.calibrate.l2c_training import Follower, Training, draw, train
 from dicache.models.loading import load
 from dicache.models.sampling import UNCONDITIONAL, Sampling, default_conditions, sample
 from dicache.models.schedulers import with_scheduler
-from dicache.profiler.profiling import survey_pipeline, target_of
+from dicache.profiler.describing import survey_pipeline, target_of
 from dicache.runtime.apply import denoiser
 from dicache.schedules import Plan, Rule, Schedule, Target
 from tests.calibrate.test_l2c import published

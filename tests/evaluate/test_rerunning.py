@@ -10,7 +10,7 @@ from dicache.calibrate.refining import first_difference, same_before
 from dicache.evaluate.rerunning import BATCH, Beginning, Reruns
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, sample
-from dicache.profiler.profiling import survey_pipeline
+from dicache.profiler.describing import survey_pipeline
 from dicache.schedules import Plan, Rule
 from dicache.schedules.plan import Weights
 

@@ -16,7 +16,7 @@ from dicache.calibrate.pab import Pab
 from dicache.calibrate.taylorseer import TaylorSeer
 from dicache.formats import export, find
 from dicache.models.loading import load
-from dicache.profiler.profiling import survey_pipeline, target_of
+from dicache.profiler.describing import survey_pipeline, target_of
 from dicache.runtime import apply
 from dicache.schedules import FirstBlockPolicy, Plan, Rule, Schedule
 from tests.formats.running import SAMPLING, STEPS, farthest, generations

@@ -18,7 +18,7 @@ from benchmarks.peers import ROOT, python
 from dicache.formats import Losses, export, find
 from dicache.formats.scm_presets import PRESETS, preset
 from dicache.models.loading import load
-from dicache.profiler.profiling import survey_pipeline
+from dicache.profiler.describing import survey_pipeline
 from dicache.runtime import apply
 from dicache.schedules import FirstBlockPolicy, Plan, Rule, Schedule
 from tests.formats.running import SAMPLING, STEPS, Made, farthest, generations

@@ -15,8 +15,9 @@ from dicache.anatomy import Inputs, describe
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, sample
 from dicache.profiler import ProfileError, storage
+from dicache.profiler.describing import hashed
 from dicache.profiler.priors import Prior, Priors
-from dicache.profiler.profiling import hashed, profile_pipeline
+from dicache.profiler.profiling import profile_pipeline
 from dicache.schedules import Plan, Rule, Schedule, Target
 from tests.tiny import anatomy_of, arguments, dit, pipeline_of, pixart
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dicache.profiler import ProfileError, rings, storage
 from dicache.profiler.profiles import RATES, RESIDUALS
-from dicache.profiler.profiling import usual_decision_block
 from dicache.profiler.residuals import Residuals
+from dicache.profiler.wanted import usual_decision_block
 from tests.profiler.test_profiling import profiled
 from tests.runtime.test_adacache import anatomy
 from tests.tiny import anatomy_of, dit, flux, latte
