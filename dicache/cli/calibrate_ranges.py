@@ -18,7 +18,7 @@ from dicache.cli.calibrating import (
     subject_options,
     write_schedule,
 )
-from dicache.cli.command import Command, json_option
+from dicache.cli.command import Command, Kind, json_option
 from dicache.cli.cost import in_words
 from dicache.cli.searching import Searching, Subject, search_for, search_options
 
@@ -38,7 +38,7 @@ class Budget:
     absolute: bool
 
 
-class Macs(click.ParamType[Budget]):
+class Macs(Kind[Budget]):
     """A share of the multiply-accumulates, `0.55`, or how many: `53.53T`, `800G`."""
 
     name = "macs"

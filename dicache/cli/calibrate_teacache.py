@@ -16,7 +16,7 @@ from dicache.cli.calibrating import (
     target_options,
     write_schedule,
 )
-from dicache.cli.command import Command, json_option
+from dicache.cli.command import Command, Kind, json_option
 from dicache.cli.profiles import newest
 from dicache.cli.searching import Searching, given_options, search_options
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FITTED = ("degree", "fit_to", "foretell")  # options of a fit of one's own
 
 
-class Range(click.ParamType[tuple[float, float]]):
+class Range(Kind[tuple[float, float]]):
     """Two numbers: `0.01,0.3`."""
 
     name = "low,high"

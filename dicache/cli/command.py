@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -53,7 +53,18 @@ class Group(click.Group):
         return list(self.commands)
 
 
-class Bytes(click.ParamType[int]):
+if TYPE_CHECKING:
+    Kind = click.ParamType
+else:
+
+    class Kind(click.ParamType):
+        """What an option's text is read as; click's own class names no result before version 8.4."""
+
+        def __class_getitem__(cls, result: Any) -> Any:
+            return cls
+
+
+class Bytes(Kind[int]):
     """A number of bytes: `8GB`, `500 MB`, `1.5e9`."""
 
     name = "size"
@@ -77,7 +88,7 @@ class Bytes(click.ParamType[int]):
         return int(float(match[1]) * self.units[match[2].upper()])
 
 
-class Numbers(click.ParamType[tuple[int, ...]]):
+class Numbers(Kind[tuple[int, ...]]):
     """Whole numbers from `least` on, separated by commas: `1,8`."""
 
     name = "numbers"

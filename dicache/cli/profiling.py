@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from dicache.cli.command import Bytes, Command, Numbers, json_option, model_option, show_json
+from dicache.cli.command import Bytes, Command, Kind, Numbers, json_option, model_option, show_json
 from dicache.cli.profiles import FOLDER
 
 
-class Part(click.ParamType[tuple[int, int]]):
+class Part(Kind[tuple[int, int]]):
     """One of so many parts: `3/8`."""
 
     name = "part"

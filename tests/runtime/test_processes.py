@@ -4,6 +4,7 @@ import multiprocessing
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ SOON = 60.0  # seconds, by which a worker must be done; one that waits for a loc
 
 def worked(method: str, target: Callable[..., None], *args: object) -> Tensor | None:
     """Run a function in a process that tells of a tensor, or of an error that it meets."""
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(theirs, *args))
     process.start()
@@ -32,8 +33,8 @@ def worked(method: str, target: Callable[..., None], *args: object) -> Tensor | 
     return torch.tensor(told)
 
 
-def tell(connection: object, out: Tensor) -> None:
-    connection.send(out.tolist())  # type: ignore[attr-defined] # Connection of one of several contexts
+def tell(connection: Any, out: Tensor) -> None:
+    connection.send(out.tolist())
 
 
 @every_method
