@@ -360,8 +360,8 @@ def generate(pipe: Any, *, steps: int = STEPS, batch: int = 1, seed: int = 0, **
     """
     options = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed), **options}
     if isinstance(pipe, DiTPipeline):
-        images: Tensor = pipe(list(range(batch)), output_type="pt", **options).images
-        return images
+        images = pipe(list(range(batch)), output_type="pt", **options).images
+        return torch.as_tensor(images)  # older versions of diffusers return an array
     options |= {"height": SIZE, "width": SIZE, "output_type": "latent"}
     made = torch.Generator().manual_seed(1)
     dtype = (pipe.unet if hasattr(pipe, "unet") else pipe.transformer).dtype
