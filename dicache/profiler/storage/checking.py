@@ -39,15 +39,28 @@ def measured_rows(dataset: Any) -> np.ndarray:
     check_room(dataset.name, dataset.nbytes)
     rows = np.empty(dataset.shape, dataset.dtype)
     for place in range(len(rows)):
-        rows[place] = measured_row(dataset, place)
+        rows[place] = inflated(dataset, place)[0]
     return rows
 
 
 def measured_row(dataset: Any, place: int) -> np.ndarray:
-    """Return one row of a dataset of measurements: a chunk, which is inflated to its size and no further."""
-    shape, kind = dataset.shape[1:], dataset.dtype
-    size = kind.itemsize * int(np.prod(shape, dtype=object))
-    check_room(dataset.name, 2 * size)
+    """Return one row of a dataset of measurements."""
+    check_room(dataset.name, 2 * row_size(dataset))
+    return inflated(dataset, place)[0]
+
+
+def row_size(dataset: Any) -> int:
+    """Return how many bytes a row of a dataset of measurements has."""
+    size: int = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:], dtype=object))
+    return size
+
+
+def inflated(dataset: Any, place: int) -> tuple[np.ndarray, bytes]:
+    """Return one row of a dataset of measurements, a chunk, inflated to its size and no further, and as it is stored.
+
+    There must be room for it.
+    """
+    shape, kind, size = dataset.shape[1:], dataset.dtype, row_size(dataset)
     left_out, deflated = dataset.id.read_direct_chunk((place, *[0] * len(shape)))
     inflating = zlib.decompressobj()
     try:
@@ -57,8 +70,7 @@ def measured_row(dataset: Any, place: int) -> np.ndarray:
     if len(shuffled) != size or not inflating.eof:
         raise ProfileError(f"row {place} of its {dataset.name} has not the {size} bytes that it should have")
     by_significance = np.frombuffer(shuffled, np.uint8).reshape(kind.itemsize, -1)
-    row: np.ndarray = np.ascontiguousarray(by_significance.T).view(kind).reshape(shape)
-    return row
+    return np.ascontiguousarray(by_significance.T).view(kind).reshape(shape), deflated
 
 
 def texts(dataset: Any) -> list[str]:

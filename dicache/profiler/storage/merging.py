@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dicache.profiler.profiles import ProfileError, Provenance, Run
-from dicache.profiler.storage.checking import measured_row
+from dicache.profiler.storage.checking import check_room, inflated, measured_row, row_size
 from dicache.profiler.storage.layout import shapes
 from dicache.profiler.storage.reading import header, reading
 from dicache.profiler.storage.writing import PriorShape, alone, writing
@@ -93,8 +93,14 @@ def _copy_rows(opened: Sequence[Any], rows: Rows, made: Any, provenance: Provena
     for name in shapes(provenance):
         into, sources = made[name], [file[name] for file in opened]
         into.resize(len(rows), axis=0)
+        for source in sources:
+            check_room(name, 2 * row_size(source))
         for place, (_, file, row) in enumerate(rows):
-            into[place] = measured_row(sources[file], row)
+            numbers, stored = inflated(sources[file], row)
+            if numbers.dtype == into.dtype:  # what is stored as it will be is not deflated again
+                into.id.write_direct_chunk((place, *[0] * numbers.ndim), stored)
+            else:
+                into[place] = numbers
 
 
 def _priors(files: Sequence[Path], opened: Sequence[Any]) -> dict[str, PriorShape]:
