@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test lint types docs pytest bench format clean
+.PHONY: demo test lint types docs pytest oldest bench format clean
 
 demo: .venv/installed
 	$(BIN)/dicache demo
@@ -27,6 +27,12 @@ docs: .venv/installed
 pytest: .venv/installed .venv/extra/installed
 	$(BIN)/pytest -n 2
 
+# What the oldest supported versions of the libraries make of the survey, the replay, the profiler and the command line.
+oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -n 2 tests/anatomy tests/schedules tests/profiler \
+		tests/runtime/test_oracle.py tests/runtime/test_requests.py tests/runtime/test_adaptive.py
+	.venv-oldest/bin/dicache demo --runs 2 --steps 10 --images 2 -o build/oldest
+
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.replay
 
@@ -44,5 +50,11 @@ format: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target .venv/extra torchao
 	touch $@
 
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt . \
+		hatchling hypothesis jsonschema peft pytest pytest-xdist
+	touch $@
+
 clean:
-	rm -rf .venv demo profiles dist build
+	rm -rf .venv .venv-oldest demo profiles dist build
