@@ -52,7 +52,7 @@ format: .venv/installed
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt . \
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e . \
 		hatchling hypothesis jsonschema peft pytest pytest-xdist
 	touch $@
 

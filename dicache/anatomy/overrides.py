@@ -37,6 +37,15 @@ def home(module: nn.Module) -> dict[str, Any]:
     return vars(module)
 
 
+def put(module: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Let a forward stand where a replacement stands; None for that of the module's class."""
+    where = home(module)
+    if forward is None and where is vars(module):
+        where.pop("forward", None)
+    else:
+        where["forward"] = type(module).forward.__get__(module) if forward is None else forward
+
+
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """Return what a replacement of a module's forward takes the place of."""
     found: Callable[..., Any] | None = home(module).get("forward")
@@ -117,10 +126,7 @@ class Overrides:
             before, own = self._before.pop(module), self._set.pop(module)
             if home(module).get("forward") is not own:
                 return
-            if before is None:
-                home(module).pop("forward", None)
-            else:
-                home(module)["forward"] = before
+            put(module, before)
 
     def restore(self) -> None:
         """Give every module its own forward back."""

@@ -30,7 +30,8 @@ def waiting(group: Any) -> Iterator[None]:
     except RuntimeError as error:
         rank, count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
         raise RanksError(
-            f"rank {rank} of {count} waited in vain for the others: one of them has failed, or does not do the same. "
+            f"rank {rank} of {count} waited in vain for the others ({str(error).splitlines()[0]}): one of them has "
+            "failed, or does not do the same. "
             "All ranks that a model is spread over must call dicache alike, and the model for the same steps of the "
             "same generations"
         ) from error
@@ -43,11 +44,10 @@ def groups_of(model: nn.Module, parts: Iterable[nn.Module] | None = None) -> tup
         model: The model.
         parts: Its modules, where they are known.
     """
-    group = group_of_tokens(model)
-    if group is not None:
-        return (group,)
-    weight = next(_sharded(modules_of(model) if parts is None else parts), None)
-    return () if weight is None else _groups(weight.device_mesh)
+    meshes = dict.fromkeys(_meshes(modules_of(model) if parts is None else parts))
+    found = [group for mesh in meshes for group in _groups(mesh)]
+    tokens = group_of_tokens(model)
+    return tuple(found) if tokens is None else (tokens, *found)
 
 
 def group_of_tokens(model: nn.Module) -> Any | None:
@@ -61,6 +61,11 @@ def kind_of(module: nn.Module) -> str:
     """Return the name of a module's class; FSDP2 puts one of its own in its place."""
     bases = type(module).__bases__
     return (bases[-1] if bases[0].__name__ == "FSDPModule" else type(module)).__name__
+
+
+def device_of(group: Any) -> str:
+    """Return the kind of device whose tensors a process group exchanges."""
+    return "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -84,12 +89,14 @@ class Sharded:
         """Add the values of a weight at some places, counted as if it were whole and flat."""
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+        if not tensor.ndim:
+            tensor = tensor.reshape(1)
         shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         local = tensor.to_local()
         index = np.stack(np.unravel_index(np.array(places), tuple(tensor.shape)))
         if name in self._packed:
-            dimension, sizes = self._packed[name]
-            index[dimension] = _dealt(index[dimension], np.array(sizes), tensor.device_mesh.size())
+            dimension, sizes, ranks = self._packed[name]
+            index[dimension] = _dealt(index[dimension], np.array(sizes), ranks)
         index -= np.array(offset)[:, None]
         held = torch.from_numpy(((index >= 0) & (index < np.array(shape)[:, None])).all(axis=0))
         values = torch.zeros(len(places), dtype=torch.float64)
@@ -101,8 +108,7 @@ class Sharded:
         """Return the values of each tensor in turn, in float64 on the CPU; the same on all processes."""
         if not self._found:
             return []
-        device = self._mesh.device_type
-        both = torch.cat(self._found, dim=1).to(device)
+        both = torch.cat(self._found, dim=1).to(self._mesh.device_type)
         for group in _groups(self._mesh):
             with waiting(group):
                 torch.distributed.all_reduce(both, group=group)
@@ -110,21 +116,28 @@ class Sharded:
         return list((values / holders).split([found.shape[1] for found in self._found]))
 
 
-def _sharded(parts: Iterable[nn.Module]) -> Iterator[Any]:
-    return (
-        weight for part in parts for weight in part._parameters.values() if weight is not None and is_sharded(weight)
-    )
+def _meshes(parts: Iterable[Any]) -> Iterator[Any]:
+    """Yield the meshes that weights are in shards on; FSDP2 may have whole ones in their place for a time."""
+    for part in parts:
+        for weight in part._parameters.values():
+            if weight is not None and is_sharded(weight):
+                yield weight.device_mesh
+        if hasattr(part, "_get_fsdp_state"):
+            state = part._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            yield from (weight.sharded_param.device_mesh for group in groups if group for weight in group.fsdp_params)
 
 
-def _packed(model: nn.Module) -> dict[str, tuple[int, list[int]]]:
-    """Return which weights diffusers has cut into shards piece by piece: the dimension, and the sizes of the pieces."""
+def _packed(model: nn.Module) -> dict[str, tuple[int, list[int], int]]:
+    """Return which weights diffusers has dealt out in pieces: the dimension, the pieces' sizes, and to how many."""
     spread = getattr(getattr(model, "_parallel_config", None), "tensor_parallel_config", None)
     if spread is None:
         return {}
     from diffusers.hooks.tensor_parallel import resolve_tp_shard_specs
 
-    specs = resolve_tp_shard_specs(model, model._tp_plan, spread._tp_degree)
-    return {name: (spec.dim, spec.block_sizes) for name, spec in specs.items() if len(spec.block_sizes or ()) > 1}
+    ranks = spread._tp_degree
+    specs = resolve_tp_shard_specs(model, model._tp_plan, ranks).items()
+    return {name: (spec.dim, spec.block_sizes, ranks) for name, spec in specs if len(spec.block_sizes or ()) > 1}
 
 
 def _dealt(places: np.ndarray, sizes: np.ndarray, ranks: int) -> np.ndarray:

@@ -181,6 +181,7 @@ def evaluate(
     variants = [uncached, *(row[0] for row in cached), *(row[0] for row in fewer.values())]
     times = timing_rounds and workers.rank == 0
     seconds = _time(pipeline, variants, conditions, seeds, timing_rounds, progress) if times else {}
+    workers.wait()  # so that nobody works beside what is timed
 
     def result(
         variant: _Variant,

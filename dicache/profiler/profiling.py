@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,19 +184,35 @@ def profile_pipeline(
 
             def make(together: Sequence[tuple[Run, str]]) -> bool:
                 """Make some runs and write them; or none of them, if they would have to be taken apart again."""
-                with storage.adding(output) if ranks.leads else nullcontext() as addition:
-                    recorder.add_to(addition.priors if addition and steps_kept else None, provenance)
+                addition: storage.Addition | None = None
+                with ExitStack() as open_file:
+
+                    def begin_run() -> None:
+                        nonlocal addition
+                        addition = open_file.enter_context(storage.adding(output))
+                        recorder.add_to(addition.priors if steps_kept else None, provenance)
+
+                    recorder.add_to(None, provenance)
+                    ranks.ask(begin_run)
                     call(together)
                     failures = [recorder.failure(place) for place in range(len(together))]
                     if steps_kept and len(together) > 1 and any(failures):
                         if addition:
                             addition.drop()
                         return False
-                    for place, ((run, _), failure) in enumerate(zip(together, failures, strict=True)):
-                        status = "ok" if failure is None else f"failed at {failure}"
-                        record = recorder.record(replace(run, status=status), provenance, place)
-                        if addition:
+                    said = ["ok" if failure is None else f"failed at {failure}" for failure in failures]
+                    records = [
+                        recorder.record(replace(run, status=status), provenance, place)
+                        for place, ((run, _), status) in enumerate(zip(together, said, strict=True))
+                    ]
+
+                    def finish_run() -> None:
+                        assert addition is not None
+                        for record in records:
                             addition.write(record)
+                        open_file.close()  # puts the file in its place
+
+                    ranks.ask(finish_run)
                 bar.update(len(together))
                 return True
 

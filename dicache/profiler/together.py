@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 
-from dicache.anatomy.spread import group_of_tokens, groups_of, waiting
+from dicache.anatomy.spread import device_of, group_of_tokens, groups_of, waiting
 from dicache.profiler.profiles import ProfileError
 
 T = TypeVar("T")
@@ -35,7 +35,6 @@ class Together:
         self._group = None if model is None else group_of_tokens(model)
         self.tokens = 1 if self._group is None else distributed.get_world_size(self._group)
         self.leads = all(distributed.get_rank(group) == 0 for group in self._groups)
-        self._device = torch.device("cpu") if model is None else next(model.parameters()).device
         spread = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
         if getattr(spread, "ulysses_anything", False) or getattr(spread, "ring_anything", False):
             raise ProfileError(
@@ -44,22 +43,25 @@ class Together:
             )
 
     def ask(self, find: Callable[[], T]) -> T:
-        """Return what the rank that writes has found; what it raises is raised on all.
+        """Return what the rank that writes has found; where it fails, all do.
 
         Raises:
-            ProfileError: Of `find`.
+            ProfileError: Of `find`; on the other ranks whatever it has raised.
         """
         if not self._groups:
             return find()
         told: list[Any] = [None, None]
+        failed: Exception | None = None
         if self.leads:
             try:
                 told[0] = find()
-            except ProfileError as error:
-                told[1] = str(error)
+            except Exception as error:
+                failed, told[1] = error, str(error) or type(error).__name__
         for group in self._groups:
             with waiting(group):
                 distributed.broadcast_object_list(told, distributed.get_global_rank(group, 0), group=group)
+        if failed is not None:
+            raise failed
         if told[1] is not None:
             raise ProfileError(told[1])
         found: T = told[0]
@@ -70,7 +72,7 @@ class Together:
         if self._group is None or not arrays:
             return list(arrays)
         whole = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
-        there = whole.to(self._device)
+        there = whole.to(device_of(self._group))
         with waiting(self._group):
             distributed.all_reduce(there, group=self._group)
         parts = np.split(there.cpu().numpy(), np.cumsum([array.size for array in arrays])[:-1])

@@ -236,7 +236,7 @@ class Cache:
                 self._follow_the_model()
             self._stand_in_front()
             if schedule.policy is not None and not self._given_groups:
-                self._ranks.groups = groups_of(self._model, parts)
+                self._ranks.groups, self._ranks.of_model = groups_of(self._model, parts), True
             if levels not in self._executors:
                 self._executors[levels] = self._make_executor(schedule)
         generation = Generation(schedule.steps, self._executors[levels])

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from dicache.anatomy.overrides import Overrides, home, modules_of
+from dicache.anatomy.overrides import Overrides, home, modules_of, put
 from dicache.runtime.errors import CacheError
 from dicache.runtime.generation import Generation, Lane
 
@@ -148,10 +148,7 @@ class Installer:
         """Put back what was found on the modules of the program, whatever has been put on them since."""
         for module in self._installed:
             found = self._with(self._nothing, module)
-            if found is None:
-                home(module).pop("forward", None)
-            else:
-                home(module)["forward"] = found
+            put(module, found)
         self._installed, self._changing = self._nothing, False
 
     def leave(self) -> None:
@@ -166,9 +163,10 @@ class Installer:
 
     def _refuse(self, program: Program) -> None:
         paths = {module: path for path, module in self._model.named_modules()}
-        module = next(m for m in program if home(m).get("forward") is not self._with(self._installed, m))
+        changed = (m for m in program if home(m).get("forward") is not self._with(self._installed, m))
+        path = next((paths.get(m, type(m).__name__) for m in changed), f"a block of the {type(self._model).__name__}")
         raise CacheError(
-            f"the forward of {paths.get(module, type(module).__name__)} was replaced while a generation was running; "
+            f"the forward of {path} was replaced while a generation was running; "
             "put hooks (offloading, casting, guidance that skips layers) on the model, and take them off, before the "
             "generation begins"
         )

@@ -20,10 +20,12 @@ class Ranks:
 
     Attributes:
         groups: As they were given; may be changed between generations.
+        of_model: Whether the model itself exchanges something in them. One that fails has then nobody to tell: the
+            others wait in the model, and what they wait for must not be answered by something else.
     """
 
     def __init__(self, groups: Sequence[Any] = (), device: torch.device | str = "cpu") -> None:
-        self.groups = tuple(groups)
+        self.groups, self.of_model = tuple(groups), False
         self._device = device
 
     def quotients(self, sums: Tensor) -> list[float]:
@@ -50,7 +52,7 @@ class Ranks:
 
     def give_up(self, count: int) -> None:
         """Let the other ranks, which wait for `count` numbers of this one, fail as well."""
-        if self.groups:
+        if self.groups and not self.of_model:
             self._reduce(torch.full((1 + count,), torch.nan, dtype=torch.float32, device=self._device))
 
     def _reduce(self, numbers: Tensor) -> Tensor:

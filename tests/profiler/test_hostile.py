@@ -197,3 +197,38 @@ def test_a_profile_of_the_future_says_what_to_install(path: Path) -> None:
         file.attrs["dicache"] = "0.4.0"
     with pytest.raises(ProfileError, match=r"p\.h5: not a profile: .*newer .*: `pip install 'dicache>=0\.4\.0'`"):
         storage.load(path)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1), (1, 1, 1), (2, 4, 4)])
+def test_rows_of_another_shape_are_not_joined(shape: tuple[int, ...], path: Path, tmp_path: Path) -> None:
+    other = write(tmp_path / "other.h5", RUNS[2:4])
+    with h5py.File(other, "r+") as file:
+        made = {"chunks": (1, *shape), "compression": "gzip", "shuffle": True}
+        replaced(file, "delta/cosine", shape=(2, *shape), dtype="f8", **made)
+        file["delta/cosine"][:] = 1.5
+    before = path.read_bytes()
+    with pytest.raises(ProfileError, match=r"other.h5.* a row of its delta/cosine is of shape"):
+        storage.merge([path, other], path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("padded", [lambda data: data + b"EVIL" * 1000, lambda data: with_empty_blocks(data)])
+def test_rows_that_are_stored_in_more_than_they_need_are_refused(
+    padded: Callable[[bytes], bytes], path: Path, tmp_path: Path
+) -> None:
+    other = write(tmp_path / "other.h5", RUNS[2:4])
+    with h5py.File(other, "r+") as file:
+        dataset = file["magnitude"]
+        place = (0,) * dataset.ndim
+        _, data = dataset.id.read_direct_chunk(place)
+        dataset.id.write_direct_chunk(place, padded(data))
+    with pytest.raises(ProfileError, match="row 0 of its /magnitude takes"):
+        read(other)
+    with pytest.raises(ProfileError, match="row 0 of its /magnitude takes"):
+        storage.merge([path, other], tmp_path / "whole.h5")
+    assert not (tmp_path / "whole.h5").exists()
+
+
+def with_empty_blocks(data: bytes) -> bytes:
+    """Return the same numbers, with thousands of blocks before them that hold nothing."""
+    return data[:2] + b"\x00\x00\x00\xff\xff" * 5000 + data[2:]

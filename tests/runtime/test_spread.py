@@ -6,6 +6,7 @@ told that a CPU is one. What is tested is then done by diffusers' own hooks and 
 
 import json
 import multiprocessing
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -31,6 +32,7 @@ from tests.profiler.test_two_models import PROMPTS, SAMPLING, pipeline
 from tests.tiny import adaptive, arguments, first_block, flux
 from tests.transformers import TRANSFORMERS
 
+apply_context_parallel = pytest.importorskip("diffusers.hooks.context_parallel").apply_context_parallel
 parallel = pytest.importorskip("diffusers.models._modeling_parallel", reason="this diffusers spreads no models")
 if not hasattr(parallel, "TensorParallelConfig"):
     pytest.skip("this diffusers spreads no weights", allow_module_level=True)
@@ -52,9 +54,8 @@ def by_weights(model: Any) -> None:
 def by_fsdp(model: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    for block in model.transformer_blocks:
-        fully_shard(block)
-    fully_shard(model)
+    fully_shard(model)  # of the whole model as one, whose weights are not in shards any more after a call
+    model.requires_grad_(False)
 
 
 WAYS = {"tokens": by_tokens, "weights": by_weights, "fsdp": by_fsdp}
@@ -72,15 +73,18 @@ def made(name: str) -> tuple[nn.Module, Inputs]:
 
 
 def replayed(model: nn.Module, schedule: Schedule, inputs: Inputs) -> tuple[str, torch.Tensor]:
-    """Return what was done at each step of latents that change, and what came of it in the last."""
+    """Return what was done at each step of latents that change, in two generations, and what came of it in the last."""
+    letters = ""
     with torch.no_grad(), apply(model, schedule) as cache:
-        cache.begin_generation()
-        for step in range(schedule.steps):
-            cache.begin_step()
-            latents = inputs.kwargs["hidden_states"]
-            given = {**inputs.kwargs, "hidden_states": latents * (1 + 0.05 * step + 0.02 * step**2)}
-            out = model(**given)[0]
-        return cache.stats.steps["0"], out
+        for _ in range(2):
+            cache.begin_generation()
+            for step in range(schedule.steps):
+                cache.begin_step()
+                latents = inputs.kwargs["hidden_states"]
+                given = {**inputs.kwargs, "hidden_states": latents * (1 + 0.05 * step + 0.02 * step**2)}
+                out = model(**given)[0]
+            letters += cache.stats.steps["0"]
+        return letters, out
 
 
 def plan_of(anatomy: Anatomy, weights: str) -> Schedule:
@@ -93,7 +97,7 @@ def laws(model: nn.Module, inputs: Inputs, anatomy: Anatomy) -> Told:
     said = {}
     for law, check in LAWS.items():
         try:
-            said[law] = "kept" if check(Subject(model, inputs, anatomy)) >= 0 else "not tried"
+            said[law] = "kept" if check(Subject(model, inputs, anatomy)) > 0 else "not tried"
         except Exception:
             said[law] = traceback.format_exc()
     return said
@@ -155,19 +159,47 @@ def profiled(folder: Path, rank: int) -> Told:
     return said
 
 
-def work(rank: int, folder: str) -> None:
+def begin(rank: int, folder: str, timeout: float = TIMEOUT) -> None:
+    """Meet the other rank, and tell diffusers that a CPU is an accelerator."""
     torch.set_num_threads(1)
     torch.accelerator.device_count = lambda: 1
     from diffusers.hooks import tensor_parallel
 
     tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu",)
     distributed.init_process_group(
-        "gloo", f"file://{folder}/meeting", rank=rank, world_size=RANKS, timeout=timedelta(seconds=TIMEOUT)
+        "gloo", f"file://{folder}/meeting", rank=rank, world_size=RANKS, timeout=timedelta(seconds=timeout)
     )
+
+
+def work(rank: int, folder: str) -> None:
+    begin(rank, folder)
     said: Told = {f"{way} {name}": attempted(lambda: spread(way, name)) for way, name in CASES}  # noqa: B023
     said["profile"] = attempted(lambda: profiled(Path(folder), rank))
     Path(folder, f"{rank}.json").write_text(json.dumps(said))
     distributed.destroy_process_group()
+
+
+def fail(rank: int, folder: str) -> None:
+    """Rank 1 fails inside of a block of which all ranks have a part."""
+    begin(rank, folder, timeout=20.0)
+    model, inputs = made("flux")
+    by_weights(model)
+    since, said = time.monotonic(), "nothing"
+
+    def broken(*_: object) -> None:
+        raise ValueError("out of luck")
+
+    try:
+        with torch.no_grad(), apply(model, adaptive(flux, 0.0, steps=STEPS)) as cache:
+            cache.begin_generation()
+            for step in range(STEPS):
+                cache.begin_step()
+                if rank and step == 2:
+                    model.get_submodule("transformer_blocks.1.ff").register_forward_pre_hook(broken)
+                model(**inputs.kwargs)
+    except (ValueError, RuntimeError) as error:
+        said = f"{type(error).__name__} {'at once' if time.monotonic() - since < 10 else 'late'}"
+    Path(folder, f"{rank}.txt").write_text(said)
 
 
 def attempted(act: Callable[[], Told]) -> Told:
@@ -175,6 +207,16 @@ def attempted(act: Callable[[], Told]) -> Told:
         return act()
     except Exception:
         return {"failed": traceback.format_exc()}
+
+
+def in_ranks(act: Callable[[int, str], None], folder: Path) -> None:
+    fork = multiprocessing.get_context("fork")  # the parent's imports take a while
+    processes = [fork.Process(target=act, args=(rank, str(folder))) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(10 * TIMEOUT)
+        assert process.exitcode == 0, "a rank waits for ever, or was killed"
 
 
 @pytest.fixture(scope="module")
@@ -185,12 +227,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def said(folder: Path) -> list[Told]:
     """What each rank says of all cases: it takes a while until a process has begun."""
-    fork = multiprocessing.get_context("fork")  # the parent's imports take a while
-    processes = [fork.Process(target=work, args=(rank, str(folder))) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    in_ranks(work, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
@@ -215,6 +252,29 @@ def test_a_schedule_of_the_whole_model_does_the_same_to_it_spread(said: list[Tol
             assert wanted == found
             assert {"C", "."} == set(wanted)
         assert all(error < ROUNDING for error in told["errors"].values()), told["errors"]
+
+
+def test_a_rank_that_fails_inside_of_the_model_says_why_and_the_other_does_not_wait_for_ever(tmp_path: Path) -> None:
+    in_ranks(fail, tmp_path)
+    waiting, failing = ((tmp_path / f"{rank}.txt").read_text() for rank in range(RANKS))
+    assert failing == "ValueError at once"
+    assert waiting == "RuntimeError at once"  # of the model's own exchange, whose other end is gone
+
+
+def test_hooks_that_come_while_a_generation_is_broken_off_do_not_break_the_model() -> None:
+    model, inputs = made("wan")
+    with torch.no_grad():
+        want = model(**inputs.kwargs)[0]
+        cache = apply(model, plan_of(survey(model, inputs), fingerprint(model)))
+        cache.begin_generation()
+        cache.begin_step()
+        model(**inputs.kwargs)
+        plan = {"blocks.0": {"hidden_states": parallel.ContextParallelInput(split_dim=1, expected_dims=9)}}
+        apply_context_parallel(model, parallel.ContextParallelConfig(ulysses_degree=2), plan)  # splits nothing
+        cache.begin_step()
+        assert torch.equal(model(**inputs.kwargs)[0], want)  # all is reused, of the same inputs
+        cache.detach()
+        assert torch.equal(model(**inputs.kwargs)[0], want)
 
 
 @pytest.mark.parametrize("feature", [dispatched, by_leaves, by_blocks])

@@ -15,6 +15,7 @@ from dicache.models.devices import host_memory
 from dicache.profiler.profiles import ProfileError
 
 MEASURED_FILTERS = [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE]
+DEFLATED = 64  # bytes that numbers may grow by at most when they are deflated, beside a small share
 RUNS = {"prompt": "O", "seed": "i", "status": "O"}  # kind of number or text
 
 
@@ -69,6 +70,8 @@ def inflated(dataset: Any, place: int) -> tuple[np.ndarray, bytes]:
         raise ProfileError(f"row {place} of its {dataset.name} cannot be inflated ({error})") from None
     if len(shuffled) != size or not inflating.eof:
         raise ProfileError(f"row {place} of its {dataset.name} has not the {size} bytes that it should have")
+    if inflating.unused_data or len(deflated) > size + size // 500 + DEFLATED:
+        raise ProfileError(f"row {place} of its {dataset.name} takes {len(deflated)} bytes for its {size}")
     by_significance = np.frombuffer(shuffled, np.uint8).reshape(kind.itemsize, -1)
     return np.ascontiguousarray(by_significance.T).view(kind).reshape(shape), deflated
 

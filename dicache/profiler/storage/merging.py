@@ -47,7 +47,7 @@ def merge(files: Sequence[Path], output: Path) -> tuple[Run, ...]:
         priors = _priors(files, opened)
         room = sum(file.stat().st_size for file in files)
         with writing(output, first, priors, room=room) as made:
-            _copy_rows(opened, rows, made, first)
+            _copy_rows(files, opened, rows, made, first)
             for key in priors:
                 _average([opened[place]["priors"][key] for place in used], made["priors"][key])
     return tuple(run for run, _, _ in rows)
@@ -86,17 +86,20 @@ def _equal(one: Any, row: int, other: Any, there: int, names: dict[str, tuple[in
     )
 
 
-def _copy_rows(opened: Sequence[Any], rows: Rows, made: Any, provenance: Provenance) -> None:
+def _copy_rows(files: Sequence[Path], opened: Sequence[Any], rows: Rows, made: Any, provenance: Provenance) -> None:
     for name in ("prompt", "seed", "status"):
         made[f"runs/{name}"].resize(len(rows), axis=0)
         made[f"runs/{name}"][:] = [getattr(run, name) for run, _, _ in rows]
-    for name in shapes(provenance):
+    for name, shape in shapes(provenance).items():
         into, sources = made[name], [file[name] for file in opened]
         into.resize(len(rows), axis=0)
-        for source in sources:
+        for file, source in zip(files, sources, strict=True):
+            if source.shape[1:] != shape:
+                found = source.shape[1:]
+                raise ProfileError(f"{file} cannot be joined: a row of its {name} is of shape {found}, needed {shape}")
             check_room(name, 2 * row_size(source))
-        for place, (_, file, row) in enumerate(rows):
-            numbers, stored = inflated(sources[file], row)
+        for place, (_, source_place, row) in enumerate(rows):
+            numbers, stored = inflated(sources[source_place], row)
             if numbers.dtype == into.dtype:  # what is stored as it will be is not deflated again
                 into.id.write_direct_chunk((place, *[0] * numbers.ndim), stored)
             else:
