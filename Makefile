@@ -25,7 +25,7 @@ docs: .venv/installed
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 
 pytest: .venv/installed .venv/extra/installed
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # What the oldest supported versions of the libraries make of the survey, the replay, the profiler and the command line.
 oldest: .venv-oldest/installed

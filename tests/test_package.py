@@ -49,7 +49,7 @@ def test_a_wheel_installed_in_a_clean_environment_runs_the_demo(tmp_path: Path) 
     assert str(ROOT) not in path
     dicache_command = clean / "bin" / "dicache"
     assert run(dicache_command, "--version").strip().endswith(dicache.__version__)
-    told = run(dicache_command, "demo", "--model", "digits", "--runs", "2", "--steps", "10", "--images", "2")
+    told = run(dicache_command, "demo", "--model", "digits", "--runs", "2", "--steps", "6", "--images", "1")
     assert "Table, profiles, schedules and pictures are in demo/" in told
     assert all(part in told for part in (away / "demo" / "results.txt").read_text().strip().split("\n\n"))
 

@@ -7,7 +7,7 @@ from dicache.cli import main
 
 
 def test_the_demo_leaves_profile_schedules_table_and_pictures(tmp_path: Path) -> None:
-    words = ["demo", "--runs", "3", "--steps", "10", "--images", "2", "--json", "-o", str(tmp_path)]
+    words = ["demo", "--runs", "2", "--steps", "6", "--images", "1", "--json", "-o", str(tmp_path)]
     result = CliRunner().invoke(main, words, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert {path.name for path in tmp_path.iterdir()} == {"digits", "scenes", "results.txt"}
@@ -17,8 +17,8 @@ def test_the_demo_leaves_profile_schedules_table_and_pictures(tmp_path: Path) ->
         names = {path.name for path in (tmp_path / model).iterdir()}
         assert names == {"profile.h5", *pictures, *schedules}
     table = (tmp_path / "results.txt").read_text()
-    assert "digits, 10 steps, guidance 4, 2 images" in table
-    assert "scenes, 10 steps, guidance 4.5, 2 images" in table
+    assert "digits, 6 steps, guidance 4, 1 image" in table
+    assert "scenes, 6 steps, guidance 4.5, 1 image" in table
     assert all(part in result.stderr for part in table.strip().split("\n\n"))
     told = json.loads(result.stdout)["results"]
     assert [row["schedule"] for row in told["scenes"]][:3] == ["uncached", "fora-2", "fora-3"]

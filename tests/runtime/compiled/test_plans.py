@@ -32,7 +32,6 @@ from tests.tiny import (
     sample,
     scheduled,
     sd3,
-    sd35,
     unet,
 )
 from tests.transformers import TRANSFORMERS
@@ -45,7 +44,7 @@ def graphs(schedule: Schedule) -> int:
     return distinct_rows(schedule.plan, schedule.anatomy)
 
 
-@pytest.mark.parametrize("build", [dit, pixart, sd3, sd35, flux, unet])
+@pytest.mark.parametrize("build", [dit, pixart, sd3, flux, unet])
 @every_method
 def test_a_plan_is_a_graph_for_each_distinct_row_that_gives_what_it_gives_uncompiled(
     build: Build, method: str, counter: CompileCounter
