@@ -1,10 +1,10 @@
 """Where a pipeline is put, in which precision, and whether it has the memory for it."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from dicache.anatomy.memory import host_memory
 from dicache.models.names import ModelError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -62,21 +62,6 @@ def check_memory(name: str, parameters: int, dtype: torch.dtype) -> None:
         f"{name}: its weights take {_gigabytes(needed)} in {str(dtype).removeprefix('torch.')}, but "
         f"{_gigabytes(free)} of memory are free; {hint}, or a GPU"
     )
-
-
-def host_memory() -> int:
-    """Return how many bytes this process may still take of the host's memory, a container's limit included."""
-    import psutil  # type: ignore[import-untyped]  # accelerate brings it
-
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        held = Path("/sys/fs/cgroup/memory.stat").read_text().split()
-        cached = int(held[held.index("inactive_file") + 1])  # given back when it is needed
-    except (OSError, ValueError):  # no such container, or no limit
-        return free
-    return min(free, limit - used + cached)
 
 
 def placed(pipeline: Any, device: torch.device) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from dicache.anatomy.memory import host_memory
 from dicache.anatomy.parts import Anatomy
 from dicache.schedules.plan import ACT, COMPUTE, HOLD, REUSED, Plan, PlanError
 
@@ -137,8 +138,14 @@ class Corrections:
             raise PlanError(f"corrections: the file must lie beside the schedule, found {name!r}")
         if folder is None:
             raise PlanError(f"corrections: their tensors lie in {name} beside the schedule's file; read that")
+        beside = folder / name
+        if beside.exists() and not beside.is_file():
+            raise PlanError(f"corrections: {name} is no file")
         try:
-            data = (folder / name).read_bytes()
+            size = beside.stat().st_size
+            if 2 * size > (free := host_memory()):
+                raise PlanError(f"corrections: {name} takes {2 * size:.3g} bytes of memory, and {free:.3g} are free")
+            data = beside.read_bytes()
         except FileNotFoundError:
             raise PlanError(
                 f"corrections: {name} is missing beside the schedule; the two files belong together, copy both"

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from dicache.anatomy import memory
 from dicache.models import devices
 from dicache.models.devices import check_memory, device_of, dtype_of, placed
 from dicache.models.loading import load
@@ -57,7 +58,7 @@ def test_weights_that_the_host_cannot_hold_are_refused_before_they_are_read(monk
 
 
 def test_the_hosts_memory_is_known() -> None:
-    assert 10**8 < devices.host_memory() < 10**14
+    assert 10**8 < memory.host_memory() < 10**14
 
 
 @pytest.mark.parametrize(

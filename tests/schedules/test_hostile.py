@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from dicache.schedules import Schedule, ScheduleError
+from dicache.schedules import Schedule, ScheduleError, corrections
 from dicache.schedules.documents import MAX_BYTES, MAX_MESSAGE
 from tests.hostile import changed
 from tests.schedules.test_file import ADAPTIVE, STATIC
@@ -137,6 +137,21 @@ def test_tensors_lie_beside_the_schedule_and_nowhere_else(name: str, tmp_path: P
     content["corrections"]["file"] = name
     (tmp_path / "s.json").write_text(json.dumps(content))
     with pytest.raises(ScheduleError, match=r"must lie beside the schedule|which is no text"):
+        Schedule.load(tmp_path / "s.json")
+
+
+def test_tensors_that_do_not_fit_or_never_end_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (WRITTEN / "schedules-1" / "corrections.json").read_text()
+    name = json.loads(text)["corrections"]["file"]
+    (tmp_path / "s.json").write_text(text)
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(ScheduleError, match=f"{name} is no file"):
+        Schedule.load(tmp_path / "s.json")
+    (tmp_path / name).unlink()
+    (tmp_path / name).write_bytes((WRITTEN / "schedules-1" / name).read_bytes())
+    Schedule.load(tmp_path / "s.json")
+    monkeypatch.setattr(corrections, "host_memory", lambda: 100)
+    with pytest.raises(ScheduleError, match=f"{name} takes .* bytes of memory, and 100 are free"):
         Schedule.load(tmp_path / "s.json")
 
 

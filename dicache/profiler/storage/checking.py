@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dicache.models.devices import host_memory
+from dicache.anatomy.memory import host_memory
 from dicache.profiler.profiles import ProfileError
 
 MEASURED_FILTERS = [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE]
