@@ -74,6 +74,11 @@ def with_a_group_in_the_place_of_numbers(file: h5py.File) -> None:
     file.create_group("delta/gram")
 
 
+def with_an_empty_group_in_the_place_of_numbers(file: h5py.File) -> None:
+    del file["magnitude"]
+    file.create_group("magnitude")
+
+
 def with_ten_billion_runs(file: h5py.File) -> None:
     for name in ("prompt", "seed", "status"):
         file[f"runs/{name}"].resize(10**10, axis=0)
@@ -113,6 +118,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "bomb": (with_rows_that_explode, "row 0 of its /delta/gram has not the"),
     "lzf": (with_a_filter_of_another_kind, "magnitude is not stored as what a profile measures"),
     "group": (with_a_group_in_the_place_of_numbers, "gram in it is no array"),
+    "empty group": (with_an_empty_group_in_the_place_of_numbers, "its magnitude is no array of numbers or texts"),
     "runs": (with_ten_billion_runs, "is not stored as a profile's runs are"),
     "no rows": (with_rows_that_are_not_there, "cannot be read as a profile"),
     "numbers": (with_numbers_for_prompts, "prompt is not stored as a profile's runs are"),

@@ -29,6 +29,18 @@ def check_file(file: Any) -> None:
             _check_dataset(name, item)
 
 
+def numbers_of(file: Any, name: str) -> Any:
+    """Return one of a profile's datasets.
+
+    Raises:
+        ProfileError: If what has its name is a group.
+    """
+    found = file[name]
+    if not isinstance(found, h5py.Dataset):
+        raise ProfileError(f"its {name} is no array of numbers or texts")
+    return found
+
+
 def check_room(name: str, size: int) -> None:
     """Raise ProfileError if so many bytes do not fit into memory."""
     if size > (free := host_memory()):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dicache.profiler.profiles import ProfileError, Provenance, Run
-from dicache.profiler.storage.checking import check_room, inflated, measured_row, row_size
+from dicache.profiler.storage.checking import check_room, inflated, measured_row, numbers_of, row_size
 from dicache.profiler.storage.layout import shapes
 from dicache.profiler.storage.reading import header, reading
 from dicache.profiler.storage.writing import PriorShape, alone, writing
@@ -82,7 +82,10 @@ def _rows(
 
 def _equal(one: Any, row: int, other: Any, there: int, names: dict[str, tuple[int, ...]]) -> bool:
     return all(
-        np.array_equal(measured_row(one[name], row), measured_row(other[name], there), equal_nan=True) for name in names
+        np.array_equal(
+            measured_row(numbers_of(one, name), row), measured_row(numbers_of(other, name), there), equal_nan=True
+        )
+        for name in names
     )
 
 
@@ -91,7 +94,7 @@ def _copy_rows(files: Sequence[Path], opened: Sequence[Any], rows: Rows, made: A
         made[f"runs/{name}"].resize(len(rows), axis=0)
         made[f"runs/{name}"][:] = [getattr(run, name) for run, _, _ in rows]
     for name, shape in shapes(provenance).items():
-        into, sources = made[name], [file[name] for file in opened]
+        into, sources = made[name], [numbers_of(file, name) for file in opened]
         into.resize(len(rows), axis=0)
         for file, source in zip(files, sources, strict=True):
             if source.shape[1:] != shape:

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 
 from dicache.profiler.profiles import FORMAT, Profile, ProfileError, Provenance, Run
-from dicache.profiler.storage.checking import check_file, check_room, measured_rows, texts
+from dicache.profiler.storage.checking import check_file, check_room, measured_rows, numbers_of, texts
 from dicache.profiler.storage.layout import shapes
 from dicache.schedules.documents import parse, shortened, wrong_format
 
@@ -26,8 +26,8 @@ def load(path: str | os.PathLike[str]) -> Profile:
         provenance = _provenance(path, file)
         runs = _runs(file)
         for name, shape in shapes(provenance).items():
-            if file[name].shape != (len(runs), *shape):
-                found, needed = file[name].shape, (len(runs), *shape)
+            found, needed = numbers_of(file, name).shape, (len(runs), *shape)
+            if found != needed:
                 raise ProfileError(f"{path}: found {name} of shape {found}, needed {needed}; profile again")
     return Profile(provenance, runs, _Arrays(path, tuple(shapes(provenance)), np.array([run.ok for run in runs])))
 
@@ -143,8 +143,8 @@ def _provenance(path: str | os.PathLike[str], file: Any) -> Provenance:
 
 
 def _runs(file: Any) -> tuple[Run, ...]:
-    prompts, statuses = (texts(file[f"runs/{name}"]) for name in ("prompt", "status"))
-    seeds = file["runs/seed"][:].tolist()
+    prompts, statuses = (texts(numbers_of(file, f"runs/{name}")) for name in ("prompt", "status"))
+    seeds = numbers_of(file, "runs/seed")[:].tolist()
     if not len(prompts) == len(statuses) == len(seeds):
         raise ProfileError(f"it has {len(prompts)} prompts, {len(seeds)} seeds and {len(statuses)} states of runs")
     return tuple(map(Run, prompts, seeds, statuses))
