@@ -42,7 +42,7 @@ def middle_of(block: Block, call: BlockCall) -> str:
         again = _Watch([place], [])
         probe.run([], {**{path: silent[path] for path in before}, **again.looks})
         left = _stream(block, stream, probe.run(before, {path: silent[path] for path in behind}))
-        if torch.equal(again.given[0][1].to(entered), entered) and torch.equal(given.to(entered), left):
+        if torch.equal(again.given[0][1].to(entered), entered) and torch.equal(given.to(entered), left.to(entered)):
             return place
     return ""
 

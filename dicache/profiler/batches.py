@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from dicache.profiler.passes import Pass, Tensorlist
@@ -17,18 +18,19 @@ class Batch:
     Args:
         passes: One a run.
         samples: In the batch.
+        device: Where all is measured; blocks of the model may lie on others.
 
     Raises:
         ProfileError: If they are no multiple of the runs.
     """
 
-    def __init__(self, passes: Sequence[Pass], samples: int) -> None:
+    def __init__(self, passes: Sequence[Pass], samples: int, device: torch.device) -> None:
         if samples % len(passes):
             raise ProfileError(
                 f"the model was called with a batch of {samples} for {len(passes)} runs, and which sample is of which "
                 "run is not known; take --batch 1"
             )
-        self.passes, self._samples = passes, samples
+        self.passes, self._samples, self._device = passes, samples, device
 
     def begin(self, step: int) -> None:
         """Begin a step."""
@@ -69,7 +71,7 @@ class Batch:
     def split_all(self, tensors: Tensorlist) -> list[Tensorlist]:
         """Return the samples of each run, of each tensor."""
         if len(self.passes) == 1:
-            return [tensors]
+            return [[self._measured(tensor) for tensor in tensors]]
         return [list(own) for own in zip(*map(self.split, tensors), strict=True)]
 
     def split(self, tensor: Tensor) -> list[Tensor]:
@@ -78,7 +80,7 @@ class Batch:
         Raises:
             ProfileError: If a tensor has no row for each sample.
         """
-        runs = len(self.passes)
+        tensor, runs = self._measured(tensor), len(self.passes)
         if runs == 1:
             return [tensor]
         rows = tensor.shape[0] if tensor.ndim else 1
@@ -91,3 +93,6 @@ class Batch:
             )
         by_run = tensor.unflatten(0, (self._samples // runs, runs, rows // self._samples))
         return [own.flatten(0, 1) for own in by_run.unbind(1)]
+
+    def _measured(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.device == self._device else tensor.to(self._device)

@@ -223,7 +223,7 @@ class Recorder:
             passes = self._passes.setdefault(name, [])
             while len(passes) < self.runs:
                 passes.append(self._new_pass(frames_of(self._denoiser, latents.shape)))
-            self._running, self._name = Batch(passes[: self.runs], len(latents)), name
+            self._running, self._name = Batch(passes[: self.runs], len(latents), latents.device), name
             self._overrides.rewind()
             self._running.begin(generation.step)
             try:

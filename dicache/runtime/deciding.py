@@ -15,7 +15,7 @@ from dicache.anatomy.spread import RanksError, group_of_tokens
 from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane
 from dicache.runtime.ranks import Ranks
-from dicache.runtime.streams import Streams
+from dicache.runtime.streams import Streams, beside
 from dicache.schedules.policies import AdaCachePolicy, FirstBlockPolicy, Policy, TeaCachePolicy
 from dicache.schedules.rows import Range
 
@@ -201,7 +201,7 @@ class ByResiduals(Decider[AdaCachePolicy]):
                 stop = streams.unpack(returned)[name] if branch != "attn" else self._middle
                 assert start is not None
                 assert stop is not None
-                self.take(block.index, stop - start)
+                self.take(block.index, stop - beside(stop, start))
             self._middle = None
             return returned
 
@@ -213,12 +213,13 @@ class ByResiduals(Decider[AdaCachePolicy]):
         self.entries[_residual(index)] = residual
         if not self._measuring or before is None:
             return
-        self._sums.append(torch.stack(l1_change(residual, before)))
+        sums = torch.stack(l1_change(residual, before))
+        self._sums.append(beside(self._sums[0], sums) if self._sums else sums)
         if index != self._watched[-1].index or len(self._sums) < len(self._watched):  # the model left one out
             return
         if self.policy.motion is not None:
             shape = self._latents
-            self._sums.append(torch.stack(motion_of(residual, self._frames(shape), shape[0])))
+            self._sums.append(beside(self._sums[0], torch.stack(motion_of(residual, self._frames(shape), shape[0]))))
         found = self.agree(torch.stack(self._sums))
         blocks = len(self._watched)
         motion = found[blocks] if len(found) > blocks else None
@@ -258,7 +259,8 @@ class ByFirstBlocks(Decider[FirstBlockPolicy]):
                     self._entered = streams.read(args, kwargs)[block.main_stream]
                 returned = streams.forward(*args, **kwargs)
                 if block is tail and self._entered is not None:  # else the model left out the head
-                    self._added, self._entered = streams.unpack(returned)[block.main_stream] - self._entered, None
+                    left = streams.unpack(returned)[block.main_stream]
+                    self._added, self._entered = left - beside(left, self._entered), None
                 return returned
 
             return run

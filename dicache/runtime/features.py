@@ -58,12 +58,6 @@ def obstacle(model: nn.Module, parts: Sequence[nn.Module], schedule: Schedule) -
             f"the {kind} is offloaded in groups of several blocks, which only the first of them loads, and this "
             "schedule may skip that one; use num_blocks_per_group=1 or offload_type='leaf_level'"
         )
-    devices = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
-    if len(devices) > 1:
-        return (
-            f"the {kind} is spread over the devices {', '.join(sorted(devices))}, and what this schedule keeps of a "
-            "range of blocks is on one of them; put the model on one device, or use a method that reuses branches"
-        )
     return None
 
 

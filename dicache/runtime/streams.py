@@ -54,14 +54,20 @@ class Streams:
 
 def delta(out: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> Tensors:
     """Return output minus input of a range of blocks, for each stream that leaves it; what it makes anew, whole."""
-    return {name: tensor - into[name] if name in into else tensor for name, tensor in out.items()}
+    return {name: tensor - beside(tensor, into[name]) if name in into else tensor for name, tensor in out.items()}
 
 
 def add(into: Mapping[str, Tensor], change: Mapping[str, Tensor]) -> Tensors:
     """Return the streams with the delta added; a stream without one passes."""
-    return {**into, **{name: into[name] + part if name in into else part for name, part in change.items()}}
+    both = {name: beside(part, into[name]) + part if name in into else part for name, part in change.items()}
+    return {**into, **both}
 
 
 def replace(into: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> Tensors:
     """Return the streams as a range of blocks left them; a stream that does not leave it passes."""
     return {**into, **made}
+
+
+def beside(there: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor on the device of another: a range of blocks may begin on one device and end on the next."""
+    return tensor if tensor.device == there.device else tensor.to(there.device)

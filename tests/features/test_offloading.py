@@ -17,7 +17,7 @@ from dicache.runtime.apply import denoiser
 from dicache.schedules import Rule
 from tests.counting import attributes
 from tests.features.laws import Feature, either_order, every_method, holds, schedule_of
-from tests.tiny import Build, arguments, dit, flux, generate, pipeline_of, pixart, predict, sample, scheduled, unet
+from tests.tiny import Build, arguments, flux, generate, pipeline_of, pixart, predict, sample, scheduled, unet
 
 CPU = torch.device("cpu")
 
@@ -229,16 +229,6 @@ def test_groups_that_prefetch_are_refused_until_they_know_the_order_of_the_layer
         cache.begin_generation()
         cache.begin_step()
         assert torch.equal(predict(model, arguments(model)), want)
-
-
-def test_a_model_on_several_devices_is_refused_where_a_range_of_its_blocks_is_skipped() -> None:
-    model: Any = dit()
-    model.hf_device_map = {"transformer_blocks.0": 0, "transformer_blocks.1": 1, "proj_out": "cpu"}
-    with pytest.raises(CacheError, match="is spread over the devices 0, 1, and"):
-        apply(model, schedule_of(dit, "skip"))
-    apply(model, schedule_of(dit, "reuse")).detach()
-    model.hf_device_map = {"transformer_blocks.0": 0, "proj_out": "cpu"}  # offloaded, and run on the one device
-    apply(model, schedule_of(dit, "skip")).detach()
 
 
 def test_a_model_that_was_exchanged_in_the_pipeline_is_refused() -> None:

@@ -28,7 +28,7 @@ class Kept:
 
 def test_each_run_is_given_its_samples_of_both_halves() -> None:
     runs: Any = [Kept(), Kept(), Kept()]
-    batch = Batch(runs, 6)
+    batch = Batch(runs, 6, torch.device("cpu"))
     samples = torch.arange(6.0)  # the unguided ones of the runs 0, 1 and 2, then the guided ones
     frames = torch.arange(12.0).reshape(12, 1)  # two rows a sample
     batch.site(0, [samples, frames, torch.tensor([[7.0]])])
@@ -38,7 +38,7 @@ def test_each_run_is_given_its_samples_of_both_halves() -> None:
     with pytest.raises(ProfileError, match=r"a tensor of shape \(4, 2\) has no row for each of 6 samples"):
         batch.site(0, [torch.zeros(4, 2)])
     with pytest.raises(ProfileError, match=r"a batch of 4 for 3 runs.* take --batch 1"):
-        Batch(runs, 4)
+        Batch(runs, 4, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("model", ["digits", "scenes", "flow"])

@@ -5,9 +5,7 @@ told that a CPU is one. What is tested is then done by diffusers' own hooks and 
 """
 
 import json
-import multiprocessing
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -16,31 +14,37 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import distributed, nn
+from torch import distributed
 
 from dicache import apply
-from dicache.anatomy import Anatomy, survey
+from dicache.anatomy import survey
 from dicache.anatomy.fingerprint import fingerprint
-from dicache.anatomy.inputs import Inputs
 from dicache.anatomy.spread import groups_of
-from dicache.conformance import LAWS, Subject
 from dicache.profiler import ProfileError, storage
 from dicache.profiler.profiling import profile_pipeline
-from dicache.schedules import Plan, Rule, Schedule, Target
 from tests.features.test_offloading import by_blocks, by_leaves, dispatched
-from tests.profiler.test_two_models import PROMPTS, SAMPLING, pipeline
-from tests.tiny import adaptive, arguments, first_block, flux
-from tests.transformers import TRANSFORMERS
+from tests.profiler.test_two_models import PROMPTS, SAMPLING
+from tests.spreading import (
+    POLICIES,
+    ROUNDING,
+    STEPS,
+    Told,
+    attempted,
+    in_processes,
+    laws,
+    made,
+    pipeline_of_one,
+    plan_of,
+    replayed,
+)
+from tests.tiny import adaptive, flux
 
 apply_context_parallel = pytest.importorskip("diffusers.hooks.context_parallel").apply_context_parallel
 parallel = pytest.importorskip("diffusers.models._modeling_parallel", reason="this diffusers spreads no models")
 if not hasattr(parallel, "TensorParallelConfig"):
     pytest.skip("this diffusers spreads no weights", allow_module_level=True)
 
-RANKS, STEPS, TIMEOUT = 2, 8, 60.0
-ROUNDING = 1e-4
-POLICIES = {"teacache": (adaptive, 0.25), "first-block": (first_block, 0.5)}
-Told = dict[str, Any]
+RANKS, TIMEOUT = 2, 60.0
 
 
 def by_tokens(model: Any) -> None:
@@ -63,46 +67,6 @@ MODELS = {"tokens": ("flux", "wan"), "weights": ("flux", "flux2"), "fsdp": ("flu
 CASES = [(way, name) for way, names in MODELS.items() for name in names]
 
 
-def made(name: str) -> tuple[nn.Module, Inputs]:
-    """Return a model, and what to call it with: context parallelism wants a tuple of it."""
-    if name == "flux":  # of 16 tokens and 8 of text
-        model = flux()
-        return model, Inputs((), {**arguments(model), "return_dict": False})
-    tiny = TRANSFORMERS[name]
-    return tiny.build(), Inputs((), {**tiny.inputs().kwargs, "return_dict": False})
-
-
-def replayed(model: nn.Module, schedule: Schedule, inputs: Inputs) -> tuple[str, torch.Tensor]:
-    """Return what was done at each step of latents that change, in two generations, and what came of it in the last."""
-    letters = ""
-    with torch.no_grad(), apply(model, schedule) as cache:
-        for _ in range(2):
-            cache.begin_generation()
-            for step in range(schedule.steps):
-                cache.begin_step()
-                latents = inputs.kwargs["hidden_states"]
-                given = {**inputs.kwargs, "hidden_states": latents * (1 + 0.05 * step + 0.02 * step**2)}
-                out = model(**given)[0]
-            letters += cache.stats.steps["0"]
-        return letters, out
-
-
-def plan_of(anatomy: Anatomy, weights: str) -> Schedule:
-    """Return a plan that reuses branches at one step and skips all blocks at another, of these weights."""
-    rules = (Rule("reuse", "C.CCC.CC"), Rule("skip", "CCC.CC.C"))
-    return Schedule("test", {}, anatomy, Target(weights=weights), STEPS, Plan(STEPS, rules))
-
-
-def laws(model: nn.Module, inputs: Inputs, anatomy: Anatomy) -> Told:
-    said = {}
-    for law, check in LAWS.items():
-        try:
-            said[law] = "kept" if check(Subject(model, inputs, anatomy)) > 0 else "not tried"
-        except Exception:
-            said[law] = traceback.format_exc()
-    return said
-
-
 def spread(way: str, name: str) -> Told:
     """Compare a model that is spread with the same one whole."""
     model, inputs = made(name)
@@ -123,13 +87,6 @@ def spread(way: str, name: str) -> Told:
         "errors": {key: float((found[key][1] - out).abs().max() / out.abs().max()) for key, (_, out) in wanted.items()},
         "laws": laws(model, inputs, survey(model, inputs)),
     }
-
-
-def pipeline_of_one() -> Any:
-    pipe = pipeline()
-    pipe.register_to_config(boundary_ratio=None)
-    pipe.transformer_2 = None
-    return pipe
 
 
 def profiled(folder: Path, rank: int) -> Told:
@@ -202,21 +159,8 @@ def fail(rank: int, folder: str) -> None:
     Path(folder, f"{rank}.txt").write_text(said)
 
 
-def attempted(act: Callable[[], Told]) -> Told:
-    try:
-        return act()
-    except Exception:
-        return {"failed": traceback.format_exc()}
-
-
 def in_ranks(act: Callable[[int, str], None], folder: Path) -> None:
-    fork = multiprocessing.get_context("fork")  # the parent's imports take a while
-    processes = [fork.Process(target=act, args=(rank, str(folder))) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(10 * TIMEOUT)
-        assert process.exitcode == 0, "a rank waits for ever, or was killed"
+    in_processes(RANKS, act, str(folder))
 
 
 @pytest.fixture(scope="module")
