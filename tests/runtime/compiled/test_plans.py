@@ -44,8 +44,10 @@ def graphs(schedule: Schedule) -> int:
     return distinct_rows(schedule.plan, schedule.anatomy)
 
 
-@pytest.mark.parametrize("build", [dit, pixart, sd3, flux, unet])
-@every_method
+@pytest.mark.parametrize(
+    ("method", "build"),
+    [*((method, build) for method in ("reuse", "skip") for build in (dit, pixart, sd3, flux)), ("skip", unet)],
+)
 def test_a_plan_is_a_graph_for_each_distinct_row_that_gives_what_it_gives_uncompiled(
     build: Build, method: str, counter: CompileCounter
 ) -> None:
@@ -89,9 +91,9 @@ def test_transformers_of_other_kinds(name: str, counter: CompileCounter) -> None
     assert counter.frame_count == 3
 
 
-def test_twenty_distinct_rows_are_twenty_graphs(counter: CompileCounter) -> None:
-    # Each of 20 steps reuses another set of the sites: those whose bit is set in its number.
-    sites, steps = [(0, "attn"), (0, "mlp"), (1, "attn"), (1, "mlp"), (2, "attn")], 20
+def test_twelve_distinct_rows_are_twelve_graphs(counter: CompileCounter) -> None:  # the compiler's own limit is 8
+    # Each of 12 steps reuses another set of the sites: those whose bit is set in its number.
+    sites, steps = [(0, "attn"), (0, "mlp"), (1, "attn"), (1, "mlp")], 12
     letters = ["".join("." if step >> bit & 1 else "C" for step in range(steps)) for bit in range(len(sites))]
     rules = [
         Rule("reuse", row, blocks=str(block), branch=branch)
@@ -311,13 +313,13 @@ def _fail(*_: object) -> None:
 
 
 def test_the_compilers_own_backend_gives_the_same_but_for_rounding() -> None:
-    schedule = scheduled(dit, Rule("reuse", "CC..", blocks="0-1"), Rule("skip", "CC..", blocks="2-3"))
+    schedule = scheduled(dit, Rule("reuse", "C.", blocks="0-1"), Rule("skip", "C.", blocks="2-3"))
     model = dit()
     with apply(model, schedule) as cache:
-        want, stats = sample(model, cache), cache.stats
+        want, stats = sample(model, cache, steps=2), cache.stats
     with apply(model, schedule, compile=True) as cache:
         for _ in range(2):
-            assert alike(sample(model, cache), want)
+            assert alike(sample(model, cache, steps=2), want)
         assert cache.stats.peak_bytes_held == stats.peak_bytes_held
     assert len(anatomy_of(dit).blocks) == 4
 
