@@ -43,13 +43,17 @@ def put(module: nn.Module, forward: Callable[..., Any] | None) -> None:
     if forward is None and where is vars(module):
         where.pop("forward", None)
     else:
-        where["forward"] = type(module).forward.__get__(module) if forward is None else forward
+        where["forward"] = or_own(module, forward)
+
+
+def or_own(module: nn.Module, found: Callable[..., Any] | None) -> Callable[..., Any]:
+    """Return what was found in place of a module's forward or, if nothing was, that of its class."""
+    return found if found is not None else type(module).forward.__get__(module)
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
     """Return what a replacement of a module's forward takes the place of."""
-    found: Callable[..., Any] | None = home(module).get("forward")
-    return found if found is not None else type(module).forward.__get__(module)
+    return or_own(module, home(module).get("forward"))
 
 
 def inside(module: nn.Module) -> Callable[..., Any]:
@@ -109,8 +113,7 @@ class Overrides:
         """Return the forward that `module` had before any replacement."""
         if module not in self._before:
             return forward_of(module)
-        before = self._before[module]
-        return before if before is not None else type(module).forward.__get__(module)
+        return or_own(module, self._before[module])
 
     def untouched(self) -> dict[nn.Module, Callable[..., Any] | None]:
         """Return the modules on which nobody has put another forward since, with what they had before."""

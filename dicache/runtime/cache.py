@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dicache.anatomy.clock import StepClock
-from dicache.anatomy.overrides import modules_of
+from dicache.anatomy.overrides import modules_of, or_own
 from dicache.anatomy.spread import RanksError, groups_of
 from dicache.runtime.callers import guidance_scale, loop_scheduler
 from dicache.runtime.compiled import Compiling
@@ -31,7 +31,6 @@ from dicache.runtime.requests import Request, Requests
 from dicache.runtime.stats import Stats
 from dicache.runtime.storing import Store
 from dicache.schedules import Schedule
-from dicache.schedules.policies import Policy
 
 _MARK = "_dicache"
 _ATTACHED: "WeakSet[Cache]" = WeakSet()
@@ -283,7 +282,7 @@ class Cache:
         if self._entrance is not None and namespace.get("forward") is self._entrance:
             return
         found: Forward | None = namespace.get("forward")
-        own = found if found is not None else type(self._model).forward.__get__(self._model)
+        own = or_own(self._model, found)
 
         @wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -396,8 +395,12 @@ class Cache:
         stats.collapsed_passes += action in ("half", "answer")
         letter = executor.letter if action == WHOLE else "."
         generation.note(name, letter, executor.distance)
-        if generation.step == generation.steps - 1 and self.schedule.policy is not None:
-            self._warn_of_extremes(self.schedule.policy, generation, name)
+        policy = self.schedule.policy
+        if generation.step == generation.steps - 1 and policy is not None and not self._warned:
+            said = policy.misfit(generation.letters[name], generation.distances.get(name, ()))
+            self._warned = said is not None
+            if said is not None:
+                warnings.warn(said, CacheWarning, stacklevel=2)
         return out
 
     def _first_step(self, clock: StepClock, call: Call) -> int:
@@ -407,24 +410,6 @@ class Cache:
             return int(begin)
         places = (clock.place(tensor) for tensor in call.tensors.values())
         return next((place for place in places if place is not None), 0)
-
-    def _warn_of_extremes(self, policy: Policy, generation: Generation, name: str) -> None:
-        """Warn, once, of a policy that skipped nothing or all that it may: its limit does not fit the model."""
-        steps = generation.steps
-        free = [i for i, x in enumerate(generation.letters[name]) if x != "-" and not policy.forced(i, steps)]
-        skipped = sum(generation.letters[name][step] == "." for step in free)
-        if self._warned or len(free) < 2 or 0 < skipped < len(free):
-            return
-        self._warned = True
-        seen = [x for x in generation.distances.get(name, ()) if x is not None]
-        found = f" (it was compared with {min(seen):.4g} to {max(seen):.4g})" if seen else ""
-        did = "skipped every step that it may" if skipped else "never skipped a step"
-        advice = "lower it, or calibrate" if skipped else "raise it or what else limits it, or calibrate"
-        warnings.warn(
-            f"{policy.name}: {policy.limit} {did}{found}; {advice} with --target-speedup for this model and sampler",
-            CacheWarning,
-            stacklevel=2,
-        )
 
     def _check_attached(self) -> None:
         if not self._attached:

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from dicache.anatomy.overrides import Overrides, home, modules_of, put
+from dicache.anatomy.overrides import Overrides, home, modules_of, or_own, put
 from dicache.runtime.errors import CacheError
 from dicache.runtime.generation import Generation, Lane
 
@@ -76,8 +76,7 @@ class Installer:
 
     def original(self, module: nn.Module) -> Forward:
         """Return the forward that a module has without any program."""
-        found = self._found.get(module)
-        return found if found is not None else type(module).forward.__get__(module)
+        return or_own(module, self._found.get(module))
 
     def part(self, model: nn.Module, path: str) -> nn.Module:
         """Return what stands under a path of the model; see `Overrides.part`."""

@@ -1,6 +1,5 @@
 """Law 9: the ranks that a model is spread over decide alike, and one that fails leaves none of them waiting."""
 
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -15,6 +14,7 @@ from dicache import apply
 from dicache.anatomy.spread import RanksError
 from dicache.runtime.ranks import Ranks
 from tests.runtime.test_decisions import Waits
+from tests.spreading import in_processes
 from tests.tiny import adaptive, arguments, dit, first_block, predict
 
 RANKS = 2
@@ -114,6 +114,7 @@ def work(rank: int, folder: str, task: Task) -> None:
     distributed.init_process_group(
         "gloo", f"file://{folder}/meeting", rank=rank, world_size=RANKS, timeout=timedelta(seconds=TIMEOUT)
     )
+    distributed.barrier()  # gloo does not take it well if one leaves while others come
     Path(folder, str(rank)).write_text(task(rank))
     distributed.destroy_process_group()
 
@@ -121,13 +122,7 @@ def work(rank: int, folder: str, task: Task) -> None:
 def run(task: Task, folder: Path) -> list[str]:
     """Return what each rank says."""
     folder.mkdir(exist_ok=True)
-    fork = multiprocessing.get_context("fork")  # the parent's imports take longer than all that is done here
-    processes = [fork.Process(target=work, args=(rank, str(folder), task)) for rank in range(RANKS)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(3 * TIMEOUT)
-        assert process.exitcode == 0, "a rank waits for ever, or was killed"
+    in_processes(RANKS, work, str(folder), task)
     return [(folder / str(rank)).read_text() for rank in range(RANKS)]
 
 

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -82,6 +82,23 @@ class Policy(ABC):
     @abstractmethod
     def limit(self) -> str:
         """What decides how much is skipped, in words: `threshold 0.1`."""
+
+    def misfit(self, letters: str, compared: Sequence[float | None]) -> str | None:
+        """Say that the limit does not fit the model, if nothing was skipped in a generation or all that may be.
+
+        Args:
+            letters: What was done at each step of one guidance pass: `C`, `.`, or `-` where it was not called.
+            compared: What was compared with the limit.
+        """
+        free = [x for step, x in enumerate(letters) if x != "-" and not self.forced(step, len(letters))]
+        skipped = free.count(".")
+        if len(free) < 2 or 0 < skipped < len(free):
+            return None
+        seen = [x for x in compared if x is not None]
+        found = f" (it was compared with {min(seen):.4g} to {max(seen):.4g})" if seen else ""
+        did = "skipped every step that it may" if skipped else "never skipped a step"
+        advice = "lower it, or calibrate" if skipped else "raise it or what else limits it, or calibrate"
+        return f"{self.name}: {self.limit} {did}{found}; {advice} with --target-speedup for this model and sampler"
 
     def error(self, said: str) -> PlanError:
         return PlanError(f"{self.name}: {said}")
