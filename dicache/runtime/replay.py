@@ -159,8 +159,7 @@ class Replay:
             kept = (row.keep, row.keep_delta, row.keep_older, row.features)
             same = (row.reuse, row.skip, *kept, row.predict, row.scale, *correctors.items())
             if same not in self._programs:
-                program = self._build(row, correctors)
-                self._programs[same] = Lean(self._model, self._anatomy, row, program, self._installer)
+                self._programs[same] = self._lean(row, correctors)
             self._steps[key] = _Step(row, self._programs[same], self._anatomy)
         return self._steps[key]
 
@@ -177,6 +176,10 @@ class Replay:
             assert self._corrections is not None
             self._correctors[key] = Corrector(self._corrections, *key, self._stats)
         return self._correctors[key]
+
+    def _lean(self, row: Row, correctors: Mapping[str, Corrector]) -> Lean:
+        """Return the forwards that are put on the modules for the steps of a row."""
+        return Lean(self._model, self._anatomy, row, self._build(row, correctors), self._installer)
 
     def _build(self, row: Row, correctors: Mapping[str, Corrector]) -> Program:
         older = dict(row.keep_older)

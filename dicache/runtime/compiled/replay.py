@@ -10,8 +10,9 @@ from dicache.runtime.compiled.calls import Calls
 from dicache.runtime.compiled.rows import Kind, RowForwards, weights_of
 from dicache.runtime.compiled.settings import Compiling
 from dicache.runtime.compiled.tracing import NothingKeptError
-from dicache.runtime.executor import Forward, Installer, Program
+from dicache.runtime.executor import Forward, Installer
 from dicache.runtime.generation import Generation, Lane
+from dicache.runtime.lean import Lean
 from dicache.runtime.nested_ranges import shape_keys
 from dicache.runtime.predictors import Corrector
 from dicache.runtime.replay import Replay
@@ -81,8 +82,9 @@ class CompiledReplay(Replay):
         self._predicted: dict[str, frozenset[Key]] = {}
         self._now: tuple[_Ready, Lane] | None = None
 
-    def _build(self, row: Row, correctors: Mapping[str, Corrector]) -> Program:
-        return self._forwards.trace.program
+    def _lean(self, row: Row, correctors: Mapping[str, Corrector]) -> Lean:
+        """Return the forwards that ask which row runs; a compiler leaves out by itself what nothing needs."""
+        return Lean(self._model, self._anatomy, Row(), self._forwards.trace.program, self._installer)
 
     def prepare(self, lane: Lane, context: str, generation: Generation) -> None:
         super().prepare(lane, context, generation)
