@@ -7,7 +7,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test lint types docs pytest oldest bench format clean
+.PHONY: demo test lint types docs pytest oldest audit bench format clean
 
 demo: .venv/installed
 	$(BIN)/dicache demo
@@ -35,6 +35,12 @@ oldest: .venv-oldest/installed
 		tests/runtime/test_oracle.py tests/runtime/test_adaptive.py
 	.venv-oldest/bin/dicache demo --model scenes --runs 2 --steps 6 --images 2 -o build/oldest
 
+# Known vulnerabilities of the versions of constraints.txt, as PyPI's database has them.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.replay
 
@@ -59,4 +65,4 @@ format: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest demo profiles dist build
+	rm -rf .venv .venv-oldest .venv-audit demo profiles dist build

@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -121,6 +122,32 @@ def test_other_numbers_of_the_same_run_are_refused(tmp_path: Path) -> None:
         ProfileError, match=r"run 'prompt 0' with seed 0 has other numbers in .*other\.h5 than in .*one"
     ):
         storage.merge([one, other], tmp_path / "joined.h5")
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_is_wrong_in_one_of_the_files_is_told_of_that_one(tmp_path: Path, place: int) -> None:
+    files = [write(tmp_path / f"{name}.h5", RUNS[i : i + 1]) for i, name in enumerate("abc")]
+    name = next(iter(storage.shapes(PROVENANCE)))
+    with h5py.File(files[place], "r+") as file:
+        numbers = file[name]
+        numbers.id.write_direct_chunk((0,) * numbers.ndim, b"no deflated numbers")
+    with pytest.raises(ProfileError) as error:
+        storage.merge(files, tmp_path / "joined.h5")
+    assert str(error.value).startswith(f"{files[place]}: row 0 of its /{name} cannot be inflated")
+    assert not any(str(file) in str(error.value) for file in files if file != files[place])
+    with h5py.File(files[place], "r+") as file:
+        file.move(name, f"{name}-elsewhere")
+    with pytest.raises(ProfileError, match=rf"^{files[place]} cannot be read as a profile"):
+        storage.merge(files, tmp_path / "joined.h5")
+
+
+def test_counts_that_fit_no_means_are_refused(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{name}.h5", RUNS[i : i + 1]) for i, name in enumerate("ab")]
+    with h5py.File(files[1], "r+") as file:
+        site = next(iter(file["priors"]))
+        file["priors"][site].attrs["counts"] = np.ones(3, np.int64)
+    with pytest.raises(ProfileError, match=rf"^{files[1]}: the prior of {site} is not of as many parts and steps"):
+        storage.merge(files, tmp_path / "joined.h5")
 
 
 def test_profiles_of_other_settings_are_refused_and_other_versions_are_not(tmp_path: Path) -> None:

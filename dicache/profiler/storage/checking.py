@@ -56,12 +56,6 @@ def measured_rows(dataset: Any) -> np.ndarray:
     return rows
 
 
-def measured_row(dataset: Any, place: int) -> np.ndarray:
-    """Return one row of a dataset of measurements."""
-    check_room(dataset.name, 2 * row_size(dataset))
-    return inflated(dataset, place)[0]
-
-
 def row_size(dataset: Any) -> int:
     """Return how many bytes a row of a dataset of measurements has."""
     size: int = dataset.dtype.itemsize * int(np.prod(dataset.shape[1:], dtype=object))

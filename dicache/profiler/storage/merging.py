@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from dicache.profiler.profiles import ProfileError, Provenance, Run
-from dicache.profiler.storage.checking import check_room, inflated, measured_row, numbers_of, row_size
+from dicache.profiler.storage.checking import check_room, inflated, numbers_of, row_size
 from dicache.profiler.storage.layout import shapes
-from dicache.profiler.storage.reading import header, reading
+from dicache.profiler.storage.reading import header, of_file, opened
 from dicache.profiler.storage.writing import PriorShape, alone, writing
 
 Rows = list[tuple[Run, int, int]]  # of the joined file: the run, the file that it is from, its place there
@@ -42,35 +42,99 @@ def merge(files: Sequence[Path], output: Path) -> tuple[Run, ...]:
                 "profiles of one model and one set of settings"
             )
     with alone(output), ExitStack() as stack:
-        opened = [stack.enter_context(reading(file)) for file in files]
-        used, rows = _rows(files, opened, [runs for _, runs in headers], shapes(first))
-        priors = _priors(files, opened)
+        sources = [stack.enter_context(Source(file)) for file in files]
+        used, rows = _rows(sources, [runs for _, runs in headers], shapes(first))
+        priors = _priors(sources)
         room = sum(file.stat().st_size for file in files)
         with writing(output, first, priors, room=room) as made:
-            _copy_rows(files, opened, rows, made, first)
+            _copy_rows(sources, rows, made, first)
             for key in priors:
-                _average([opened[place]["priors"][key] for place in used], made["priors"][key])
+                _average([sources[place] for place in used], key, made["priors"][key])
     return tuple(run for run, _, _ in rows)
 
 
+class Source:
+    """A profile that is joined with others. What goes wrong in it says so.
+
+    Args:
+        path: Its file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with of_file(path):
+            self._file = opened(path)
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def check_rows(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise ProfileError unless the rows of what has a name are of a shape, and a few of them fit into memory."""
+        with of_file(self.path):
+            numbers = numbers_of(self._file, name)
+            if (found := numbers.shape[1:]) != shape:
+                raise ProfileError(
+                    f"{self.path} cannot be joined: a row of its {name} is of shape {found}, needed {shape}"
+                )
+            check_room(name, 2 * row_size(numbers))
+
+    def row(self, name: str, place: int) -> tuple[np.ndarray, bytes]:
+        """Return a row of what was measured, and as it is stored."""
+        with of_file(self.path):
+            return inflated(numbers_of(self._file, name), place)
+
+    @property
+    def priors(self) -> dict[str, PriorShape]:
+        """The steps and the shape of each site's priors."""
+        found: dict[str, PriorShape] = {}
+        with of_file(self.path):
+            for key, dataset in self._file.get("priors", {}).items():
+                steps = np.array(dataset.attrs["steps"])
+                if dataset.ndim != 4 or steps.shape != dataset.shape[1:2]:
+                    raise ProfileError(f"the prior of {key} is not of as many steps as it says")
+                found[key] = steps.tolist(), (dataset.shape[0], *dataset.shape[2:])
+        return found
+
+    def counts(self, key: str) -> np.ndarray:
+        """Return how many runs the priors of a site are means of, (parts, steps)."""
+        with of_file(self.path):
+            dataset = self._file["priors"][key]
+            counts = np.array(dataset.attrs["counts"])
+            if counts.shape != dataset.shape[:2]:
+                raise ProfileError(f"the prior of {key} is not of as many parts and steps as it says")
+            return counts
+
+    def prior(self, key: str, part: int, step: int) -> np.ndarray:
+        """Return the mean output of a site in one part at one of its steps, (tokens, channels)."""
+        with of_file(self.path):
+            return np.array(self._file["priors"][key][part, step], np.float64)
+
+
 def _rows(
-    files: Sequence[Path], opened: Sequence[Any], runs: Sequence[Sequence[Run]], names: dict[str, tuple[int, ...]]
+    sources: Sequence[Source], runs: Sequence[Sequence[Run]], names: dict[str, tuple[int, ...]]
 ) -> tuple[list[int], Rows]:
     """Return the files that hold runs of their own, and the rows of the joined file."""
+    for source in sources:
+        for name, shape in names.items():
+            source.check_rows(name, shape)
     taken: dict[tuple[int, str], tuple[Run, int, int]] = {}
     used = []
-    for place in sorted(range(len(files)), key=lambda place: -len(runs[place])):
+    for place in sorted(range(len(sources)), key=lambda place: -len(runs[place])):
+        source = sources[place]
         again = [(run, row) for row, run in enumerate(runs[place]) if run.key in taken]
         for run, row in again:
             other, file, there = taken[run.key]
-            if run != other or not _equal(opened[place], row, opened[file], there, names):
+            if run != other or not _equal(source, row, sources[file], there, names):
                 raise ProfileError(
-                    f"run {run.prompt!r} with seed {run.seed} has other numbers in {files[place]} than in "
-                    f"{files[file]}; leave one of the files out"
+                    f"run {run.prompt!r} with seed {run.seed} has other numbers in {source.path} than in "
+                    f"{sources[file].path}; leave one of the files out"
                 )
-        if again and len(again) < len(runs[place]) and "priors" in opened[place]:
+        if again and len(again) < len(runs[place]) and source.priors:
             raise ProfileError(
-                f"{files[place]} has {len(again)} runs that another file has as well, and its priors are means of "
+                f"{source.path} has {len(again)} runs that another file has as well, and its priors are means of "
                 "these and of others; make the runs again, each in one file"
             )
         if len(again) < len(runs[place]):
@@ -80,57 +144,43 @@ def _rows(
     return used, [taken[key] for key in sorted(taken)]
 
 
-def _equal(one: Any, row: int, other: Any, there: int, names: dict[str, tuple[int, ...]]) -> bool:
-    return all(
-        np.array_equal(
-            measured_row(numbers_of(one, name), row), measured_row(numbers_of(other, name), there), equal_nan=True
-        )
-        for name in names
-    )
+def _equal(one: Source, row: int, other: Source, there: int, names: dict[str, tuple[int, ...]]) -> bool:
+    return all(np.array_equal(one.row(name, row)[0], other.row(name, there)[0], equal_nan=True) for name in names)
 
 
-def _copy_rows(files: Sequence[Path], opened: Sequence[Any], rows: Rows, made: Any, provenance: Provenance) -> None:
+def _copy_rows(sources: Sequence[Source], rows: Rows, made: Any, provenance: Provenance) -> None:
     for name in ("prompt", "seed", "status"):
         made[f"runs/{name}"].resize(len(rows), axis=0)
         made[f"runs/{name}"][:] = [getattr(run, name) for run, _, _ in rows]
-    for name, shape in shapes(provenance).items():
-        into, sources = made[name], [numbers_of(file, name) for file in opened]
+    for name in shapes(provenance):
+        into = made[name]
         into.resize(len(rows), axis=0)
-        for file, source in zip(files, sources, strict=True):
-            if source.shape[1:] != shape:
-                found = source.shape[1:]
-                raise ProfileError(f"{file} cannot be joined: a row of its {name} is of shape {found}, needed {shape}")
-            check_room(name, 2 * row_size(source))
-        for place, (_, source_place, row) in enumerate(rows):
-            numbers, stored = inflated(sources[source_place], row)
+        for place, (_, source, row) in enumerate(rows):
+            numbers, stored = sources[source].row(name, row)
             if numbers.dtype == into.dtype:  # what is stored as it will be is not deflated again
                 into.id.write_direct_chunk((place, *[0] * numbers.ndim), stored)
             else:
                 into[place] = numbers
 
 
-def _priors(files: Sequence[Path], opened: Sequence[Any]) -> dict[str, PriorShape]:
+def _priors(sources: Sequence[Source]) -> dict[str, PriorShape]:
     """Return the sites, steps and shapes of the priors, which must be the same in all files."""
-    found: list[dict[str, PriorShape]] = [
-        {
-            key: (dataset.attrs["steps"].tolist(), (dataset.shape[0], *dataset.shape[2:]))
-            for key, dataset in file.get("priors", {}).items()
-        }
-        for file in opened
-    ]
-    for file, priors in zip(files, found, strict=True):
-        if priors != found[0]:
-            raise ProfileError(f"{file} and {files[0]} hold priors of other sites or shapes, and cannot be joined")
-    return found[0]
+    first, *others = sources
+    for source in others:
+        if source.priors != first.priors:
+            raise ProfileError(
+                f"{source.path} and {first.path} hold priors of other sites or shapes, and cannot be joined"
+            )
+    return first.priors
 
 
-def _average(sources: Sequence[Any], into: Any) -> None:
+def _average(sources: Sequence[Source], key: str, into: Any) -> None:
     """Write the mean of means, weighed by the number of runs that each is of."""
-    counts = np.array([source.attrs["counts"] for source in sources])  # (files, parts, steps)
+    counts = np.array([source.counts(key) for source in sources])  # (files, parts, steps)
     for part, step in np.ndindex(counts.shape[1:]):
         total = np.zeros(into.shape[2:])
         for source, count in zip(sources, counts[:, part, step], strict=True):
             if count:  # what no run was added to is not written
-                total += count * source[part, step].astype(np.float64)
+                total += count * source.prior(key, part, step)
         into[part, step] = total / max(counts[:, part, step].sum(), 1)
     into.attrs["counts"] = counts.sum(axis=0)

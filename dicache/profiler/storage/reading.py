@@ -71,7 +71,7 @@ class _Arrays(Mapping[str, np.ndarray]):
         if name not in self._names:
             raise KeyError(name)
         if name not in self._read:
-            with _opened(self._path) as file:  # checked when the profile was loaded
+            with of_file(self._path), h5py.File(self._path, "r") as file:  # checked when the profile was loaded
                 rows = measured_rows(file[name])
             self._read[name] = rows if self._ok.all() else rows[self._ok]
         return self._read[name]
@@ -108,19 +108,29 @@ def reading(path: Path) -> Iterator[Any]:
     Raises:
         ProfileError: If it is missing, holds what no profile does, or cannot be read, now or later in the block.
     """
-    with _opened(path) as file:
-        _check_format(file)
-        check_file(file)
+    with of_file(path), opened(path) as file:
         yield file
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Any:
+    """Return a profile, whoever made it, opened; what goes wrong is told by `of_file`."""
     if not path.is_file():
         raise ProfileError(f"{path} does not exist; make a profile with `dicache profile --model ...`")
+    file = h5py.File(path, "r")
     try:
-        with h5py.File(path, "r") as file:
-            yield file
+        _check_format(file)
+        check_file(file)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+@contextmanager
+def of_file(path: Path) -> Iterator[None]:
+    """Say of what goes wrong inside, as a ProfileError, which file it is in."""
+    try:
+        yield
     except (OSError, KeyError, RuntimeError) as error:
         raise ProfileError(f"{path} cannot be read as a profile ({error}); was it cut off? Profile again") from None
     except ProfileError as error:
