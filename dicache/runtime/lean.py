@@ -27,10 +27,12 @@ class Lean:
         anatomy: Its own.
         row: What is reused.
         program: The forwards of the row.
-        installer: Knows the modules' own forwards.
+        embeddings: Of all blocks.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, row: Row, program: Program, installer: Installer) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, row: Row, program: Program, embeddings: "Embeddings"
+    ) -> None:
         reused = [
             block
             for block in anatomy.blocks
@@ -38,8 +40,8 @@ class Lean:
         ]
         brief = (f"{block.module}.{path}" for block in reused if block.one_token for path in block.norms)
         self._norms = [norm for norm in map(model.get_submodule, brief) if program.get(norm) is pass_on]
-        self._embeddings = Embeddings([model.get_submodule(block.module) for block in reused], installer)
-        self._program: Program = {**self._embeddings.program, **program}
+        shared = embeddings.program([model.get_submodule(block.module) for block in reused])
+        self._program: Program = {**shared, **program}
         self._programs: dict[Hashable, Program] = {}
 
     def program(self, kind: Hashable) -> Program:
@@ -49,10 +51,6 @@ class Lean:
         if kind not in self._programs:
             self._programs[kind] = {**self._program, **{norm: _one_token() for norm in self._norms}}
         return self._programs[kind]
-
-    def leave(self) -> None:
-        """Forget the call that ran, also when it failed."""
-        self._embeddings.clear()
 
 
 def _one_token() -> Forward:
@@ -84,10 +82,17 @@ class Embeddings:
         self._made: dict[Hashable, tuple[Tensor, int | None, Tensor, int | None]] = {}
         known = sys.modules.get("diffusers.models.embeddings")
         kind = getattr(known, "Timesteps", None)
-        found = [part for block in blocks for part in block.modules() if type(part) is kind]
-        self.program: Program = {part: self._shared(part, installer.original(part)) for part in found}
-        if len(found) < 2:
-            self.program.clear()
+        self._programs: dict[nn.Module, Program] = {
+            block: {
+                part: self._shared(part, installer.original(part)) for part in block.modules() if type(part) is kind
+            }
+            for block in blocks
+        }
+
+    def program(self, blocks: Sequence[nn.Module]) -> Program:
+        """Return the forwards with which some of the blocks share what they embed; none where one embeds alone."""
+        found = {part: forward for block in blocks for part, forward in self._programs[block].items()}
+        return found if len(found) > 1 else {}
 
     def clear(self) -> None:
         """Forget the call that ran."""

@@ -9,7 +9,7 @@ from dicache.anatomy import Anatomy
 from dicache.anatomy.standins import pass_on, view_of_zero
 from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane, Signature
-from dicache.runtime.lean import Lean
+from dicache.runtime.lean import Embeddings, Lean
 from dicache.runtime.nested_ranges import Nested, shape_keys
 from dicache.runtime.predictors import Corrector, foretell
 from dicache.runtime.stats import Stats, bytes_of
@@ -46,7 +46,8 @@ class Replay:
         self._programs: dict[tuple[Any, ...], Lean] = {}
         self._correctors: dict[tuple[str, str, int], Corrector] = {}
         self._steps: dict[tuple[str, int, int], _Step] = {}
-        self._running = _Step(Row(), Lean(model, anatomy, Row(), {}, installer), anatomy)
+        self._embeddings = Embeddings([model.get_submodule(block.module) for block in anatomy.blocks], installer)
+        self._running = _Step(Row(), Lean(model, anatomy, Row(), {}, self._embeddings), anatomy)
         self._kind: tuple[Signature, bool] = ((), False)  # of the call that is running
         self._entries: dict[Any, Any] = {}  # of its lane
         self._batch = 1
@@ -134,7 +135,7 @@ class Replay:
         self._inputs.clear()
         self._ran.clear()
         self._nested.clear()
-        self._running.lean.leave()
+        self._embeddings.clear()
         if self._store is not None:
             self._store.leave()
 
@@ -179,7 +180,7 @@ class Replay:
 
     def _lean(self, row: Row, correctors: Mapping[str, Corrector]) -> Lean:
         """Return the forwards that are put on the modules for the steps of a row."""
-        return Lean(self._model, self._anatomy, row, self._build(row, correctors), self._installer)
+        return Lean(self._model, self._anatomy, row, self._build(row, correctors), self._embeddings)
 
     def _build(self, row: Row, correctors: Mapping[str, Corrector]) -> Program:
         older = dict(row.keep_older)

@@ -84,7 +84,7 @@ class CompiledReplay(Replay):
 
     def _lean(self, row: Row, correctors: Mapping[str, Corrector]) -> Lean:
         """Return the forwards that ask which row runs; a compiler leaves out by itself what nothing needs."""
-        return Lean(self._model, self._anatomy, Row(), self._forwards.trace.program, self._installer)
+        return Lean(self._model, self._anatomy, Row(), self._forwards.trace.program, self._embeddings)
 
     def prepare(self, lane: Lane, context: str, generation: Generation) -> None:
         super().prepare(lane, context, generation)
