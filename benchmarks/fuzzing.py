@@ -164,6 +164,9 @@ def read_profile(path: Path) -> None:
     if storage.has_priors(path):
         for site in profile.anatomy.sites:
             storage.load_prior(path, site)
+    joined = path.with_name("joined.h5")
+    joined.unlink(missing_ok=True)
+    storage.merge([path], joined)
 
 
 KINDS: dict[str, tuple[Callable[[Path], None], type[Exception], Callable[[bytes, int, int], bytes]]] = {
