@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dicache.anatomy.inputs import Inputs, is_time
 from dicache.anatomy.overrides import Overrides, forward_of
 from dicache.anatomy.parts import Anatomy
-from dicache.anatomy.watching import signature
+from dicache.anatomy.watching import by_name, signature
 
 TIME, PROJECTED = "time", "time_projected"
 EMBEDS_TIME = re.compile("time(step)?s?embed", re.IGNORECASE)  # class names; `Timesteps` alone only makes waves
@@ -83,7 +83,7 @@ def watch_reading(overrides: Overrides, model: nn.Module, reading: Reading, take
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if reading.argument is not None:
-            take(_by_name(module, args, kwargs)[reading.argument])
+            take(by_name(module, args, kwargs)[reading.argument])
         returned = forward(*args, **kwargs)
         if reading.argument is None:
             take(returned)
@@ -103,7 +103,7 @@ def _head(model: nn.Module, inputs: Inputs, anatomy: Anatomy) -> dict[Reading, T
     seen: dict[Reading, Tensor] = {}
 
     def enter(*args: Any, **kwargs: Any) -> None:
-        given = _by_name(first, args, kwargs)
+        given = by_name(first, args, kwargs)
         seen.update({Reading(path, name): value for name, value in given.items() if isinstance(value, Tensor)})
         raise BlocksEntered
 
@@ -125,10 +125,6 @@ def _head(model: nn.Module, inputs: Inputs, anatomy: Anatomy) -> dict[Reading, T
 
 def _embeds_time(module: nn.Module) -> bool:
     return EMBEDS_TIME.search(type(module).__name__) is not None
-
-
-def _by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(signature(module).bind(*args, **kwargs).arguments)
 
 
 def _moved(model: nn.Module, inputs: Inputs, *, time: bool) -> Inputs:

@@ -85,7 +85,14 @@ def signature(module: nn.Module) -> inspect.Signature:
     return whole.replace(parameters=list(whole.parameters.values())[1:])
 
 
-def _bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of what a module's forward may be given by place, in their order."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, parameter in signature(module).parameters.items() if parameter.kind in kinds)
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of a module by the names that its forward has for them."""
     return dict(signature(module).bind(*args, **kwargs).arguments)
 
 
@@ -110,7 +117,7 @@ def watch(
 
     def watch_block(path: str, position: int, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            call = BlockCall(path, position, module, _bind(module, args, kwargs), None, [])
+            call = BlockCall(path, position, module, by_name(module, args, kwargs), None, [])
             open_block.append(call)
             before = {name: _version(value) for name, value in call.arguments.items()}
             call.returned = forward(*args, **kwargs)
@@ -128,7 +135,7 @@ def watch(
         def run(*args: Any, **kwargs: Any) -> Any:
             returned = forward(*args, **kwargs)
             if open_block:
-                piece = PieceCall(path, module, _bind(module, args, kwargs), returned)
+                piece = PieceCall(path, module, by_name(module, args, kwargs), returned)
                 piece.versions = [_version(out) for out in piece.outputs]
                 open_block[-1].pieces.append(piece)
             return returned
@@ -203,7 +210,7 @@ def _call_alike(
             before, names = next(following, (None, ""))
             if before is None or before.module is not module:
                 raise AnatomyError(differs)
-            look(before, names, _bind(module, args, kwargs))
+            look(before, names, by_name(module, args, kwargs))
             return forward(*args, **kwargs)
 
         return run

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dicache.anatomy import Anatomy, StepClock
 from dicache.anatomy.nested import each, tensors_of
 from dicache.anatomy.overrides import Overrides
+from dicache.anatomy.watching import parameters_of
 from dicache.calibrate.l2c import (
     FORMAT,
     LIMIT,
@@ -107,7 +108,7 @@ class Follower:
         self._found: list[tuple[float, Tensor]] = []  # of the calls of the step that runs
         self._names = PassNames(model, self._named)
         self._overrides = Overrides()
-        self._overrides.set(model, self._model(model.forward))
+        self._overrides.set(model, self._model(model.forward, parameters_of(model)))
         for block in anatomy.blocks:
             for site in block.sites:
                 branch = self._overrides.part(model, f"{block.module}.{site.module}")
@@ -160,13 +161,13 @@ class Follower:
         if generation.finished:
             raise _LastStepDone
 
-    def _model(self, forward: Forward) -> Forward:
+    def _model(self, forward: Forward, names: Sequence[str]) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             generation = self._generation
             if generation is None:
                 return forward(*args, **kwargs)
             self._overrides.rewind()
-            call = Call(args, kwargs)
+            call = Call(args, kwargs, names)
             _, lane = generation.lane(self._context, call)
             if generation.step % 2 == 0:
                 with self._acting(_keeping(lane.entries)):

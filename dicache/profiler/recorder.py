@@ -15,6 +15,7 @@ from dicache.anatomy.nested import tensors_of
 from dicache.anatomy.overrides import Overrides, forward_of
 from dicache.anatomy.signal import frames_of
 from dicache.anatomy.time_embedding import Reading, watch_reading
+from dicache.anatomy.watching import parameters_of
 from dicache.profiler.batches import Batch
 from dicache.profiler.guided import GuidedSteps
 from dicache.profiler.passes import Pass
@@ -66,6 +67,7 @@ class Recorder:
         self.time_signals = tuple(time or ())
         self.decision_blocks = tuple(decision_blocks)
         self._denoiser = model
+        self._parameters = parameters_of(model)
         self._anatomy = anatomy
         self._places = {key: place for place, key in enumerate(anatomy.sites)}
         self._wanted = {key: tuple(sorted(steps)) for key, steps in (priors or {}).items() if steps}
@@ -218,7 +220,7 @@ class Recorder:
             generation = self._generation
             if generation is None or generation.finished:
                 return forward(*args, **kwargs)
-            name, _ = generation.lane(self._context, Call(args, kwargs))
+            name, _ = generation.lane(self._context, Call(args, kwargs, self._parameters))
             latents = latents_of(args, kwargs)
             passes = self._passes.setdefault(name, [])
             while len(passes) < self.runs:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dicache.anatomy.clock import StepClock
 from dicache.anatomy.overrides import modules_of, or_own
 from dicache.anatomy.spread import RanksError, groups_of
+from dicache.anatomy.watching import parameters_of
 from dicache.runtime.callers import guidance_scale, loop_scheduler
 from dicache.runtime.compiled import Compiling
 from dicache.runtime.errors import CacheError, CacheWarning
@@ -79,6 +80,7 @@ class Cache:
         self._requests = Requests()
         parts = {} if pipeline is None else vars(pipeline)
         self._component = next((name for name, part in parts.items() if part is model), None)
+        self._parameters = parameters_of(model)
         self._installer = Installer(model)
         self._found: Forward | None = None  # what stood on the model in place of its class's forward
         self._entrance: Forward | None = None  # what stands there now
@@ -350,7 +352,7 @@ class Cache:
     ) -> Any:
         executor, stats = generation.executor, self.stats
         assert executor is not None
-        call = Call(args, kwargs)
+        call = Call(args, kwargs, self._parameters)
         if self._clock is not None and not generation.called and generation.step == 0:
             generation.step = self._first_step(self._clock, call)
         name, lane = generation.lane(context, call)

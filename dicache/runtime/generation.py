@@ -1,6 +1,6 @@
 """State of one running generation, and in it a lane for each guidance pass."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,16 +25,21 @@ Single = Literal["undecided", "no", "halves", "shares"]
 class Call:
     """What tells one call of a model from another.
 
+    Args:
+        args, kwargs: Of the call.
+        names: Of the model's parameters, in their order.
+
     Attributes:
-        given: Its arguments, by name or place.
+        given: Its arguments, by name; by place where they have none.
         tensors: The tensors among them.
         latents: Those that are denoised.
         signature: Their names, shape, dtype and device of each tensor, also in lists, words (`kv_cache_mode`), and
             what else decides the dtype and kind of what is made: what differs there is not the same pass.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.given: dict[Hashable, Any] = dict(enumerate(args))
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str]) -> None:
+        places = range(len(names), len(args))
+        self.given: dict[Hashable, Any] = dict(zip((*names, *places), args, strict=False))
         self.given.update(kwargs)
         self.tensors: dict[Hashable, Tensor] = {}
         self.latents = latents_of(args, kwargs)

@@ -1,7 +1,7 @@
 """Guidance that collapses on the way: from some step on, one of the two passes is computed and stands for both."""
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dicache.anatomy.inputs import is_time
 from dicache.anatomy.nested import each, tensors_of
-from dicache.anatomy.watching import signature
+from dicache.anatomy.watching import parameters_of
 from dicache.runtime.generation import Call, Key, Lane, same
 from dicache.runtime.stats import bytes_of
 from dicache.runtime.storing import Store, Stored
@@ -47,7 +47,7 @@ class Collapse:
         self.answer: Any = None
         self._start = start
         self._store = store
-        self._names = tuple(signature(model).parameters)
+        self._names = parameters_of(model)
         self._calls: list[tuple[Key, Call]] = []  # of the step that runs, of passes that are not decided on
         self._asked: Call | None = None  # the call that the answer was given to
         self._sure = False  # whether the two had the same latents also after they were taken for the passes of guidance
@@ -165,7 +165,7 @@ class Collapse:
             if one.given[key] is one.latents:
                 continue
             alike = _all_same(tensors_of(one.given[key]), tensors_of(other.given[key]))
-            if not alike and is_time(self._name(key)) and one.batch == other.batch:
+            if not alike and is_time(str(key)) and one.batch == other.batch:
                 return None
             differ = differ or not alike
         return differ
@@ -176,9 +176,9 @@ class Collapse:
             return False
         differ = False
         for key, value in call.given.items():
-            for tensor in _of_samples(self._name(key), value, call.batch):
+            for tensor in _of_samples(str(key), value, call.batch):
                 alike = tensor is call.latents or _same_parts(tensor, 2)
-                if not alike and is_time(self._name(key)):
+                if not alike and is_time(str(key)):
                     return False
                 differ = differ or not alike
         if differ and call.batch % 3 == 0 and _same_parts(call.latents, 3):
@@ -187,9 +187,6 @@ class Collapse:
                 "cannot be known. Give samples of one generation different seeds"
             )
         return differ
-
-    def _name(self, key: Hashable) -> str:
-        return str(self._names[key] if isinstance(key, int) and key < len(self._names) else key)
 
     def first_half(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int
@@ -203,7 +200,8 @@ class Collapse:
                 return value
             return each([value], lambda x: x[0][: batch // 2] if _is_of_samples(x[0], batch) else x[0])
 
-        named = [half(self._name(place), value) for place, value in enumerate(args)]
+        places = map(str, range(len(self._names), len(args)))
+        named = [half(name, value) for name, value in zip((*self._names, *places), args, strict=False)]
         return tuple(named), {name: half(name, value) for name, value in kwargs.items()}
 
 

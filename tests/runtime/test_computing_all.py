@@ -90,7 +90,7 @@ def test_no_work_is_added_but_one_copy_of_what_tells_passes_apart(build: Build) 
     with apply(model, computing_all(build, "rules that never act")) as cache:
         cache.begin_generation()
         cache.begin_step()
-        copies = Counter({"clone": len(Call((), given).conditions)})
+        copies = Counter({"clone": len(Call((), given, ()).conditions)})
         assert operators(lambda: predict(model, given)) == want + copies
         cache.begin_step()
         assert operators(lambda: predict(model, given)) == want

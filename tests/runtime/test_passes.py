@@ -22,6 +22,7 @@ from tests.tiny import (
     Build,
     adaptive,
     arguments,
+    dit,
     every_model,
     first_block,
     pixart,
@@ -392,3 +393,28 @@ def test_a_pass_that_is_told_another_word_on_the_way_computes() -> None:
             cache.begin_step()
             model(*inputs.args, kv_cache_mode=word, **inputs.kwargs)
     assert cache.stats.steps == {"0": "CC.C"}
+
+
+@pytest.mark.parametrize("by_place", [False, True])
+def test_a_pass_that_comes_first_at_a_later_step_is_known_by_its_labels_however_they_are_given(by_place: bool) -> None:
+    model = dit()
+    conditional, unconditional = torch.tensor([1, 2]), torch.tensor([5, 5])
+    latents = [arguments(model, seed=step)["hidden_states"] for step in range(STEPS)]
+
+    def call(step: int, labels: Tensor) -> Tensor:
+        time = torch.full((2,), 900 - 200 * step)
+        with torch.no_grad():
+            if by_place:
+                out: Tensor = model(latents[step], time, labels).sample
+            else:
+                out = model(latents[step], timestep=time, class_labels=labels).sample
+        return out
+
+    want = call(3, unconditional)
+    with apply(model, scheduled(dit, Rule("reuse", "C.C."))) as cache:
+        cache.begin_generation()
+        for step in range(STEPS):
+            cache.begin_step()
+            if step == 3:
+                assert torch.equal(call(step, unconditional), want)
+            call(step, conditional)
