@@ -43,7 +43,8 @@ class StepClock:
         def ended(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.latents = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", None)
             given = signature.bind(*args, **kwargs).arguments  # some take more before the timestep
-            self.model_output, self.timestep = given["model_output"], given.get("timestep")
+            self.model_output = given.get("model_output", next(iter(given.values()), None))
+            self.timestep = given.get("timestep")
             on_step()
 
         self._watched = (
@@ -121,7 +122,8 @@ def noise_levels(scheduler: Any) -> tuple[float, ...]:
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) >= steps:
         ratio = np.asarray(sigmas.cpu() if hasattr(sigmas, "cpu") else sigmas, dtype=np.float64)[:steps]
-        if "FlowMatch" in type(scheduler).__name__ or getattr(scheduler.config, "use_flow_sigmas", False):
+        config = getattr(scheduler, "config", None)  # one of your own may have none
+        if "FlowMatch" in type(scheduler).__name__ or getattr(config, "use_flow_sigmas", False):
             ratio = ratio / np.maximum(1 - ratio, 1e-6)
     elif getattr(scheduler, "alphas_cumprod", None) is not None:
         index = np.asarray(scheduler.timesteps.cpu()).astype(np.int64)

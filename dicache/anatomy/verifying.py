@@ -72,6 +72,11 @@ def verified(model: nn.Module, inputs: Inputs, calls: Sequence[BlockCall], block
             return, and would be missing or old where they do not run; or if the model gives another output each time.
     """
     want = _output(model, inputs, {})
+    if not want:
+        raise AnatomyError(
+            f"the {type(model).__name__} returns no tensor that can be found, so that nothing can be told by "
+            "comparing; let it return tensors, alone or in tuples, lists, dictionaries and dataclasses"
+        )
     if not _alike(want, _output(model, inputs, {})):
         raise AnatomyError(
             f"the {type(model).__name__} gives another output each time that it is called with the same arguments, so "

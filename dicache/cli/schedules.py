@@ -2,7 +2,7 @@
 
 import math
 import re
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -201,25 +201,33 @@ def validate(files: tuple[Path, ...], model: str | None, as_json: bool) -> None:
 
     read = [(file, Schedule.load(file)) for file in files]
     if model is not None:
-        from dicache.anatomy.inputs import capture_inputs
         from dicache.models.loading import load
         from dicache.models.sampling import Sampling, default_conditions, sample
         from dicache.runtime import apply
-        from dicache.runtime.apply import denoiser
 
         pipeline = load(model)
         condition = default_conditions(pipeline, 1)
         for _, schedule in read:
             made_for = schedule.target
             sampling = Sampling(made_for.num_inference_steps or schedule.steps, made_for.guidance).usual_for(model)
-            with apply(pipeline, schedule):  # refuses when the pipeline sets its timesteps, before the first step
-                capture_inputs(denoiser(pipeline), partial(sample, pipeline, condition, [0], sampling))
+            with apply(pipeline, schedule) as cache:  # refuses when the pipeline sets its timesteps
+                cache.known = _break_off
+                with suppress(_Fits):
+                    sample(pipeline, condition, [0], sampling)
     if as_json:
         show_json({"valid": [str(file) for file in files]})
         return
     for file, schedule in read:
         fits = f", fits {model}" if model else ""
         click.echo(f"{file}: valid, {schedule.method}, {schedule.steps} steps{fits}")
+
+
+class _Fits(BaseException):  # past the pipeline's own `except Exception`
+    pass
+
+
+def _break_off(step: int) -> None:
+    raise _Fits
 
 
 def _as_json(schedule: "Schedule") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Models that are odd as a whole: they are refused, or what is shared is left alone."""
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -66,6 +67,24 @@ class ReadingTheLast(Chain):
         return out + first.last  # type: ignore[no-any-return] # a tensor
 
 
+@dataclass
+class Out:
+    sample: Any
+
+
+class ReadingTheLastIntoAnOutput(ReadingTheLast):
+    """Returns no class of diffusers, but a dataclass of its own."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Any:
+        return Out(super().forward(hidden_states, timestep, encoder_hidden_states))
+
+
+class Hiding(Chain):
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Any:
+        out = super().forward(hidden_states, timestep, encoder_hidden_states)
+        return {out}
+
+
 def sharing(name: str) -> Chain:
     """Return a chain whose first two blocks have a module in common."""
     model = Chain()
@@ -82,8 +101,10 @@ def sharing(name: str) -> Chain:
         (sharing("attn"), r"blocks\.0\.attn\S* is a part of other modules as well"),
         (Drawing(), "the Drawing gives another output each time"),
         (ReadingTheLast(Remembering), "a block leaves something behind that it does not return"),
+        (ReadingTheLastIntoAnOutput(Remembering), "a block leaves something behind that it does not return"),
+        (Hiding(), "the Hiding returns no tensor that can be found"),
     ],
-    ids=["stream", "branch", "buffer", "shared", "random", "attribute"],
+    ids=["stream", "branch", "buffer", "shared", "random", "attribute", "dataclass", "hidden"],
 )
 def test_a_model_whose_blocks_do_more_than_return_is_refused(model: nn.Module, message: str) -> None:
     keys = {path: set(vars(part)) for path, part in model.named_modules()}

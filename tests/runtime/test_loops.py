@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 import dicache
 from dicache import Schedule, ScheduleError
@@ -241,3 +241,45 @@ def test_a_policy_that_skips_blocks_of_which_the_first_is_left_out_is_refused(po
     chain = Chain(between=start)
     with pytest.raises(ScheduleError, match=f"blocks {start} to 2 are skipped by what they add.* at block {start}"):
         leaving_out(of_a_policy(policy, chain, 3), chain, [(), (), (start,)])
+
+
+class OwnScheduler:
+    """Halves the noise at each step, and calls what it is given by names of its own."""
+
+    def __init__(self) -> None:
+        self.timesteps = torch.empty(0)
+        self.sigmas = torch.empty(0)
+
+    def set_timesteps(self, steps: int) -> None:
+        self.timesteps = torch.linspace(900, 100, steps)
+        self.sigmas = torch.linspace(9, 1, steps)
+
+    def step(self, noise: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        return x - 0.5 * noise
+
+
+class OwnPipeline:
+    def __init__(self, transformer: nn.Module) -> None:
+        self.transformer, self.scheduler = transformer, OwnScheduler()
+
+    def __call__(self, steps: int) -> Tensor:
+        self.scheduler.set_timesteps(steps)
+        given = arguments(self.transformer)
+        x: Tensor = given["hidden_states"]
+        for t in self.scheduler.timesteps:
+            with torch.no_grad():
+                noise = self.transformer(**{**given, "hidden_states": x, "timestep": t.expand(2)}).sample[:, :4]
+            x = self.scheduler.step(noise, t, x)
+        return x
+
+
+def test_a_pipeline_of_ones_own_whose_scheduler_has_other_names_follows_its_schedule() -> None:
+    pipe = OwnPipeline(dit())
+    want = pipe(4)
+    with dicache.apply(pipe, scheduled(dit, Rule("reuse", "CCCC"))) as cache:
+        assert torch.equal(pipe(4), want)
+        assert cache.stats.steps == {"0": "CCCC"}
+    with dicache.apply(pipe, scheduled(dit, Rule("reuse", "C.C."))) as cache:
+        assert not torch.equal(pipe(4), want)
+        assert cache.stats.steps == {"0": "C.C."}
+    assert torch.equal(pipe(4), want)
