@@ -13,6 +13,9 @@ Forward = Callable[..., Any]
 Program = dict[nn.Module, Forward]
 
 
+CHANGES = 128  # from one program to another that are ready at a time
+
+
 class Executor(Protocol):
     """Runs the calls of a model by a plan or a policy."""
 
@@ -116,6 +119,9 @@ class Installer:
             self.restore()
         change = (id(self._installed), id(program))
         if change not in self._moves:
+            if len(self._moves) == CHANGES:
+                self._moves.clear()
+                self._known.clear()
             self._moves[change] = self._move(program)
         both, moves = self._moves[change]
         for namespace, before, _ in moves:
@@ -132,7 +138,7 @@ class Installer:
     def _move(self, program: Program) -> tuple[Program, list[tuple[dict[str, Any], Forward | None, Forward | None]]]:
         """Return the modules of the installed program and of another, and what stands on each before and after."""
         both = {**self._installed, **program}
-        self._known += [program, both]
+        self._known += [self._installed, program, both]
         return both, [(home(m), self._with(self._installed, m), self._with(program, m)) for m in both]
 
     def uninstall(self) -> None:

@@ -18,6 +18,8 @@ from dicache.anatomy.standins import one_token, pass_on
 from dicache.runtime.executor import Forward, Installer, Program
 from dicache.schedules import Row
 
+KINDS = 8  # kinds of calls that are ready at a time: with prompts of any length there is no end of them
+
 
 class Lean:
     """The forwards of one row, with less left to do in the blocks that it reuses altogether.
@@ -49,6 +51,8 @@ class Lean:
         if not self._norms:
             return self._program
         if kind not in self._programs:
+            if len(self._programs) == KINDS:
+                self._programs.clear()
             self._programs[kind] = {**self._program, **{norm: _one_token() for norm in self._norms}}
         return self._programs[kind]
 

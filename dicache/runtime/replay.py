@@ -9,7 +9,7 @@ from dicache.anatomy import Anatomy
 from dicache.anatomy.standins import pass_on, view_of_zero
 from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane, Signature
-from dicache.runtime.lean import Embeddings, Lean
+from dicache.runtime.lean import KINDS, Embeddings, Lean
 from dicache.runtime.nested_ranges import Nested, shape_keys
 from dicache.runtime.predictors import Corrector, foretell
 from dicache.runtime.stats import Stats, bytes_of
@@ -102,6 +102,8 @@ class Replay:
         stats.macs += step.macs / 2 if lane.single == "halves" else step.macs
         if step.changes:  # what a step leaves behind depends on nothing but the step and the shapes
             if self._kind not in step.bytes_held:
+                if len(step.bytes_held) == KINDS:
+                    step.bytes_held.clear()
                 step.bytes_held[self._kind] = bytes_of(lane.entries)
             lane.bytes_held = step.bytes_held[self._kind]
 

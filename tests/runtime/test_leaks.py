@@ -2,13 +2,14 @@
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from dicache import Schedule, apply
 from dicache.schedules import Rule
-from tests.tiny import adaptive, dit, generate, pipeline_of, scheduled
+from tests.tiny import adaptive, arguments, dit, generate, pipeline_of, pixart, predict, replay, scheduled
 
 KINDS = ("reuse", "skip", "adaptive")
 
@@ -61,3 +62,33 @@ def test_generation_after_generation_holds_no_more(kind: str) -> None:
         objects, size = growth(lambda: generate(pipe), 50)
     assert objects < 10
     assert size == 0
+
+
+def test_texts_of_ever_new_lengths_hold_no_more() -> None:
+    model, schedule = pixart(), scheduled(pixart, Rule("reuse", "C.C."))
+    given = arguments(model)
+
+    def calls(tokens: int) -> list[dict[str, Any]]:
+        text = given["encoder_hidden_states"][:, :1].expand(-1, tokens, -1)
+        changed = {"encoder_hidden_states": text, "encoder_attention_mask": torch.ones(len(text), tokens)}
+        return [{**given, **changed, "hidden_states": given["hidden_states"] * (1 + 0.1 * step)} for step in range(4)]
+
+    found = []
+    gc.freeze()
+    try:
+        with apply(model, schedule) as cache:
+            for tokens in range(1, 181):
+                replay(model, cache, calls(tokens))
+                if tokens in (60, 180):
+                    found.append(held())
+            again = {tokens: replay(model, cache, calls(tokens)) for tokens in (1, 180, 90)}
+    finally:
+        gc.unfreeze()
+    (few, small), (many, large) = found
+    assert many < 1.5 * few  # and not three times as many
+    assert large < 1.5 * small
+    for tokens, made in again.items():
+        with apply(model, schedule) as cache:
+            want = replay(model, cache, calls(tokens))
+        assert all(map(torch.equal, made, want))
+        assert torch.equal(made[0], predict(model, calls(tokens)[0]))

@@ -16,6 +16,9 @@ from dicache.schedules import Range
 _COUNT = count()  # the compiler remembers which sizes have changed by the function's name
 
 
+FORMS = 64  # signatures of which the form is known at a time
+
+
 class Results(NamedTuple):
     """What a call gives.
 
@@ -105,6 +108,8 @@ class Calls:
         if self._compiling.sizes_are_fixed:
             return signature
         if signature not in self._forms:
+            if len(self._forms) == FORMS:
+                self._forms.clear()
             self._forms[signature] = tuple(map(_without_sizes, signature))
         return self._forms[signature]
 
