@@ -101,11 +101,18 @@ def ordered(settings: DeltaDit, profile: "Profile") -> tuple[DeltaDit, dict[str,
         plan = replace(settings, order=order).plan(profile.anatomy, profile.steps)
         found: list[float] = []
         for rule in plan.rules:
-            change = profile.range_error(*rule.block_range(profile.anatomy)).mean(axis=(0, 1))  # (s,)
+            error = profile.range_error(*rule.block_range(profile.anatomy))  # (runs, passes, steps)
+            known = np.isfinite(error).sum(axis=(0, 1))  # a pass may be left out at some steps
+            change = np.nansum(error, axis=(0, 1)) / np.where(known, known, np.nan)
             for step, letter in enumerate(rule.steps):
                 if letter == ".":
                     computed = step - step % settings.interval
                     found.append(float(change[computed + 1 : step + 1].sum()))
+        if not np.isfinite(found).all():
+            raise CalibrationError(
+                "delta-dit: the profile has no errors of some of the steps that are skipped, as no guidance pass calls "
+                "the model there and at the step before; give --order aligned or reversed"
+            )
         errors[order] = float(np.mean(found)) if found else 0.0
     better: Order = "aligned" if errors["aligned"] <= errors["reversed"] else "reversed"
     return replace(settings, order=better), {order: round(error, 5) for order, error in errors.items()}

@@ -104,7 +104,12 @@ class Dp:
             allowed = f"{lowest} to {highest}" if highest else "0"
             told = "" if self.predictor == "taylor" else f" with {self.predictor}"
             raise CalibrationError(f"dp: the order must be {allowed}{told}, found {self.order}")
-        for name, value in (("warm-up", self.warm_up), ("largest gap", self.max_gap)):
+        counts = (
+            ("number of computed steps", self.steps_computed),
+            ("warm-up", self.warm_up),
+            ("largest gap", self.max_gap),
+        )
+        for name, value in counts:
             if value is not None and value < 1:
                 raise CalibrationError(f"dp: the {name} must be 1 step or more, found {value}")
         for name, number in (("own error's weight", self.own), ("reaction", self.reaction)):
@@ -180,7 +185,7 @@ class Dp:
     def _forecast(self, profile: Profile) -> Schedule:
         """Return the schedule whose skipped steps are expected to leave the smallest error in the last latents."""
         forecasters = self.forecasters(profile)
-        count = self.steps_computed or self._affordable(profile)
+        count = self._affordable(profile) if self.steps_computed is None else self.steps_computed
         mandatory = {*range(self.warm_up), *((profile.steps - 1,) if self.force_last else ())}
         chosen = best_choice(list(forecasters.values()), count, mandatory=mandatory, max_gap=self.max_gap)
         made = {kind: forecaster.forecast(chosen) for kind, forecaster in forecasters.items()}

@@ -1,7 +1,7 @@
 """What the spaces of all methods share; what a method's own space varies stands in the method's file."""
 
 import hashlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -20,7 +20,7 @@ LONGEST_INTERVAL = 16  # that a search tries; FORA's longest is 10, where the im
 AROUND = (0.8, 1.2)  # shares of the MACs that are aimed at: a profile's runs foresee that of others to some hundredths
 
 
-class MethodSpace:
+class MethodSpace(ABC):
     """What a search varies of a method, all but what is fixed.
 
     Attributes:

@@ -73,6 +73,7 @@ def evaluate(
     Under torchrun the ranks share the images, and rank 0 times and tells.
     """
     from dicache.evaluate.evaluation import evaluate as judge
+    from dicache.evaluate.evaluation import is_reserved
     from dicache.evaluate.networks import CLIP_MODEL, DISTANCES, SCORES, Request
     from dicache.evaluate.references import default_folder
     from dicache.models.images import save_png
@@ -87,7 +88,7 @@ def evaluate(
     if unknown := sorted(set(wanted) - {*METRICS, *NETWORKS}):
         raise ModelError(f"unknown metric {unknown[0]!r}; known: {', '.join((*METRICS, *NETWORKS))}")
     schedules = [(file.stem, Schedule.load(file)) for file in files]
-    if len({name for name, _ in schedules}) < len(schedules):
+    if len({name for name, _ in schedules}) < len(schedules) or any(is_reserved(name) for name, _ in schedules):
         schedules = [(str(file), schedule) for file, (_, schedule) in zip(files, schedules, strict=True)]
     counts = {schedule.target.num_inference_steps or schedule.steps for _, schedule in schedules}
     if len(counts) > 1:

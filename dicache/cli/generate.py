@@ -1,11 +1,15 @@
 """`dicache generate`: make images, with or without a schedule."""
 
+import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from dicache.cli.command import Command, json_option, model_option, show_json
+
+LONGEST = 40  # characters of a prompt in a file's name
 
 
 @click.command(cls=Command, interrupted="what was written stays; the same command makes all images again")
@@ -64,15 +68,26 @@ def generate(
         steps = schedule.target.num_inference_steps
     sampling = Sampling(steps, guidance, height, width, frames).usual_for(model)
     files: list[str] = []
+    names = _file_names(prompts or classes)
     with apply(pipeline, schedule) if schedule else nullcontext() as cache:
         for condition in prompts or classes:
-            slug = re.sub(r"\W+", "-", condition.lower()).strip("-")[:40] or "image"
             for number in range(seed, seed + num_images):
                 image = sample(pipeline, [condition], [number], sampling)[0]
-                files.append(str(save_png(image, output / f"{slug}-{number}.png")))
+                files.append(str(save_png(image, output / f"{names[condition]}-{number}.png")))
     fraction = cache.stats.macs_fraction if cache else 1.0
     if as_json:
         show_json({"images": files, "macs_fraction": fraction})
         return
     count = "1 picture" if len(files) == 1 else f"{len(files)} pictures"
     click.echo(f"Wrote {count} to {output}, with {fraction:.3f} of the MACs")
+
+
+def _file_names(conditions: Sequence[str]) -> dict[str, str]:
+    """Return what the files of each prompt or class begin with: its words, and a mark where these do not tell it."""
+    words = {condition: re.sub(r"\W+", "-", condition.lower()).strip("-") for condition in conditions}
+    names = {}
+    for condition, whole in words.items():
+        names[condition] = whole[:LONGEST].strip("-") or "image"
+        if names[condition] != whole or list(words.values()).count(whole) > 1:
+            names[condition] += f"-{hashlib.sha256(condition.encode()).hexdigest()[:6]}"
+    return names

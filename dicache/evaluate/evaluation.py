@@ -1,5 +1,6 @@
 """Judge schedules by what they make, against the uncached run of the same seeds and against fewer steps."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from dicache.evaluate.timing import interleaved, speedup
 from dicache.models.launching import ALONE, Workers
 from dicache.models.sampling import Sampling, sample
 from dicache.runtime import Cache, apply
-from dicache.schedules import Schedule
+from dicache.schedules import Schedule, ScheduleError
 
 Judge = Callable[[np.ndarray], float]  # images -> one number, such as the share that shows what was asked for
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]  # images and references -> a value each
@@ -155,9 +156,15 @@ def evaluate(
         The uncached result, those of the schedules in their order, and those of fewer steps.
 
     Raises:
-        ScheduleError: If a schedule does not fit the pipeline as it is called.
+        ScheduleError: If a schedule does not fit the pipeline as it is called, or two have one name.
         RanksError: If another worker has died.
     """
+    names = [name for name, _ in schedules]
+    if taken := [name for name in names if names.count(name) > 1 or is_reserved(name)]:
+        raise ScheduleError(
+            f"results are told apart by name, and {taken[0]!r} is that of several, or of a run without a schedule; "
+            "give each schedule a name of its own"
+        )
     sampling = (sampling or Sampling()).resolved(pipeline)
     progress = progress and workers.rank == 0
     assert sampling.steps is not None
@@ -232,6 +239,11 @@ def evaluate(
         ],
         [result(variant, made, count, count / steps) for count, (variant, made) in fewer.items()],
     )
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a name is that of a result without a schedule: `uncached`, or `25 steps`."""
+    return name == UNCACHED or re.fullmatch(r"\d+ steps", name) is not None
 
 
 def reference_run(

@@ -8,7 +8,7 @@ References:
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from dicache.formats.files import check_keys, mask, number, whole
+from dicache.formats.files import check_keys, mask, number, short, whole
 from dicache.formats.format import FormatError, Given, Losses, Read
 from dicache.formats.scm_presets import PRESETS, preset
 from dicache.formats.steps import StepMask, body_plan, step_mask
@@ -157,7 +157,7 @@ def read_settings(what: str, content: Any, given: Given, defaults: Mapping[str, 
     found = check_keys(what, content, [*DEFAULTS, *AS_USUAL, *OF_PASSES])
     for key, usual in AS_USUAL.items():
         if key in found and found[key] not in (usual, None):
-            raise FormatError(f"{what}: dicache has no counterpart of {key}: {found[key]!r}")
+            raise FormatError(f"{what}: dicache has no counterpart of {key}: {short(found[key])}")
     settings = {**defaults, **{key: value for key, value in found.items() if key in DEFAULTS and value is not None}}
     if settings["num_inference_steps"] not in (None, given.steps):
         raise FormatError(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def check_keys(what: str, content: Any, known: Collection[str], needed: Collecti
         FormatError: If it is none.
     """
     if not isinstance(content, Mapping):
-        raise FormatError(f"{what} must be an object, found {_short(content)}")
+        raise FormatError(f"{what} must be an object, found {short(content)}")
     if unknown := [key for key in content if key not in known]:
         raise FormatError(f"{what}: unknown key {unknown[0]!r}; the keys are {', '.join(known)}")
     if missing := [key for key in needed if key not in content]:
@@ -86,11 +87,11 @@ def mask(what: str, content: Any, steps: int | None = None) -> str:
         FormatError: If it is no such list, is of another number of steps, or does not compute the first step.
     """
     if not isinstance(content, Sequence) or isinstance(content, str) or not content:
-        raise FormatError(f"{what} must be a list of 0 and 1, a number a step, found {_short(content)}")
+        raise FormatError(f"{what} must be a list of 0 and 1, a number a step, found {short(content)}")
     if len(content) > MOST_STEPS:
         raise FormatError(f"{what} has {len(content)} numbers; more than {MOST_STEPS} steps are not sensible")
     if wrong := [value for value in content if type(value) is not int or value not in (0, 1)]:
-        raise FormatError(f"{what} must hold 0 and 1 only, found {_short(wrong[0])}")
+        raise FormatError(f"{what} must hold 0 and 1 only, found {short(wrong[0])}")
     if steps is not None and len(content) != steps:
         raise FormatError(
             f"{what} is for {len(content)} steps, but {steps} are asked for; import with --steps of its own"
@@ -108,7 +109,7 @@ def number(what: str, value: Any, *, least: float = -math.inf) -> float:
     """
     if type(value) not in (int, float) or not math.isfinite(value) or value < least:
         bound = "" if least == -math.inf else f" of {least:g} or more"
-        raise FormatError(f"{what} must be a number{bound}, found {_short(value)}")
+        raise FormatError(f"{what} must be a number{bound}, found {short(value)}")
     return float(value)
 
 
@@ -119,7 +120,7 @@ def whole(what: str, value: Any, *, least: int) -> int:
         FormatError: If it is none, or less than `least`.
     """
     if type(value) is not int or value < least:
-        raise FormatError(f"{what} must be a whole number of {least} or more, found {_short(value)}")
+        raise FormatError(f"{what} must be a whole number of {least} or more, found {short(value)}")
     return value
 
 
@@ -130,7 +131,7 @@ def numbers(what: str, content: Any) -> list[float]:
         FormatError: If it is none.
     """
     if not isinstance(content, list) or not 1 <= len(content) <= 2 * MOST_STEPS:
-        raise FormatError(f"{what} must be a list of numbers, found {_short(content)}")
+        raise FormatError(f"{what} must be a list of numbers, found {short(content)}")
     return [number(f"{what}: each", value) for value in content]
 
 
@@ -139,6 +140,7 @@ def as_json(content: Any) -> str:
     return dump(content) + "\n"
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def short(value: Any) -> str:
+    """Return what stands for a value in a message; of one that repeats itself inside (YAML's aliases) only a little."""
+    text = reprlib.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -14,7 +14,8 @@ THRESHOLD = 0.1  # of most of the published routers
 
 
 def read(path: Path, given: Given) -> Read:
-    method = LearningToCache(given.settings.get("threshold") or THRESHOLD)
+    threshold = given.settings.get("threshold")
+    method = LearningToCache(THRESHOLD if threshold is None else threshold)
     try:
         made = method.schedule(read_router(path), given.anatomy, given.target, given.steps, given.model)
     except CalibrationError as error:

@@ -43,7 +43,9 @@ def read(path: Path, given: Given) -> Read:
             f"{path}: use_ret_steps is for Wan, whose polynomial is of the time embedding; take one with `dicache "
             "calibrate teacache --published`"
         )
-    threshold = content.get("teacache_thresh") or given.setting("threshold", "of TeaCache")
+    threshold = content.get("teacache_thresh")
+    if threshold is None:
+        threshold = given.setting("threshold", "of TeaCache")
     policy = read_policy(
         read_coefficients(f"{path}: coefficients", content["coefficients"]),
         number(f"{path}: teacache_thresh", threshold, least=0),

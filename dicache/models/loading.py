@@ -78,6 +78,15 @@ def _made_up(said: str) -> list[str]:
     return [key for key in keys if not key.endswith(DERIVED)]
 
 
+class _Listener(logging.Handler):
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._said.append(record.getMessage())
+
+
 @contextmanager
 def _quiet() -> Iterator[list[str]]:
     """Collect what diffusers and transformers log, and keep from the terminal what is handled here."""
@@ -89,14 +98,14 @@ def _quiet() -> Iterator[list[str]]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     said: list[str] = []
-    listener = logging.Handler(logging.WARNING)
-    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    listener = _Listener(said)
     libraries = [logging.getLogger(library) for library in ("diffusers", "transformers")]
     for library in libraries:
         library.addHandler(listener)
     bars = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
     for each in bars:
         each.disable_progress_bar()
+    handlers = list(libraries[1].handlers)
     transformers_logging.disable_default_handler()
     try:
         yield said
@@ -104,6 +113,7 @@ def _quiet() -> Iterator[list[str]]:
         for library in libraries:
             library.removeHandler(listener)
         logger.setLevel(level)
-        transformers_logging.enable_default_handler()
+        if libraries[1].handlers != handlers:  # where it was there
+            transformers_logging.enable_default_handler()
         for each in bars:
             each.enable_progress_bar()

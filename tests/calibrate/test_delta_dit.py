@@ -130,6 +130,24 @@ def test_the_order_that_changes_less_is_read_from_a_profile(
     )  # steps 1 and 3 are skipped
 
 
+def test_steps_of_which_no_pass_has_an_error_are_not_compared() -> None:
+    both = profile_with({(1, 4): [0.1, 0.1, 0.3], (0, 3): [0.2, 0.1, 0.1]})
+    one_left_out = both.range_error(1, 4).repeat(2, axis=1)
+    one_left_out[0, 1, 2:] = np.nan  # the second pass ends before the others
+    settings = DeltaDit(2, blocks=3, boundary=2, order="auto")
+
+    class Told(type(both)):  # type: ignore[misc]
+        def range_error(self, start: int, stop: int) -> np.ndarray:
+            return one_left_out if start else one_left_out[:, 1:] * np.nan
+
+    known = Told(both.provenance, both.runs, both.arrays)
+    with pytest.raises(CalibrationError, match=r"has no errors of some of the steps .* give --order aligned or"):
+        ordered(settings, known)
+    one_left_out[0, 0, 2:] = 0.3
+    Told.range_error = lambda self, start, stop: one_left_out  # type: ignore[method-assign]
+    assert ordered(settings, known)[1]["aligned"] == pytest.approx(0.2)
+
+
 def test_over_longer_intervals_the_changes_add_up() -> None:
     profile = profile_with({(1, 4): [0.1, 0.2, 0.4], (0, 3): [1.0, 1.0, 1.0]})
     _, errors = ordered(DeltaDit(4, blocks=3, boundary=4), profile)

@@ -189,6 +189,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
         ({"steps_computed": 3, "order": 3}, "order must be 0 to 2, found 3"),
         ({"steps_computed": 3, "predictor": "hold", "order": 1}, "order must be 0 with hold, found 1"),
         ({"steps_computed": 3, "granularity": "block"}, "granularity must be body or branch, found 'block'"),
+        ({"steps_computed": 0, "predictor": "forecast"}, "number of computed steps must be 1 step or more, found 0"),
         ({"steps_computed": 3, "max_gap": 0}, "largest gap must be 1 step or more, found 0"),
     ],
 )

@@ -7,6 +7,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from dicache.cli import main
+from dicache.cli.generate import _file_names
 from tests.models.folders import SIZE, folder
 
 
@@ -30,6 +31,21 @@ def test_another_scheduler_makes_another_image(tmp_path: Path) -> None:
     assert generate(*words, "--scheduler", "dpm", "-o", tmp_path / "dpm").exit_code == 0
     own, other = ((tmp_path / name / "three-0.png").read_bytes() for name in ("own", "dpm"))
     assert own != other
+
+
+def test_no_image_is_written_over_another(tmp_path: Path) -> None:
+    words = ["--model", "digits", "--steps", 2, "-o", tmp_path, "--json"]
+    two = generate(*words, "--class", "7", "--class", " 7", "--class", "3")
+    assert two.exit_code == 0, two.output
+    files = json.loads(two.stdout)["images"]
+    assert len({*files}) == 3
+    assert all(Path(file).exists() for file in files)
+    assert files[2] == str(tmp_path / "3-0.png")
+    first, second = ("a very long caption of a red square that is " + end for end in ("left of it", "right of it"))
+    names = _file_names([first, second, "?!", "a cat"])
+    assert len({*names.values()}) == 4
+    assert names["a cat"] == "a-cat"
+    assert names[first] == _file_names([first])[first]  # whatever is made with it
 
 
 def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path: Path) -> None:

@@ -81,3 +81,10 @@ def test_a_schedule_of_another_step_count_is_refused() -> None:
     pipeline = load("digits")
     with pytest.raises(ScheduleError, match="6 steps, found 5"):
         evaluate(pipeline, [("x", schedule(pipeline))], ["1"], sampling=Sampling(steps=5), progress=False)
+
+
+@pytest.mark.parametrize("names", [("x", "x"), ("uncached", "x"), ("x", "3 steps")])
+def test_schedules_whose_results_could_not_be_told_apart_are_refused(names: tuple[str, str]) -> None:
+    pipeline = load("digits")
+    with pytest.raises(ScheduleError, match="is that of several, or of a run without a schedule"):
+        evaluate(pipeline, [(name, schedule(pipeline)) for name in names], ["1"], progress=False)

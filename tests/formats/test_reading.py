@@ -108,6 +108,7 @@ def test_sglang_counts_boundaries_in_steps_or_shares_of_them(tmp_path: Path) -> 
         return made
 
     assert (policy().first_steps, policy().last_steps) == (5, 1)
+    assert policy(teacache_thresh=0).threshold == 0  # all is computed; and not that none is said
     shares = policy(start_skipping=0.25, end_skipping=0.5)
     assert (shares.first_steps, shares.last_steps) == (2, 4)
     with pytest.raises(FormatError, match="use_ret_steps is for Wan"):
@@ -127,6 +128,8 @@ def test_a_published_router_is_read_as_calibrate_l2c_reads_it(tmp_path: Path) ->
     torch.save({"routers": routers, "opt": {}, "args": None}, tmp_path / "router.pt")
     made = imported(tmp_path / "router.pt", find("l2c-router"), Given("toy", ANATOMY, Target(), STEPS))
     assert row(made) == "CRCRCCCR"  # index 2 counts from the last step
+    all_computed = Given("toy", ANATOMY, Target(), STEPS, settings={"threshold": 0.0})
+    assert row(imported(tmp_path / "router.pt", find("l2c-router"), all_computed)) == STEPS * "C"
     assert made.measured["imported"]["format"] == "l2c-router"
 
 
@@ -257,3 +260,15 @@ def test_json_is_limited_as_that_of_schedules_is(tmp_path: Path, text: str, said
     file.write_text(text)
     with pytest.raises(FormatError, match=said):
         read_json(file)
+
+
+def test_yaml_that_repeats_itself_inside_is_refused_at_once(tmp_path: Path) -> None:
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [
+        f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in zip("abcdefghijk", "bcdefghijkl", strict=True)
+    ]
+    file = tmp_path / "bomb.yaml"
+    file.write_text("\n".join([*lines, "cache_config: *l"]))  # 10^12 words, if it were written out
+    with pytest.raises(FormatError) as error:
+        imported(file, find("cache-dit"), Given("toy", ANATOMY, Target(), STEPS))
+    assert len(str(error.value)) < 1000

@@ -122,6 +122,14 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
             lambda there: bring_code(there, "transformer/mine.py", transformer=["mine", "Mine"]),
             r"its transformer is \['mine', 'Mine'\], code that it brings along",
         ),
+        *(
+            (lambda there, content=content: (there / "vae" / WEIGHTS).write_bytes(content), said)
+            for content, said in (
+                (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs"),
+                (b"\xff" * 16, "vae/diffusion_pytorch"),
+                (b"\x02" + 7 * b"\0" + b"[]", "vae/diffusion_pytorch"),
+            )
+        ),
         (lambda there: (there / "model_index.json").write_text("{"), r"model_index\.json is not JSON"),
         (lambda there: (there / "model_index.json").write_text("{}"), r"model_index\.json names no pipeline"),
         (
