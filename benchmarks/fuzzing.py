@@ -18,6 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -75,17 +76,17 @@ def mutated_json(content: Any, source: random.Random) -> Any:
     if action == 0:
         del holder[key]
     elif action == 1 and isinstance(holder, dict):
-        holder[str(source.choice(STRANGE))] = holder[key]
+        holder[str(source.choice(STRANGE))] = deepcopy(holder[key])
     elif action == 1:
-        holder.insert(key, holder[key])
+        holder.insert(key, deepcopy(holder[key]))
     elif action == 2:
         other = source.choice(holders)
-        holder[key] = json.loads(json.dumps(other))
+        holder[key] = deepcopy(other)
     elif action == 3 and isinstance(holder[key], str) and holder[key]:
         place = source.randrange(len(holder[key]))
         holder[key] = holder[key][:place] + source.choice(".C-0*9") + holder[key][place + source.randrange(2) :]
     else:
-        holder[key] = source.choice(STRANGE)
+        holder[key] = deepcopy(source.choice(STRANGE))
     return content
 
 

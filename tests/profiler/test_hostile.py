@@ -61,7 +61,7 @@ def assembled_from_another_file(file: h5py.File) -> None:
 
 def with_rows_that_explode(file: h5py.File) -> None:
     dataset = file["delta/gram"]
-    dataset.id.write_direct_chunk((0,) * dataset.ndim, zlib.compress(bytes(10**7), 9))
+    dataset.id.write_direct_chunk((0,) * dataset.ndim, zlib.compress(bytes(10**5), 9))
 
 
 def with_a_filter_of_another_kind(file: h5py.File) -> None:
@@ -106,6 +106,14 @@ def with_a_prior_of_other_steps(file: h5py.File) -> None:
     file["priors/0.mlp"].attrs["steps"] = [0, 1, 2]
 
 
+def with_numbers_that_numpy_has_not(file: h5py.File) -> None:
+    kind = h5py.h5t.IEEE_F64LE.copy()
+    kind.set_ebias(10**6)
+    shape = file["magnitude"].shape
+    del file["magnitude"]
+    h5py.h5d.create(file.id, b"magnitude", kind, h5py.h5s.create_simple(shape))
+
+
 def of_no_text(file: h5py.File) -> None:
     file.attrs["format"] = np.zeros(3)
 
@@ -122,6 +130,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "runs": (with_ten_billion_runs, "is not stored as a profile's runs are"),
     "no rows": (with_rows_that_are_not_there, "cannot be read as a profile"),
     "numbers": (with_numbers_for_prompts, "prompt is not stored as a profile's runs are"),
+    "odd numbers": (with_numbers_that_numpy_has_not, "its magnitude is of numbers that cannot be read"),
     "bytes": (with_bytes_for_prompts, "row 0 of its /runs/prompt is no text"),
     "one prompt more": (with_more_prompts_than_seeds, "3 prompts, 2 seeds and 2 states of runs"),
     "prior": (with_a_prior_of_other_steps, r"prior of 0\.mlp is not of as many steps as it says"),
@@ -158,6 +167,17 @@ def test_a_row_that_explodes_takes_no_memory(path: Path, monkeypatch: pytest.Mon
         with pytest.raises(ProfileError, match="has not the"):
             checking.measured_rows(file["delta/gram"])
         assert wanted == [8 * int(np.prod(file["delta/gram"].shape[1:])) + 1]
+
+
+def test_a_row_that_says_it_is_of_four_gigabytes_takes_no_memory(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        dataset = file["magnitude"]
+        dataset.id.write_direct_chunk((0,) * dataset.ndim, b"x" * 12345)
+    content = path.read_bytes()
+    assert content.count((12345).to_bytes(4, "little")) == 1
+    path.write_bytes(content.replace((12345).to_bytes(4, "little"), b"\xff" * 4))
+    with pytest.raises(ProfileError, match=r"row 0 of its /magnitude takes 4294967295 bytes for its"):
+        read(path)
 
 
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(

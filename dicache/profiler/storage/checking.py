@@ -50,7 +50,12 @@ def check_room(name: str, size: int) -> None:
 def measured_rows(dataset: Any) -> np.ndarray:
     """Return all rows of a dataset of measurements."""
     check_room(dataset.name, dataset.nbytes)
-    rows = np.empty(dataset.shape, dataset.dtype)
+    try:
+        rows = np.empty(dataset.shape, dataset.dtype)
+    except MemoryError:  # of a process that may take less than there is
+        raise ProfileError(
+            f"its {dataset.name} takes {dataset.nbytes:.3g} bytes of memory, more than can be had"
+        ) from None
     for place in range(len(rows)):
         rows[place] = inflated(dataset, place)[0]
     return rows
@@ -68,7 +73,10 @@ def inflated(dataset: Any, place: int) -> tuple[np.ndarray, bytes]:
     There must be room for it.
     """
     shape, kind, size = dataset.shape[1:], dataset.dtype, row_size(dataset)
-    left_out, deflated = dataset.id.read_direct_chunk((place, *[0] * len(shape)))
+    at = (place, *[0] * len(shape))
+    if (stored := dataset.id.get_chunk_info_by_coord(at).size) > size + size // 500 + DEFLATED:
+        raise ProfileError(f"row {place} of its {dataset.name} takes {stored} bytes for its {size}")
+    left_out, deflated = dataset.id.read_direct_chunk(at)
     inflating = zlib.decompressobj()
     try:
         shuffled = b"" if left_out else inflating.decompress(deflated, size + 1)
@@ -76,7 +84,7 @@ def inflated(dataset: Any, place: int) -> tuple[np.ndarray, bytes]:
         raise ProfileError(f"row {place} of its {dataset.name} cannot be inflated ({error})") from None
     if len(shuffled) != size or not inflating.eof:
         raise ProfileError(f"row {place} of its {dataset.name} has not the {size} bytes that it should have")
-    if inflating.unused_data or len(deflated) > size + size // 500 + DEFLATED:
+    if inflating.unused_data:
         raise ProfileError(f"row {place} of its {dataset.name} takes {len(deflated)} bytes for its {size}")
     by_significance = np.frombuffer(shuffled, np.uint8).reshape(kind.itemsize, -1)
     return np.ascontiguousarray(by_significance.T).view(kind).reshape(shape), deflated
@@ -108,6 +116,10 @@ def _members(group: Any) -> list[tuple[str, Any]]:
 def _check_dataset(name: str, item: Any) -> None:
     if not isinstance(item, h5py.Dataset) or not item.shape:
         raise ProfileError(f"{name} in it is no array of numbers or texts")
+    try:
+        kind_found = item.dtype.kind
+    except (TypeError, ValueError) as error:  # of HDF5's types, more than NumPy has
+        raise ProfileError(f"its {name} is of numbers that cannot be read ({error})") from None
     if item.is_virtual or item.external:
         raise ProfileError(f"the numbers of its {name} lie in another file")
     settings = item.id.get_create_plist()
@@ -117,9 +129,9 @@ def _check_dataset(name: str, item: Any) -> None:
         kind = RUNS.get(column, "?") if folder == "runs" else "f"
         text = kind != "O" or h5py.check_string_dtype(item.dtype) is not None
         column_too = folder == "priors" or item.ndim == 1
-        if item.dtype.kind != kind or not text or not column_too or filters or item.nbytes > item.id.get_storage_size():
+        if kind_found != kind or not text or not column_too or filters or item.nbytes > item.id.get_storage_size():
             raise ProfileError(f"its {name} is not stored as a profile's {folder} are")
-    elif item.dtype.kind != "f" or filters != MEASURED_FILTERS or item.chunks != (1, *item.shape[1:]):
+    elif kind_found != "f" or filters != MEASURED_FILTERS or item.chunks != (1, *item.shape[1:]):
         raise ProfileError(
             f"its {name} is not stored as what a profile measures is: a row a run, shuffled and deflated"
         )
