@@ -8,7 +8,6 @@ from itertools import groupby
 from typing import Any
 
 BRANCHES = ("attn", "cross_attn", "joint_attn", "mlp", "fused", "conv")
-ROLES = ("main", "refiner")
 MADE = "made."  # begins the name of an output that continues no argument, such as a hint for another block
 MAX_SITES = 10_000  # and blocks, that a description may have; the largest models have some hundreds
 MAIN_STREAMS = ("hidden_states", "x")  # what blocks call the stream of the latents

@@ -1,6 +1,5 @@
 """Arrays that are kept in a folder while a long calibration runs, so that it goes on where it was broken off."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from dicache.evaluate.rerunning import Reruns
+from dicache.schedules.replacing import replacing
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,8 @@ class Kept:
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             before = runs.spent
             array = make()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = self.folder / f".{name}.{os.getpid()}.part"
-            with part.open("wb") as opened:
+            with replacing(file) as part, part.open("wb") as opened:
                 np.savez(opened, array=array, spent=runs.spent - before)
-            os.replace(part, file)
         else:
             runs.spent += spent
         return array

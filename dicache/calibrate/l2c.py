@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import itertools
 import math
-import os
 import pickle
 import re
 import zipfile
@@ -22,6 +21,7 @@ from dicache.anatomy.parts import span
 from dicache.calibrate.methods import CalibrationError, method
 from dicache.schedules import Plan, Rule, Schedule, Target
 from dicache.schedules.plan import ACT, COMPUTE
+from dicache.schedules.replacing import replacing
 
 KEYS = {"routers", "opt", "args"}  # of a published file
 FORMAT = "dicache.router/1"  # stands in the args of one that was trained here
@@ -294,7 +294,5 @@ def save_checkpoint(path: Path, logits: torch.Tensor, optimizer: Mapping[str, An
     routers: dict[str, torch.Tensor] = {}
     for pair, row in enumerate(reversed(logits)):
         routers |= {f"{2 * pair}.prob": row.clone(), f"{2 * pair + 1}.prob": full.clone()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    torch.save({"routers": routers, "opt": optimizer, "args": dict(args)}, part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        torch.save({"routers": routers, "opt": optimizer, "args": dict(args)}, part)

@@ -177,13 +177,3 @@ def page_width() -> int:
 def painted(text: str, **style: Any) -> str:
     """Return text in a colour, as `click.style` takes it; `click.echo` leaves it out where there is no terminal."""
     return text if os.environ.get("NO_COLOR") else click.style(text, **style)
-
-
-def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    """Read what an option lists, separated by commas; None where it is not given."""
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.UsageError(f"{option} takes whole numbers separated by commas, found {text!r}") from None

@@ -15,6 +15,7 @@ import torch
 
 from dicache.anatomy.fingerprint import fingerprint
 from dicache.models.sampling import Sampling
+from dicache.schedules.replacing import replacing
 
 FORMAT = 2  # before it, those of DiTPipeline held the latents twice
 
@@ -79,11 +80,8 @@ def read(folder: Path, key: str) -> Trajectory | None:
 
 def write(folder: Path, key: str, trajectory: Trajectory) -> None:
     """Keep a run; whoever reads sees all of it or nothing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{key}.{os.getpid()}.part"
-    with part.open("wb") as file:
+    with replacing(folder / f"{key}.npz") as part, part.open("wb") as file:
         np.savez(file, images=trajectory.images, latents=trajectory.latents)
-    os.replace(part, folder / f"{key}.npz")
 
 
 def latent_error(latents: np.ndarray, reference: np.ndarray) -> np.ndarray:

@@ -59,13 +59,10 @@ def save(figure: "Figure", path: str | os.PathLike[str]) -> None:
     if suffix not in SUFFIXES:
         found = f"the suffix {path.suffix!r}" if suffix else "no suffix"
         raise FigureError(f"{path} has {found}; a figure is written as one of {', '.join(SUFFIXES)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    from dicache.schedules.replacing import replacing  # not for those who only ask for this package
+
+    with replacing(path) as part:
         figure.savefig(part, format=suffix[1:])
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # matplotlib takes a second to import, and `dicache --help` does not need it.

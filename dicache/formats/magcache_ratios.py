@@ -18,9 +18,9 @@ PASSES = ("cond", "uncond")
 
 def read(path: Path, given: Given) -> Read:
     rows = _rows(path, read_json(path), given.steps)
-    names = {"threshold": "threshold", "max_skip": "max_skip", "retention": "retention"}
+    names = ("threshold", "max_skip", "retention")
     try:
-        method = MagCache(**{name: given.setting(option, "of MagCache's rule") for name, option in names.items()})
+        method = MagCache(**{name: given.setting(name, "of MagCache's rule") for name in names})
     except CalibrationError as error:
         raise FormatError(str(error)) from None
     letters = {name: method.simulate(row) for name, row in rows.items()}

@@ -15,8 +15,6 @@ from dicache.formats.steps import body_plan, step_mask
 from dicache.schedules import Plan, Rule, Schedule
 from dicache.schedules.plan import ACT
 
-HOLDS = ("blocks", "branches")
-
 
 def export(schedule: Schedule, losses: Losses, values: Mapping[str, Any]) -> str:
     found = step_mask(schedule, losses)

@@ -12,8 +12,6 @@ from dicache.formats.format import FormatError
 from dicache.formats.sglang_rows import rows_of
 from dicache.profiler import Profile
 
-FIT_TO = ("output", "body", "residual")  # of the model; the first as the paper has it
-
 
 @dataclass(frozen=True)
 class Measurement:

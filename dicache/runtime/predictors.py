@@ -55,7 +55,6 @@ class Corrector:
         self._corrections = corrections
         self._name = name_of(context, site, step)
         self._trend = corrections.tensors[self._name]  # (parts, tokens, channels)
-        self._parts = corrections.contexts[context]
         self._stats = stats
         self._known: set[Hashable] = set()  # the calls that the trend was found to fit
         self._factors: list[Tensor] = []  # of each tensor, (parts, its tokens, channels)

@@ -48,7 +48,7 @@ class Store:
             raise ValueError(f"store_dtype must be one of {known}, found {dtype}")
         self._dtype = dtype
         self._on_cpu = on_cpu
-        self._copying: torch.cuda.Stream | None = None  # all copies, one after the other
+        self._copying: dict[torch.device, torch.cuda.Stream] = {}  # of a device all copies, one after the other
         self._due: deque[Stored] = deque()  # what the running call is still to read, the next one first
         self._coming: dict[int, tuple[list[Tensor], torch.cuda.Event]] = {}  # by identity of what is stored
 
@@ -100,7 +100,7 @@ class Store:
     def _out(self, tensor: Tensor) -> Tensor:
         if not self._on_cpu or tensor.device.type != "cuda":
             return tensor.cpu() if self._on_cpu else tensor
-        copying = self._beside()
+        copying = self._beside(tensor.device)
         copying.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(copying):
             there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -131,15 +131,16 @@ class Store:
 
     def _fetched(self, entry: Stored, at: torch.device) -> tuple[list[Tensor], "torch.cuda.Event"]:
         """Return what is stored as it will be on a CUDA device, and when; after all copies that began before."""
-        copying = self._beside()
+        copying = self._beside(at)
         with torch.cuda.stream(copying):
             parts = [part.to(at, non_blocking=True) for part in entry.parts]
         return parts, copying.record_event()
 
-    def _beside(self) -> "torch.cuda.Stream":
-        if self._copying is None:
-            self._copying = torch.cuda.Stream()
-        return self._copying
+    def _beside(self, device: torch.device) -> "torch.cuda.Stream":
+        """Return the stream that copies to and from a device; a model may lie on several."""
+        if device not in self._copying:
+            self._copying[device] = torch.cuda.Stream(device)
+        return self._copying[device]
 
 
 def _device(entry: Stored) -> torch.device | None:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dicache.schedules.corrections import Corrections
 from dicache.schedules.documents import DocumentError, parse, read_text, shortened, wrong_format
 from dicache.schedules.plan import ACT, COMPUTE, MAX_STEPS, Plan, PlanError, Rule
 from dicache.schedules.policies import Policy, read_policy
+from dicache.schedules.replacing import replacing
 from dicache.schedules.rows import Rows
 from dicache.schedules.target import ScheduleError, Target
 
@@ -253,8 +254,10 @@ class Schedule:
             content["corrections"]["file"] = beside.name
         text = dump(content) + "\n"
         if self.corrections is not None:
-            _replace(beside, self.corrections.write)
-        _replace(path, lambda part: part.write_text(text, encoding="utf-8"))
+            with replacing(beside) as part:
+                self.corrections.write(part)
+        with replacing(path) as part:
+            part.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Schedule":
@@ -273,17 +276,6 @@ class Schedule:
             raise ScheduleError(f"{path} is a folder; needed a schedule file") from None
         except (ScheduleError, DocumentError) as error:
             raise ScheduleError(f"{path}: {shortened(error)}") from None
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _resampled(plan: Plan, mine: tuple[float, ...], theirs: tuple[float, ...]) -> Plan:

@@ -82,7 +82,7 @@ def achieved(named: Sequence[tuple[str, Schedule]], ran: Ran) -> Section:
                 ),
             )
         )
-        axis, letters = _rows(schedule, ran.conditions, replayed.steps_each)
+        axis, letters = _rows(schedule, replayed.steps_each)
         strips.append(strip(f"achieved-{place}", f"{name}: planned and achieved", axis, letters, kinds=OF_STEPS))
     heads = ["schedule", "MACs planned", "achieved", "full steps planned", "computed", "PSNR dB", "lowest", "SSIM"]
     told = element(
@@ -103,7 +103,7 @@ def _planned_steps(schedule: Schedule) -> str:
     return f"{schedule.measured.get('computed_steps', count):.4g}" if schedule.adaptive else str(count)
 
 
-def _rows(schedule: Schedule, conditions: Sequence[str], steps: Sequence[Mapping[str, str]]) -> tuple[Axis, list[str]]:
+def _rows(schedule: Schedule, steps: Sequence[Mapping[str, str]]) -> tuple[Axis, list[str]]:
     """Return what was planned and what each image got, pass by pass; images that got the same are one row."""
     rows = {"expected" if schedule.adaptive else "planned": schedule.expected_steps} if schedule.foreseen else {}
     several = len(steps[0]) > 1

@@ -20,6 +20,7 @@ from dicache.figures.report.measured import blocks, model_name, provenance, simi
 from dicache.figures.report.plots import Section
 from dicache.profiler import Profile
 from dicache.schedules import Schedule
+from dicache.schedules.replacing import replacing
 
 
 def report(
@@ -68,14 +69,8 @@ def check(profile: Profile, schedules: Sequence[tuple[str, Schedule]]) -> None:
 
 def save(page: str, path: str | os.PathLike[str]) -> None:
     """Write a page in one go: a reader never sees a part of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with replacing(Path(path)) as part:
         part.write_text(page, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _document(title: str, detail: str, sections: Sequence[Section]) -> str:

@@ -1,7 +1,6 @@
 """One seeded, resumable training stage; a recipe strings several of them together."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from dicache.schedules.replacing import replacing
 
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 STEPS_BETWEEN_POINTS = 50  # of the loss curve
@@ -73,20 +74,19 @@ def fit(
         smooth, curve = state["smooth"], state["curve"]
 
     def save(step: int) -> None:
-        part = checkpoint.with_suffix(".part")
-        torch.save(
-            {
-                "step": step,
-                "module": module.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "average": average,
-                "generator": generator.get_state(),
-                "smooth": smooth,
-                "curve": curve,
-            },
-            part,
-        )
-        os.replace(part, checkpoint)
+        with replacing(checkpoint) as part:
+            torch.save(
+                {
+                    "step": step,
+                    "module": module.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average,
+                    "generator": generator.get_state(),
+                    "smooth": smooth,
+                    "curve": curve,
+                },
+                part,
+            )
         lines = ["step,loss", *(f"{at},{value:.6f}" for at, value in curve)]
         checkpoint.with_suffix(".csv").write_text("\n".join(lines) + "\n")
 
