@@ -37,7 +37,7 @@ class _Captured(BaseException):  # past the pipeline's own `except Exception`
 
 
 def capture_inputs(model: nn.Module, run: Callable[[], Any]) -> Inputs:
-    """Return the arguments of the first call of `model` that `run()` makes; the run is broken off there.
+    """Return the arguments of the first call of `model` that `run()` makes; the run is interrupted there.
 
     Raises:
         AnatomyError: If the run ends without calling the model.

@@ -106,7 +106,7 @@ class Overrides:
         return bool(self._next) and any(self._next.values())
 
     def rewind(self) -> None:
-        """Begin with the first call of every module again, in case the model's call before was broken off."""
+        """Begin with the first call of every module again, in case the model's call before was interrupted."""
         self._next.clear()
 
     def original(self, module: nn.Module) -> Callable[..., Any]:

@@ -89,7 +89,7 @@ class AutoSearch:
         seeds: One for each.
         sampling: How the pipeline is called.
         settings: What is sought.
-        kept: Folder of what was measured, so that a search that was broken off goes on; None keeps nothing.
+        kept: Folder of what was measured, so that a search that was interrupted goes on; None keeps nothing.
         prior: Of a site, as `Eoc.calibrate` takes it; None where the profile has no priors.
         storage: Of Optuna's trials, if the settings ask for any; see `open_study`.
         progress: Whether to show a bar on standard error.

@@ -19,7 +19,7 @@ POWER_STEP = 0.02
 @method("deepcache")
 @dataclass(frozen=True)
 class DeepCache:
-    """Compute everything each `interval` steps; in between, only what lies outside of one skip connection.
+    """Compute everything every `interval` steps; in between, only what lies outside of one skip connection.
 
     Branch b is the U-Net's skip connection b, 0 the outermost, from the output of its first convolution: what makes
     skip connections 0 to b runs, and what takes them. In the released code that is layer b % (n + 1) of block

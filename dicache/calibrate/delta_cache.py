@@ -18,7 +18,7 @@ USUAL_SHARE = 0.75  # of the blocks, in a named range: 21 of 28 in the paper
 @method("delta-cache")
 @dataclass(frozen=True)
 class DeltaCache:
-    """Compute everything each `interval` steps, and skip a range of blocks in between.
+    """Compute everything every `interval` steps, and skip a range of blocks in between.
 
     Of a U-Net it skips what lies inside one skip connection, wherever what enters that has the shape of what leaves it.
 

@@ -121,7 +121,7 @@ class Drawing:
         """Return what Optuna's sampler draws, given what is known.
 
         The draw is made in a study in memory, and seeded by how many there were: it depends on the trials alone, so
-        that a search which was killed and gone on with draws what an undisturbed one does.
+        that a search which was killed and resumed draws what an undisturbed one does.
 
         Args:
             finished: Trials, of which those with a PSNR that is only expected count as if it were measured.

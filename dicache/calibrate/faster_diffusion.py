@@ -14,7 +14,7 @@ from dicache.schedules import Plan, Rule
 @method("faster-diffusion")
 @dataclass(frozen=True)
 class FasterDiffusion:
-    """Compute everything each `interval` steps; in between, the output of the first blocks is held in their place.
+    """Compute everything every `interval` steps; in between, the output of the first blocks is held in their place.
 
     The blocks' output itself is held, not what they added, so that nothing of the new latents enters the blocks behind
     them: the baseline that Delta-DiT is compared with, in which Faster Diffusion's encoder is the first blocks.

@@ -17,7 +17,7 @@ USUAL_INTERVAL = 2
 @method("fora")
 @dataclass(frozen=True)
 class Fora:
-    """Recompute every branch each `interval` steps and hold its output, before the gate, in between.
+    """Recompute every branch every `interval` steps and hold its output, before the gate, in between.
 
     Attributes:
         interval: Steps from one computation to the next; 1 computes everything.

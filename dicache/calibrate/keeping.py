@@ -1,4 +1,4 @@
-"""Arrays that are kept in a folder while a long calibration runs, so that it goes on where it was broken off."""
+"""Arrays that are kept in a folder while a long calibration runs, so that it goes on where it was interrupted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

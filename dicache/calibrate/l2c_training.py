@@ -296,7 +296,7 @@ def train(
     router's loss depends on another, that draws the same pairs in another order, and needs no images.
 
     The state is written twice a minute and at the end. Conditions and noise of an iteration follow from the seed and
-    its number alone, so that a training that was broken off and gone on with is bit for bit an undisturbed one.
+    its number alone, so that a training that was interrupted and resumed is bit for bit an undisturbed one.
 
     Args:
         pipeline: A diffusers pipeline.

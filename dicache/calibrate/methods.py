@@ -44,7 +44,7 @@ class Space(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What decides the schedules besides the parameters; a search is only gone on with where it is the same."""
+        """What decides the schedules besides the parameters; a search is only resumed where it is the same."""
 
     def plain(self, max_macs: float | None) -> Mapping[str, Any]:
         """Return the parameters that calibrating without a search takes for a share of the multiply-accumulates.

@@ -107,7 +107,7 @@ def search(
     computes too much; neither counts as a trial. A trial is judged on few runs first, and stopped where another is
     better at no higher cost by more than noise (see `halving`).
 
-    Several processes may work on one study. A trial that was broken off, by Ctrl-C or because its process was killed,
+    Several processes may work on one study. A trial that was interrupted, by Ctrl-C or because its process was killed,
     is done again. What is drawn depends on the trials before it alone, so that one process that is killed and gone on
     with does what an undisturbed one does.
 

@@ -34,7 +34,7 @@ POSTGRES = "postgresql+psycopg:"
 
 
 def open_study(storage: str, name: str, where: str, identity: Mapping[str, Any]) -> optuna.Study:
-    """Return a study, begun or gone on with.
+    """Return a study, begun or resumed.
 
     Args:
         storage: `sqlite:///FILE`, `postgresql://...` or another URL that SQLAlchemy knows; or a journal file, as

@@ -18,7 +18,7 @@ LONGEST_WARM_UP = 5  # that a search tries; the published ones are 2 and 3
 @method("taylorseer")
 @dataclass(frozen=True)
 class TaylorSeer:
-    """Compute everything each `interval` steps, and expand the outputs to the steps in between.
+    """Compute everything every `interval` steps, and expand the outputs to the steps in between.
 
     The memory is `order + 1` times that of holding: of every branch, or of one delta for the body.
 

@@ -51,7 +51,7 @@ def fora(
     as_json: bool,
     **searching: Any,
 ) -> None:
-    """Recompute every branch each few steps (arXiv 2407.01425).
+    """Recompute every branch every few steps (arXiv 2407.01425).
 
     With --target-speedup or --max-macs it takes the smallest interval that saves so many MACs. With --search it tries
     intervals, anchors and branches on real runs; what is given on the command line is kept.

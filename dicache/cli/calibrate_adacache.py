@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     help="What of them: what the attention adds, what all behind it adds, or both.",
 )
 @click.option("--motion/--no-motion", default=True, show_default=True, help="Compute fast videos more often.")
-@click.option("--published-motion", is_flag=True, help="With the constants for Open-Sora, not those of the profile.")
+@click.option("--published-motion", is_flag=True, help="Take the constants of Open-Sora, not those of the profile.")
 @profile_option
 @search_options
 @output_option

@@ -48,11 +48,11 @@ ROUNDS = 3  # of timing
     show_default=True,
     help="Settings of each of the best three methods to search with Optuna, beside the budget.",
 )
-@click.option("--storage", help="Of the trials, as of --search.  [default: a file beside the schedule]")
+@click.option("--storage", help="Where trials are kept, as with --search.  [default: a file beside the schedule]")
 @click.option("--runs", type=click.IntRange(2), default=8, show_default=True, help="Images to try schedules on.")
 @click.option("--held-out", type=click.IntRange(1), default=16, show_default=True, help="Images to judge them on.")
 @click.option("--prompts", type=click.Path(dir_okay=False), help="A file with a prompt or class a line.")
-@click.option("--seed", type=int, default=5000, show_default=True, help="Of the first image.")
+@click.option("--seed", type=int, default=5000, show_default=True, help="Seed of the first image.")
 @click.option("--device", help="Such as cuda or cpu.  [default: cuda if there is one]")
 @profile_option
 @output_option

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     show_default=True,
     help="What stands in for what is not computed.",
 )
-@click.option("--order", type=int, help="Of the Taylor expansion, 0 to 2, or of the forecast, 1 to 4.  [default: 1, 3]")
+@click.option(
+    "--order", type=int, help="Order of the Taylor expansion, 0 to 2, or of the forecast, 1 to 4.  [default: 1, 3]"
+)
 @click.option(
     "--granularity",
     type=click.Choice(["body", "branch"]),
@@ -49,15 +51,17 @@ if TYPE_CHECKING:
     type=click.Choice(["none", "solver"]),
     default="none",
     show_default=True,
-    help="Of hold and taylor: weigh each step's error by what the solver makes of it.",
+    help="With hold and taylor: weigh each step's error by what the solver makes of it.",
 )
 @click.option("--warm-up", type=int, default=1, show_default=True, help="Steps at the start that are computed.")
 @click.option("--force-last/--no-force-last", default=False, show_default=True, help="Compute the last step.")
 @click.option("--max-gap", type=int, help="Most steps from a computed one to the next.  [default: no limit]")
-@click.option("--own", type=float, default=0.1, show_default=True, help="Of a forecast: weight of each step's error.")
-@click.option("--reaction", type=float, default=1.0, show_default=True, help="Of a forecast: how far outputs held err.")
 @click.option(
-    "--variance", type=float, default=0.1, show_default=True, help="Of the data that the solver's effects assume."
+    "--own", type=float, default=0.1, show_default=True, help="With forecast: weight of each step's own error."
+)
+@click.option("--reaction", type=float, default=1.0, show_default=True, help="With forecast: how far held outputs err.")
+@click.option(
+    "--variance", type=float, default=0.1, show_default=True, help="Variance of the data, for the solver's effects."
 )
 @profile_option
 @output_option

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command("first-block", cls=Command)
-@click.option("--threshold", type=float, help="Of the relative change of what the first blocks add, such as 0.1.")
+@click.option("--threshold", type=float, help="Limit of the relative change of what the first blocks add, such as 0.1.")
 @target_options
 @click.option("--first", type=int, default=1, show_default=True, help="Blocks at the start that always run (Fn).")
 @click.option("--last", type=int, default=0, show_default=True, help="Blocks at the end that always run (Bn).")

@@ -22,7 +22,9 @@ OF_TRAINING = ("penalty", "iterations", "learning_rate", "batch", "seed", "promp
 @click.option(
     "--train", "wanted", is_flag=True, help="Learn one on the model's own samplings: what is done without --router."
 )
-@click.option("--threshold", type=float, default=0.1, show_default=True, help="Of beta: what is above it is computed.")
+@click.option(
+    "--threshold", type=float, default=0.1, show_default=True, help="Limit of beta: what is above it is computed."
+)
 @click.option(
     "--penalty",
     type=float,
@@ -31,20 +33,22 @@ OF_TRAINING = ("penalty", "iterations", "learning_rate", "batch", "seed", "promp
     help="Lambda, of the sum of betas: the larger, the faster.",
 )
 @click.option("--iterations", type=int, default=500, show_default=True, help="Updates of each step's router.")
-@click.option("--learning-rate", type=float, default=1e-2, show_default=True, help="Of AdamW.")
+@click.option("--learning-rate", type=float, default=1e-2, show_default=True, help="Learning rate of AdamW.")
 @click.option("--batch", type=int, default=8, show_default=True, help="Samples in a batch.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of conditions and noise.")
-@click.option("--prompts", type=click.Path(dir_okay=False), help="To learn on: a file with a prompt or class a line.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of conditions and noise.")
+@click.option(
+    "--prompts", type=click.Path(dir_okay=False), help="Prompts to learn on: a file with a prompt or class a line."
+)
 @click.option(
     "--save-router",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Where the router is written, and gone on with.  [default: OUTPUT.router.pt]",
+    help="Where the router is written, and its training resumed.  [default: OUTPUT.router.pt]",
 )
 @profile_option
 @click.option("--model", help="Instead of a profile.")
 @click.option("--steps", type=click.IntRange(1), help="With --model: inference steps, an even number.")
 @click.option("--scheduler", help="With --model: another scheduler than the pipeline's.")
-@click.option("--device", help="To learn on, such as cuda or cpu.  [default: cuda if there is one]")
+@click.option("--device", help="Device to learn on, such as cuda or cpu.  [default: cuda if there is one]")
 @click.option("--dtype", help="With --model: float32, float16 or bfloat16.  [default: float32 on cpu, else bfloat16]")
 @output_option
 @json_option
@@ -67,7 +71,7 @@ def l2c(
     """Compute all branches every second step, and in between those that a router has learned (arXiv 2406.01733).
 
     The router is learned with the model's weights frozen, or read: of another --threshold, --router takes the file
-    that a training wrote. A training that was broken off is gone on with by the same command.
+    that a training wrote. The same command resumes a training that was interrupted.
     """
     from dicache.calibrate.l2c import LearningToCache, read_router
     from dicache.calibrate.l2c_training import Training

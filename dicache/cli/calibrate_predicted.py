@@ -24,7 +24,9 @@ from dicache.cli.searching import Searching, Subject, given_options
 
 @click.command(cls=Command)
 @click.option("--interval", type=int, default=3, show_default=True, help="Steps from one computation to the next.")
-@click.option("--order", type=int, default=3, show_default=True, help="Of the expansion; 0 holds.")
+@click.option(
+    "--order", type=int, default=3, show_default=True, help="Order of the expansion; 0 holds the last output."
+)
 @click.option("--warm-up", type=int, default=2, show_default=True, help="Steps at the start that are computed.")
 @click.option(
     "--granularity",
@@ -57,7 +59,7 @@ def taylorseer(
     as_json: bool,
     **searching: Any,
 ) -> None:
-    """Compute each few steps, and foretell the outputs in between by a Taylor expansion (arXiv 2503.06923)."""
+    """Compute every few steps, and predict the outputs in between by a Taylor expansion (arXiv 2503.06923)."""
     from dicache.calibrate.taylorseer import TaylorSeer, TaylorSeerSpace
 
     settings = TaylorSeer(interval, order, warm_up, granularity, anchor)
@@ -110,7 +112,7 @@ def smoothcache(
 
 
 @click.command(cls=Command)
-@click.option("--threshold", type=float, default=0.12, show_default=True, help="Of the accumulated error.")
+@click.option("--threshold", type=float, default=0.12, show_default=True, help="Limit of the accumulated error.")
 @click.option("--max-skip", type=int, default=2, show_default=True, help="Most steps skipped in a row.")
 @click.option("--retention", type=float, default=0.2, show_default=True, help="Share of the steps computed at first.")
 @click.option("--never-skip", default="", help="Other steps that are always computed, separated by commas.")
@@ -236,9 +238,11 @@ def tgate(
 
 @click.command(cls=Command)
 @click.option("--base", type=click.Path(path_type=Path), required=True, help="The schedule whose outputs to correct.")
-@click.option("--weight", type=float, default=0.01, show_default=True, help="Of the trend.")
+@click.option("--weight", type=float, default=0.01, show_default=True, help="Weight of the trend.")
 @click.option("--first-steps", type=int, help="Correct only in the first so many steps.  [default: all]")
-@click.option("--position-weight", type=float, default=1.0, show_default=True, help="Of being early, in the score.")
+@click.option(
+    "--position-weight", type=float, default=1.0, show_default=True, help="Weight of early steps in the score."
+)
 @click.option("--threshold", type=float, default=0.0, show_default=True, help="Score above which a block is corrected.")
 @click.option("--branches", help="Kinds of branch to correct, separated by commas: attn,mlp.  [default: all]")
 @click.option(

@@ -42,9 +42,9 @@ class Range(Kind[tuple[float, float]]):
 
 
 @click.command(cls=Command)
-@click.option("--threshold", type=float, help="Of the accumulated relative change, such as 0.1.")
+@click.option("--threshold", type=float, help="Limit of the accumulated relative change, such as 0.1.")
 @target_options
-@click.option("--degree", type=int, default=4, show_default=True, help="Of the polynomial.")
+@click.option("--degree", type=int, default=4, show_default=True, help="Degree of the polynomial.")
 @click.option(
     "--fit-to",
     type=click.Choice(["output", "body", "residual"]),
@@ -57,7 +57,7 @@ class Range(Kind[tuple[float, float]]):
     type=click.Choice(["input", "steps"]),
     default="input",
     show_default=True,
-    help="From the signal, or by the median of each step, which gives a fixed plan.",
+    help="Decide from the signal, or by the median of each step, which gives a fixed plan.",
 )
 @click.option(
     "--signal",
@@ -77,7 +77,9 @@ class Range(Kind[tuple[float, float]]):
 @click.option("--published", "name", help="Take a published polynomial, such as flux; a wrong name lists them.")
 @click.option("--input-range", type=Range(), help="Hold x in LOW,HIGH, and not in the fitted or a sensible range.")
 @profile_option
-@click.option("--model", help="With --published, in the place of a profile.  [default: what it was published for]")
+@click.option(
+    "--model", help="Model, with --published in the place of a profile.  [default: what it was published for]"
+)
 @click.option("--steps", type=click.IntRange(1), help="With --model: inference steps.  [default: as published]")
 @search_options
 @output_option

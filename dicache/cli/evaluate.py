@@ -24,10 +24,10 @@ NETWORKS = ("lpips", "clip", "fid", "is")  # by networks of others, whose weight
 @click.option("--runs", type=click.IntRange(1), default=16, show_default=True, help="Images, without --prompts.")
 @click.option("--scheduler", help="As the schedules were made for.  [default: the pipeline's]")
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance scale.  [default: the pipeline's]")
-@click.option("--height", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
-@click.option("--width", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
-@click.option("--frames", type=click.IntRange(1), help="Of a video.  [default: the pipeline's]")
-@click.option("--seed", type=int, default=1000, show_default=True, help="Of the first image.")
+@click.option("--height", type=click.IntRange(1), help="Height in pixels.  [default: the pipeline's]")
+@click.option("--width", type=click.IntRange(1), help="Width in pixels.  [default: the pipeline's]")
+@click.option("--frames", type=click.IntRange(1), help="Frames of a video.  [default: the pipeline's]")
+@click.option("--seed", type=int, default=1000, show_default=True, help="Seed of the first image.")
 @click.option(
     "--metrics",
     help=f"Separated by commas: {','.join(METRICS)}; {','.join(NETWORKS)} by networks whose weights have to be there. "

@@ -87,9 +87,9 @@ def _pair(text: str) -> tuple[str, Any]:
 @click.option("--from", "name", required=True, metavar="FORMAT", help="See `dicache schedules formats`.")
 @subject_options
 @click.option("--threshold", type=float, help="Where the file does not say it: of TeaCache, MagCache or a router.")
-@click.option("--max-skip", type=int, help="Of MagCache: most steps skipped in a row.")
-@click.option("--retention", type=float, help="Of MagCache: share of the steps at the start that are computed.")
-@click.option("--hold", type=click.Choice(["blocks", "branches"]), help="Of a mask: what it holds.  [default: blocks]")
+@click.option("--max-skip", type=int, help="For MagCache: most steps skipped in a row.")
+@click.option("--retention", type=float, help="For MagCache: share of the steps at the start that are computed.")
+@click.option("--hold", type=click.Choice(["blocks", "branches"]), help="For a mask: what it holds.  [default: blocks]")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="[default: FILE.dicache.json]")
 @json_option
 def import_schedule(

@@ -18,7 +18,7 @@ FORMS = ("teacache-pairs", "magcache", "smoothcache-errors", "sglang-rows")
     type=click.Choice(["output", "body", "residual"]),
     default="output",
     show_default=True,
-    help="Of pairs and rows: whose change the change of the modulated input is set against.",
+    help="For pairs and rows: whose change the change of the modulated input is set against.",
 )
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="[default: FILE.FORMAT.json]")
 @json_option

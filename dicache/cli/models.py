@@ -50,7 +50,7 @@ def zoo() -> None:
 def train(
     name: str, output: Path | None, work: Path | None, seed: int, device: str, steps: int | None, as_json: bool
 ) -> None:
-    """Train a small model of the package; a training that was broken off goes on.
+    """Train a small model of the package; a training that was interrupted is resumed.
 
     Needs `pip install 'dicache[zoo]'` for the data of digits.
     """

@@ -29,11 +29,11 @@ class Part(Kind[tuple[int, int]]):
 @click.option("--steps", type=click.IntRange(2), help="Inference steps.  [default: the pipeline's]")
 @click.option("--scheduler", help="Class name of another scheduler, such as DPMSolverMultistepScheduler.")
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance scale.  [default: the pipeline's]")
-@click.option("--height", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
-@click.option("--width", type=click.IntRange(1), help="In pixels.  [default: the pipeline's]")
-@click.option("--frames", type=click.IntRange(1), help="Of a video.  [default: the pipeline's]")
+@click.option("--height", type=click.IntRange(1), help="Height in pixels.  [default: the pipeline's]")
+@click.option("--width", type=click.IntRange(1), help="Width in pixels.  [default: the pipeline's]")
+@click.option("--frames", type=click.IntRange(1), help="Frames of a video.  [default: the pipeline's]")
 @click.option("--component", help="Where two models share the steps, as in Wan 2.2: transformer or transformer_2.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first run; the next ones count up.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first run; the next ones count up.")
 @click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else bfloat16]")
 @click.option("--lags", type=click.IntRange(1), default=3, show_default=True, help="Steps back to compare with.")
@@ -42,19 +42,19 @@ class Part(Kind[tuple[int, int]]):
 @click.option(
     "--decision-blocks",
     type=Numbers(least=0),
-    help="For AdaCache: blocks that it may decide by, such as 13,20.  [default: the middle one]",
+    help="Blocks that AdaCache may decide by, such as 13,20.  [default: the middle one]",
 )
 @click.option(
     "--first-blocks",
     type=Numbers(),
-    help="For FirstBlockCache: how many of the first blocks to watch, such as 1,8.  [default: 1, where it can be]",
+    help="How many of the first blocks to watch for FirstBlockCache, such as 1,8.  [default: 1, where it can be]",
 )
 @click.option(
     "--batch", type=click.IntRange(1), default=1, show_default=True, help="Runs that are made in one call of the model."
 )
 @click.option("--max-memory", type=Bytes(), help="Refuse to start if more is needed, such as 8GB.")
 @click.option("--no-prompts", is_flag=True, help="Write down a hash of each prompt, not the prompt.")
-@click.option("--resume", is_flag=True, help="Go on with a profile that was broken off.")
+@click.option("--resume", is_flag=True, help="Resume a profile that was interrupted.")
 @click.option(
     "--shard", type=Part(), help="Make one part of the runs, such as 1/8; `dicache profiles merge` joins them."
 )

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="A file of `dicache evaluate --json`, or a schedule that a search found; repeatable.",
 )
-@click.option("--images", type=click.IntRange(0), default=4, show_default=True, help="To make with each schedule.")
+@click.option(
+    "--images", type=click.IntRange(0), default=4, show_default=True, help="Images to make with each schedule."
+)
 @click.option("--prompts", type=click.Path(dir_okay=False), help="A file with a prompt, or a class, a line.")
-@click.option("--seed", type=int, default=1000, show_default=True, help="Of the first image.")
+@click.option("--seed", type=int, default=1000, show_default=True, help="Seed of the first image.")
 @click.option("--model", help="Where the model is, if not where the profile says.")
 @click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
 @json_option

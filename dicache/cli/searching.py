@@ -26,18 +26,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 OPTIONS = (
     click.option("--min-psnr", type=float, help="With --search: the fewest MACs for images this close, in dB."),
     click.option("--search", "wanted", is_flag=True, help="Try settings on real runs, with Optuna, and take the best."),
-    click.option("--trials", type=click.IntRange(1), default=50, show_default=True, help="Of a search, in all."),
+    click.option("--trials", type=click.IntRange(1), default=50, show_default=True, help="Trials of a search, in all."),
     click.option(
         "--storage",
-        help="Of the trials: sqlite:///FILE, journal:FILE or postgresql://..., which several processes and machines "
-        "may share, each with this same command. What is there is gone on with.  [default: sqlite:///OUTPUT.search.db]",
+        help="Where a search keeps its trials: sqlite:///FILE, journal:FILE or postgresql://..., which several "
+        "processes and machines may share, each with this same command. A search that is there is resumed.  [default: sqlite:///OUTPUT.search.db]",
     ),
     click.option("--runs", type=click.IntRange(1), default=8, show_default=True, help="Images a trial is judged by."),
     click.option(
-        "--prompts", type=click.Path(dir_okay=False), help="Of a search: a file with a prompt or class a line."
+        "--prompts", type=click.Path(dir_okay=False), help="Prompts of a search: a file with a prompt or class a line."
     ),
-    click.option("--seed", type=int, default=5000, show_default=True, help="Of the first image of a search."),
-    click.option("--device", help="Of a search: such as cuda or cpu.  [default: cuda if there is one]"),
+    click.option("--seed", type=int, default=5000, show_default=True, help="Seed of the first image of a search."),
+    click.option("--device", help="Device of a search, such as cuda or cpu.  [default: cuda if there is one]"),
 )
 
 

@@ -100,7 +100,7 @@ FORMAT = Format(
         "import diffusers, json; made = json.load(open('FILE'))",
         "config = getattr(diffusers, made['class'])(**made['kwargs'])",
         "diffusers.hooks.apply_mag_cache(pipe.transformer, config)",
-        "It counts its steps by itself: after a generation that was broken off, reset or apply the hooks again.",
+        "It counts its steps by itself: after a generation that was interrupted, reset or apply the hooks again.",
     ),
     export=export,
     read=read,

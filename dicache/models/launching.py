@@ -1,4 +1,4 @@
-"""Processes that a launcher such as torchrun has started to share work: each does every so-manieth piece."""
+"""Processes that a launcher such as torchrun has started to share work: of n processes each does every n-th piece."""
 
 import os
 from collections.abc import Iterator

@@ -130,9 +130,9 @@ def check_resumable(
 ) -> None:
     if differing := before.differences(now):
         raise ProfileError(
-            f"{file} cannot be gone on with: it was begun with another {', '.join(differing)}; choose another -o"
+            f"{file} cannot be resumed: it was begun with another {', '.join(differing)}; choose another -o"
         )
     if not {run.key for run in done} <= {run.key for run in planned}:
         raise ProfileError(
-            f"{file} cannot be gone on with: its {len(done)} runs are of other prompts or seeds; choose another -o"
+            f"{file} cannot be resumed: its {len(done)} runs are of other prompts or seeds; choose another -o"
         )

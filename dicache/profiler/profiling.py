@@ -109,7 +109,7 @@ def profile_pipeline(
         The file.
 
     Raises:
-        ProfileError: If the file exists and may not or cannot be gone on with, it needs too much memory or disk, or
+        ProfileError: If the file exists and may not or cannot be resumed, it needs too much memory or disk, or
             every run of all failed, or runs in a batch are not what they are alone.
     """
     if not conditions or lags < 1 or batch < 1:

@@ -27,7 +27,7 @@ def measure_time(pipeline: Any, anatomy: Anatomy, run: Callable[[], Any]) -> dic
     """Return the relative L1 change of the time embedding, and of its projection, from each step to the next.
 
     The pipeline runs, so that the timesteps are those that it gives its model; the blocks run in the first step only,
-    and the pipeline is broken off after the last. What it makes of the images on the way is of no use, and does not
+    and the pipeline is interrupted after the last. What it makes of the images on the way is of no use, and does not
     change its timesteps.
 
     Args:

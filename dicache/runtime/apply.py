@@ -35,7 +35,7 @@ def apply(
 
     All that the schedule says it was made for is compared: now, and what cannot be seen yet or may have been changed,
     when a generation begins. Another model, other weights and another sampler or number of steps are refused, with a
-    list of what differs. Another precision, size or guidance is warned of, once, with what to expect of it. Guidance is
+    list of what differs. Another precision, size or guidance triggers one warning that says what to expect. Guidance is
     seen where a pipeline's call is running that was given it.
 
     Args:

@@ -176,7 +176,7 @@ class Cache:
         )
 
     def _unlock(self) -> None:
-        """Go on in a process that was forked: what a thread was at when it was is not gone on with there."""
+        """Go on in a process that was forked, where no other thread is there to finish what it had begun."""
         self._lock, self._calling = RLock(), None
         self._requests.unlock()
 

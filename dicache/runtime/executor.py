@@ -86,7 +86,7 @@ class Installer:
         return self._turns.part(model, path)
 
     def rewind(self) -> None:
-        """Begin with the first call of every module again, in case the model's call before was broken off."""
+        """Begin with the first call of every module again, in case the model's call before was interrupted."""
         self._turns.rewind()
 
     def check_turns(self) -> None:

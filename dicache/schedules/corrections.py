@@ -140,7 +140,7 @@ class Corrections:
             raise PlanError(f"corrections: their tensors lie in {name} beside the schedule's file; read that")
         beside = folder / name
         if beside.exists() and not beside.is_file():
-            raise PlanError(f"corrections: {name} is no file")
+            raise PlanError(f"corrections: {name} is not a file")
         try:
             size = beside.stat().st_size
             if 2 * size > (free := host_memory()):

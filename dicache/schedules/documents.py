@@ -42,7 +42,7 @@ def parse(text: str, *, finite: bool = True) -> Any:
         finite: Whether to refuse infinities and NaN, which a sampler's configuration may have.
 
     Raises:
-        DocumentError: If a number is not finite or has too many digits, a string holds what is no text, or it is
+        DocumentError: If a number is not finite or has too many digits, a string holds what is not text, or it is
             nested too deeply.
         json.JSONDecodeError: If it is not JSON.
     """
@@ -89,7 +89,7 @@ def _inside(value: Any) -> list[Any]:
     if isinstance(value, list):
         return value
     if isinstance(value, str) and (wrong := NO_TEXT.search(value)):
-        raise DocumentError(f"found a string with the character {wrong[0]!a}, which is no text")
+        raise DocumentError(f"found a string with the character {wrong[0]!a}, which is not text")
     return []
 
 

@@ -136,7 +136,7 @@ def test_tensors_lie_beside_the_schedule_and_nowhere_else(name: str, tmp_path: P
     content = json.loads((WRITTEN / "schedules-1" / "corrections.json").read_text())
     content["corrections"]["file"] = name
     (tmp_path / "s.json").write_text(json.dumps(content))
-    with pytest.raises(ScheduleError, match=r"must lie beside the schedule|which is no text"):
+    with pytest.raises(ScheduleError, match=r"must lie beside the schedule|which is not text"):
         Schedule.load(tmp_path / "s.json")
 
 
@@ -145,7 +145,7 @@ def test_tensors_that_do_not_fit_or_never_end_are_not_read(tmp_path: Path, monke
     name = json.loads(text)["corrections"]["file"]
     (tmp_path / "s.json").write_text(text)
     (tmp_path / name).symlink_to("/dev/zero")
-    with pytest.raises(ScheduleError, match=f"{name} is no file"):
+    with pytest.raises(ScheduleError, match=f"{name} is not a file"):
         Schedule.load(tmp_path / "s.json")
     (tmp_path / name).unlink()
     (tmp_path / name).write_bytes((WRITTEN / "schedules-1" / name).read_bytes())

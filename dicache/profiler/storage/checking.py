@@ -101,7 +101,7 @@ def texts(dataset: Any) -> list[str]:
         try:
             found.append(data.decode("utf-8"))
         except UnicodeDecodeError:
-            raise ProfileError(f"row {place} of its {dataset.name} is no text") from None
+            raise ProfileError(f"row {place} of its {dataset.name} is not text") from None
     return found
 
 
