@@ -244,7 +244,13 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGVTALRM, _too_long)
     arguments = [sys.argv[0], f"-max_total_time={round(60 * given.minutes)}", "-max_len=300000", "-timeout=60"]
-    arguments += ["-rss_limit_mb=0", "-print_final_stats=1", "-len_control=0", str(reached)]
+    arguments += [
+        "-rss_limit_mb=0",
+        "-print_final_stats=1",
+        "-len_control=0",
+        f"-artifact_prefix={given.output.parent}/",
+        str(reached),
+    ]
     atheris.Setup(arguments, inputs.one, custom_mutator=KINDS[given.kind][2])
     atheris.Fuzz()  # ends the process
 
