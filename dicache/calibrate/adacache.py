@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from dicache.calibrate.methods import Axis, CalibrationError, method
+from dicache.calibrate.methods import Axis, CalibrationError, letters_of, method
 from dicache.calibrate.simulating import (
     called_steps,
     find_limit,
@@ -129,13 +129,11 @@ class AdaCache:
             steps=profile.steps,
             policy=policy,
             measured={
-                "model": profile.provenance.model,
-                "runs": sum(run.ok for run in profile.runs),
-                "guidance": profile.provenance.settings.get("guidance"),
+                **profile.origin,
                 "computed_steps": round(float(counts.mean()), 2),
                 "fewest_steps": int(counts.min()),
                 "most_steps": int(counts.max()),
-                "expected_steps": "".join("C" if share >= 0.5 else "." for share in often),
+                "expected_steps": letters_of(often >= 0.5),
                 "macs_fraction": round(macs_fraction(policy, profile.anatomy, float(often[called].mean())), 4),
                 "residual_error": round(error, 5) if math.isfinite(error) else None,
                 "frames": frames,

@@ -8,7 +8,7 @@ import numpy as np
 
 from dicache.anatomy import Anatomy
 from dicache.calibrate.delta_cache import check_interval, enclosed_span
-from dicache.calibrate.methods import Axis, CalibrationError, method
+from dicache.calibrate.methods import Axis, CalibrationError, letters_of, method
 from dicache.calibrate.spaces import PlanSpace
 from dicache.schedules import Plan, Rule
 
@@ -62,7 +62,7 @@ class DeepCache:
             raise CalibrationError(f"deepcache: the interval must be at most the {steps} steps, found {self.interval}")
         even = self.center is None or self.interval == 1
         full = range(0, steps, self.interval) if even else self._uneven(steps)
-        letters = "".join("C" if i in full else "." for i in range(steps))
+        letters = letters_of(step in full for step in range(steps))
         return Plan(steps, (Rule("skip", letters, blocks=blocks, predictor="feature"),) if "." in letters else ())
 
     def _uneven(self, steps: int) -> list[int]:

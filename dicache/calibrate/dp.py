@@ -10,7 +10,7 @@ from dicache.anatomy import Anatomy
 from dicache.calibrate.chains import Chain, GapCosts, cheapest_chains, cheapest_share, step_costs
 from dicache.calibrate.forecast import Forecaster, best_choice
 from dicache.calibrate.gaps import Aggregate, gap_costs
-from dicache.calibrate.methods import CalibrationError, method
+from dicache.calibrate.methods import CalibrationError, letters_of, method
 from dicache.calibrate.solvers import solver_of
 from dicache.profiler import Profile
 from dicache.schedules import Plan, Rule, Schedule
@@ -170,9 +170,7 @@ class Dp:
             steps=profile.steps,
             plan=Plan(profile.steps, tuple(rule for rule in rules if "." in rule.steps)),
             measured={
-                "model": profile.provenance.model,
-                "runs": sum(run.ok for run in profile.runs),
-                "guidance": profile.provenance.settings.get("guidance"),
+                **profile.origin,
                 **told,
             },
         )
@@ -244,7 +242,7 @@ class Dp:
     def _rule(
         self, kind: str, computed: Collection[int], profile: Profile, weights: Mapping[int, Weights] | None = None
     ) -> Rule:
-        letters = "".join("C" if step in computed else "." for step in range(profile.steps))
+        letters = letters_of(step in computed for step in range(profile.steps))
         stand_in: dict[str, Any] = {"predictor": self.predictor}
         stand_in |= {"order": self._reached} if weights is None else {"weights": weights}
         if kind in (BODY, BRANCHES):

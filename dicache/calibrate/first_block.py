@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dicache.anatomy import Anatomy
-from dicache.calibrate.methods import Axis, Between, CalibrationError, method
+from dicache.calibrate.methods import Axis, Between, CalibrationError, letters_of, method
 from dicache.calibrate.simulating import called_steps, find_limit, macs_fraction, simulate_first_block
 from dicache.calibrate.spaces import AimedSpace, PlanSpace
 from dicache.profiler import Profile
@@ -91,12 +91,10 @@ class FirstBlock:
         computed, unknown = simulate_first_block(policy, x)  # (runs, contexts, steps)
         often, called = computed.mean(axis=(0, 1)), called_steps(x[:, :, 1:, 0])
         measured = {
-            "model": profile.provenance.model,
-            "runs": sum(run.ok for run in profile.runs),
-            "guidance": profile.provenance.settings.get("guidance"),
+            **profile.origin,
             "threshold": policy.threshold,
             "computed_steps": round(float(often[called].sum()), 2),
-            "expected_steps": "".join("C" if share >= 0.5 else "." for share in often),
+            "expected_steps": letters_of(often >= 0.5),
             "macs_fraction": round(macs_fraction(policy, profile.anatomy, float(often[called].mean())), 4),
             "lags": x.shape[-1],
             "beyond_lags": round(float(unknown.sum(axis=-1).mean()), 2),

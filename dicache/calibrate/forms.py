@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from dicache.anatomy import Anatomy
 from dicache.anatomy.parts import parse_span, span
 from dicache.calibrate.judging import ROUNDING
+from dicache.calibrate.methods import letters_of
 from dicache.calibrate.sensitivity import Forecasts
 from dicache.schedules import Plan, PlanError, Rule, Schedule, Target
 from dicache.schedules.plan import ACT, ALL, Action, Weights
@@ -30,7 +31,7 @@ class Form:
     blocks: str = ALL
 
     def plan(self, steps: int, computed: Sequence[int], forecasts: Forecasts) -> Plan:
-        letters = "".join("C" if step in computed else "." for step in range(steps))
+        letters = letters_of(step in computed for step in range(steps))
         rule = Rule(self.action, letters, self.blocks, predictor="forecast", weights=forecasts)
         return Plan(steps, (rule,) if forecasts else ())
 

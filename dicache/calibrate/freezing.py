@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from dicache.anatomy.parts import span
-from dicache.calibrate.methods import CalibrationError, body_plan
+from dicache.calibrate.methods import CalibrationError, body_plan, letters_of
 from dicache.calibrate.simulating import called_steps, decisions, residual_error
 from dicache.profiler import Profile
 from dicache.schedules import Schedule
@@ -52,10 +52,7 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
     called = called_steps(profile.relative_l1("output"))
     share = decided.mean(axis=0)  # (contexts, steps)
     computed = _typical(decided) if vote == "typical" else share >= 0.5 if vote == "majority" else share > 0
-    letters = {
-        context: "".join("C" if each else "." for each in row)
-        for context, row in zip(profile.provenance.contexts, computed, strict=True)
-    }
+    letters = {context: letters_of(row) for context, row in zip(profile.provenance.contexts, computed, strict=True)}
     first, stop = schedule.policy.skipped(schedule.anatomy)
     agreement = np.where(computed, share, 1 - share).min(axis=0)
     errors = {
@@ -70,9 +67,7 @@ def freeze(schedule: Schedule, profile: Profile, vote: Vote = "majority") -> Sch
         steps=schedule.steps,
         plan=body_plan(letters, span(first, stop - 1)),
         measured={
-            "model": profile.provenance.model,
-            "runs": sum(run.ok for run in profile.runs),
-            "guidance": profile.provenance.settings.get("guidance"),
+            **profile.origin,
             "policy": schedule.policy.to_json(),
             "agreement": [round(float(each), 4) for each in agreement],
             "adaptive_computed_steps": round(float(decided[..., called].sum(axis=-1).mean()), 2),

@@ -12,7 +12,7 @@ import numpy as np
 
 from dicache.anatomy import Anatomy
 from dicache.anatomy.fingerprint import fingerprint
-from dicache.calibrate.methods import CalibrationError
+from dicache.calibrate.methods import CalibrationError, letters_of
 from dicache.evaluate.evaluation import reference_run, replay
 from dicache.evaluate.quality import psnr
 from dicache.evaluate.references import key_of, read
@@ -175,7 +175,7 @@ def evenly_spaced(anatomy: Anatomy, target: Target, steps: int, macs_fraction: f
 
     def plan(count: int) -> Plan:
         computed = np.round(np.linspace(0, steps - 1, count)).astype(int)
-        letters = "".join("C" if step in computed else "." for step in range(steps))
+        letters = letters_of(step in computed for step in range(steps))
         return Plan(steps, (Rule("skip", letters),) if "." in letters else ())
 
     counts = range(1, steps + 1)

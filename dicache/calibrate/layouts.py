@@ -8,6 +8,7 @@ from dicache.calibrate.dp import BODY, branch_of
 from dicache.calibrate.foretelling import Foretelling
 from dicache.calibrate.forms import Form
 from dicache.calibrate.judging import ROUNDING
+from dicache.calibrate.methods import letters_of
 from dicache.profiler import Profile
 from dicache.schedules import Plan, PlanError, Rule, Schedule
 from dicache.schedules.plan import ALL, MAX_ORDER, Weights
@@ -112,7 +113,7 @@ class Layouts:
         action, rules = layout.form.action, list[Rule]()
         whole = 0, len(self.profile.anatomy.blocks) - 1
         for part in layout.parts:
-            letters = "".join("C" if step in part.computed else "." for step in range(self.steps))
+            letters = letters_of(step in part.computed for step in range(self.steps))
             if "." not in letters:
                 continue
             blocks = ALL if (part.first, part.last) == whole else span(part.first, part.last)

@@ -72,9 +72,7 @@ class MagCache:
             steps=profile.steps,
             plan=body_plan(letters),
             measured={
-                "model": profile.provenance.model,
-                "runs": sum(run.ok for run in profile.runs),
-                "guidance": profile.provenance.settings.get("guidance"),
+                **profile.origin,
                 "ratios": {
                     name: [None if math.isnan(x) else round(float(x), 5) for x in found]
                     for name, found in ratios.items()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dicache.anatomy import Anatomy
-from dicache.calibrate.methods import CalibrationError, method
+from dicache.calibrate.methods import CalibrationError, letters_of, method
 from dicache.schedules import Plan, PlanError, Rule
 
 ALL = "*"
@@ -49,7 +49,7 @@ class Mask:
             computed = steps_of(text, steps)
             if 0 not in computed:
                 raise CalibrationError(f"mask: step 0 must be computed, nothing is kept before it; found {text}")
-            letters = "".join("C" if step in computed else "." for step in range(steps))
+            letters = letters_of(step in computed for step in range(steps))
             covered = [kind for kind in kinds if kind not in others] if branch == ALL and others else [branch]
             masks += [(kind, letters) for kind in covered]
         try:

@@ -1,6 +1,6 @@
 """The table of methods, and what a method that makes a plan from its settings alone has to offer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -62,6 +62,11 @@ class Space(Protocol):
         Raises:
             CalibrationError: If they do not go together.
         """
+
+
+def letters_of(computed: Iterable[Any]) -> str:
+    """Return a row of a plan: `C` for each step that is computed, `.` for each other one."""
+    return "".join("C" if each else "." for each in computed)
 
 
 def body_plan(rows: Mapping[str, str], blocks: str = "*") -> Plan:

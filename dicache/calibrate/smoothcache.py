@@ -51,9 +51,7 @@ class SmoothCache:
             steps=profile.steps,
             plan=Plan(profile.steps, rules),
             measured={
-                "model": profile.provenance.model,
-                "runs": sum(run.ok for run in profile.runs),
-                "guidance": profile.provenance.settings.get("guidance"),
+                **profile.origin,
                 "lookahead": profile.provenance.lags,
                 "smallest_error": {kind: float(np.nanmin(error)) for kind, error in errors.items()},
             },

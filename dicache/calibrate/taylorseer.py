@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dicache.anatomy import Anatomy
-from dicache.calibrate.methods import Axis, CalibrationError, method
+from dicache.calibrate.methods import Axis, CalibrationError, letters_of, method
 from dicache.calibrate.spaces import PlanSpace
 from dicache.schedules import Plan, Rule
 from dicache.schedules.plan import MAX_ORDER
@@ -61,7 +61,7 @@ class TaylorSeer:
         for name, value in (("interval", self.interval), ("warm-up", self.warm_up)):
             if value >= steps > 1:
                 raise CalibrationError(f"taylorseer: the {name} must be below the {steps} steps, found {value}")
-        letters = "".join("C" if self._computes(i) else "." for i in range(steps))
+        letters = letters_of(map(self._computes, range(steps)))
         if "." not in letters:
             return Plan(steps)
         action: Literal["reuse", "skip"] = "reuse" if self.granularity == "branch" else "skip"

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from dicache.anatomy import Anatomy
-from dicache.calibrate.methods import Axis, CalibrationError, body_plan, method
+from dicache.calibrate.methods import Axis, CalibrationError, body_plan, letters_of, method
 from dicache.calibrate.rescale import Judged, fit_rescale, judge, rescaled
 from dicache.calibrate.simulating import called_steps, find_limit, macs_fraction, simulate
 from dicache.calibrate.spaces import AimedSpace
@@ -132,9 +132,7 @@ class TeaCache:
         elif self.signal != "modulated":
             x = of_timesteps(x)
         known = {
-            "model": profile.provenance.model,
-            "runs": sum(run.ok for run in profile.runs),
-            "guidance": profile.provenance.settings.get("guidance"),
+            **profile.origin,
         }
         return self._schedule(policy, x, profile.anatomy, profile.provenance.target, known | found)
 
@@ -207,7 +205,7 @@ class TeaCache:
         often = computed.mean(axis=(0, 1))
         called = called_steps(x)
         share = float(often[called].mean())
-        plan = body_plan({"*": "".join("C" if c else "." for c in computed[0, 0])})
+        plan = body_plan({"*": letters_of(computed[0, 0])})
         return Schedule(
             method="teacache",
             settings=self._settings(),
@@ -220,7 +218,7 @@ class TeaCache:
                 **known,
                 "threshold": policy.threshold,
                 "computed_steps": round(float(often[called].sum()), 2),
-                "expected_steps": "".join("C" if share >= 0.5 else "." for share in often),
+                "expected_steps": letters_of(often >= 0.5),
                 "macs_fraction": round(macs_fraction(policy, anatomy, share, beforehand=decided), 4),
             },
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dicache.anatomy import Anatomy
-from dicache.calibrate.methods import Axis, CalibrationError, method
+from dicache.calibrate.methods import Axis, CalibrationError, letters_of, method
 from dicache.calibrate.spaces import PlanSpace
 from dicache.schedules import Plan, Rule
 
@@ -75,7 +75,7 @@ class TGate:
                 f"tgate: the gate must be a step after the first, 1 to {steps - 1} of {steps} steps, found {self.gate}"
             )
         rules = [Rule("reuse", "C" * self.gate + "." * (steps - self.gate), branch="cross_attn")]
-        letters = "".join("C" if self._attends(step) else "." for step in range(steps))
+        letters = letters_of(map(self._attends, range(steps)))
         if "." in letters and "attn" in kinds:
             rules.append(Rule("reuse", letters, branch="attn"))
         return Plan(steps, tuple(rules), self.gate if self.after_gate == "single" else None)

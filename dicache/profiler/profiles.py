@@ -183,6 +183,12 @@ class Profile:
         return len(self.provenance.target.timesteps or ()) or int(self.delta_cosine.shape[2])
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """What a schedule tells of the profile that it was made from: the model's name, how many runs, and guidance."""
+        runs = sum(run.ok for run in self.runs)
+        return {"model": self.provenance.model, "runs": runs, "guidance": self.provenance.settings.get("guidance")}
+
+    @property
     def delta_cosine(self) -> np.ndarray:
         return self.arrays["delta/cosine"]
 
