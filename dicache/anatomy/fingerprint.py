@@ -1,7 +1,9 @@
-"""A short name for a model's weights, equal where they are equal."""
+"""Short names for weights and for plain data, equal where these are equal; and what else tells models apart."""
 
 import hashlib
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,21 @@ def fingerprint(model: nn.Module) -> str:
         values = torch.cat([part.to(sampled[0].device) for part in sampled])
         digest.update(values.view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def digest(content: Any) -> str:
+    """Return 16 hexadecimal digits that are equal for equal content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def config_of(part: Any) -> dict[str, Any]:
+    """Return the configuration of a scheduler or a model of diffusers, without what says where it was loaded from."""
+    return {name: value for name, value in dict(part.config).items() if not name.startswith("_")}
+
+
+def dtype_of(model: nn.Module) -> str:
+    """Return the name of the dtype of a model's weights, such as `bfloat16`."""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _value(model: nn.Module, name: str, tensor: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dicache.calibrate.judging import ROUNDING, Goal, digest
+from dicache.anatomy.fingerprint import digest
+from dicache.calibrate.judging import ROUNDING, Goal
 from dicache.calibrate.methods import Axis, Between, CalibrationError, Space
 from dicache.calibrate.studies import DIRECTIONS, distribution
 from dicache.schedules import Schedule

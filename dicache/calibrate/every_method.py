@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dicache.anatomy import Anatomy
+from dicache.anatomy.fingerprint import digest
 from dicache.calibrate.eoc import Prior
-from dicache.calibrate.judging import ROUNDING, Goal, RealRuns, digest
+from dicache.calibrate.judging import ROUNDING, Goal, RealRuns
 from dicache.calibrate.methods import Axis, CalibrationError, Space
 from dicache.calibrate.refining import Candidate, tried
 from dicache.calibrate.search import BrokenOffError, search

@@ -1,7 +1,5 @@
 """What schedules make of real runs of a model, and what is sought of them."""
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dicache.anatomy import Anatomy
-from dicache.anatomy.fingerprint import fingerprint
+from dicache.anatomy.fingerprint import config_of, digest, dtype_of, fingerprint
 from dicache.calibrate.methods import CalibrationError, letters_of
 from dicache.evaluate.evaluation import reference_run, replay
 from dicache.evaluate.quality import psnr
@@ -150,23 +148,17 @@ class RealRuns:
     def identity(self) -> Mapping[str, Any]:
         """All that a score depends on, but for rounding."""
         model, scheduler = denoiser(self.pipeline), self.pipeline.scheduler
-        config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
         return {
             "model": type(model).__name__,
             "weights": fingerprint(model),
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "dtype": dtype_of(model),
             "scheduler": type(scheduler).__name__,
-            "scheduler_config": digest(config),
+            "scheduler_config": digest(config_of(scheduler)),
             **asdict(self.sampling),
             "runs": len(self.conditions),
             "conditions": digest(list(self.conditions)),
             "seeds": list(self.seeds),
         }
-
-
-def digest(content: Any) -> str:
-    """Return a short name for plain data."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def evenly_spaced(anatomy: Anatomy, target: Target, steps: int, macs_fraction: float) -> Schedule:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dicache.anatomy import Anatomy, StepClock
+from dicache.anatomy.fingerprint import config_of, digest
 from dicache.anatomy.nested import each, tensors_of
 from dicache.anatomy.overrides import Overrides
 from dicache.anatomy.watching import parameters_of
@@ -31,7 +32,6 @@ from dicache.calibrate.l2c import (
 )
 from dicache.calibrate.methods import CalibrationError
 from dicache.models.sampling import UNCONDITIONAL, Sampling, sample
-from dicache.profiler.describing import digest
 from dicache.runtime.apply import denoiser
 from dicache.runtime.executor import Forward
 from dicache.runtime.generation import Call, Generation
@@ -321,7 +321,7 @@ def train(
         **{name: value for name, value in asdict(training).items() if name != "iterations"},
         **{name: value for name, value in asdict(sampling).items() if value is not None},
         "conditions": digest(list(conditions)),
-        "scheduler_config": digest({k: v for k, v in dict(pipeline.scheduler.config).items() if k[:1] != "_"}),
+        "scheduler_config": digest(config_of(pipeline.scheduler)),
     }
     if file.exists():
         _go_on(state, file, identity, anatomy, target)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from dicache.anatomy import Anatomy
+from dicache.anatomy.fingerprint import digest
 from dicache.calibrate.forms import Slots, together
-from dicache.calibrate.judging import digest
 from dicache.calibrate.keeping import Kept
 from dicache.calibrate.layouts import Layout
 from dicache.calibrate.sensitivity import FLOOR, numbers

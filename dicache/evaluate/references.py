@@ -1,7 +1,5 @@
 """Uncached runs, made once and kept on disk under a key of all that they depend on."""
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +11,7 @@ import diffusers
 import numpy as np
 import torch
 
-from dicache.anatomy.fingerprint import fingerprint
+from dicache.anatomy.fingerprint import config_of, digest, fingerprint
 from dicache.models.sampling import Sampling
 from dicache.schedules.replacing import replacing
 
@@ -47,9 +45,7 @@ def key_of(pipeline: Any, conditions: Sequence[str], seeds: Sequence[int], sampl
     reference = next(part for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
     device = torch.device(str(reference.device))
     configs = {
-        name: {key: value for key, value in dict(part.config).items() if not key.startswith("_")}
-        for name, part in pipeline.components.items()
-        if isinstance(part, diffusers.ConfigMixin)
+        name: config_of(part) for name, part in pipeline.components.items() if isinstance(part, diffusers.ConfigMixin)
     }
     tokenizers = {name: part.get_vocab() for name, part in pipeline.components.items() if hasattr(part, "get_vocab")}
     content = {
@@ -66,7 +62,7 @@ def key_of(pipeline: Any, conditions: Sequence[str], seeds: Sequence[int], sampl
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "versions": [torch.__version__, diffusers.__version__],
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return digest(content)
 
 
 def read(folder: Path, key: str) -> Trajectory | None:

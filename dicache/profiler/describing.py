@@ -1,7 +1,6 @@
 """What a profile says of the pipeline and the runs that it is of, and how the pipeline is had again from that."""
 
 import hashlib
-import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import dicache
 from dicache.anatomy import Anatomy, survey
 from dicache.anatomy.clock import noise_levels, timesteps
-from dicache.anatomy.fingerprint import fingerprint
+from dicache.anatomy.fingerprint import config_of, digest, dtype_of, fingerprint
 from dicache.anatomy.inputs import capture_inputs
 from dicache.models.loading import load
 from dicache.models.sampling import Sampling, default_conditions, sample
@@ -54,7 +53,7 @@ def target_of(pipeline: Any, anatomy: Anatomy, sampling: Sampling, component: st
     model, scheduler = denoiser(pipeline, component), pipeline.scheduler
     return Target(
         weights=fingerprint(model),
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        dtype=dtype_of(model),
         latents=anatomy.latents,
         scheduler=type(scheduler).__name__,
         num_inference_steps=sampling.steps,
@@ -85,7 +84,7 @@ def provenance_of(
 ) -> Provenance:
     import diffusers
 
-    configured = {k: v for k, v in dict(pipeline.scheduler.config).items() if not k.startswith("_")}
+    configured = config_of(pipeline.scheduler)
     device = next(denoiser(pipeline, component).parameters()).device
     return Provenance(
         model=name,
@@ -117,12 +116,6 @@ def provenance_of(
         first_blocks=recorder.first_blocks,
         first_block_lags=recorder.first_block_lags,
     )
-
-
-def digest(content: Any) -> str:
-    """Return 16 hexadecimal digits that are equal for equal content, whatever the order of its keys."""
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check_resumable(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import nn
 
 from dicache.anatomy.clock import noise_levels, timesteps
-from dicache.anatomy.fingerprint import fingerprint
+from dicache.anatomy.fingerprint import dtype_of, fingerprint
 from dicache.anatomy.overrides import modules_of, without_turn
 from dicache.anatomy.spread import kind_of
 from dicache.runtime.callers import is_distilled
@@ -63,7 +63,7 @@ class Fitting:
                 f"{self._made_for(differences)}. Calibrate for this model, or name what may differ in "
                 f"apply(..., allow=...), of {', '.join(REFUSED)}"
             )
-        self._warn("dtype", _dtype(model))
+        self._warn("dtype", dtype_of(model))
 
     def check_generation(
         self, parts: list[nn.Module], scheduler: Any | None, steps: int | None, guidance: float | None
@@ -101,7 +101,7 @@ class Fitting:
         if others:
             schedule = self._mapped(scheduler)
         self._check_guidance(guidance)
-        self._warn("dtype", _dtype(self._model))
+        self._warn("dtype", dtype_of(self._model))
         self._modules = parts  # only now: a model that was refused is compared with the same one again
         return schedule
 
@@ -199,10 +199,6 @@ class Fitting:
                     CacheWarning,
                     stacklevel=4,
                 )
-
-
-def _dtype(model: nn.Module) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _levels(scheduler: Any) -> tuple[float, ...] | None:
