@@ -71,7 +71,23 @@ class Block:
         return known[0] if known else ""
 
     def key(self, site: Site) -> str:
+        """Return the name of a site in the whole model: `7.mlp.context`."""
         return f"{self.index}.{site.branch}"
+
+
+def block_of(key: str) -> int:
+    """Return the block of a site, of `7.mlp.context` 7."""
+    return int(key.partition(".")[0])
+
+
+def branch_of(key: str) -> str:
+    """Return the branch of a site, of `7.mlp.context` `mlp.context`."""
+    return key.partition(".")[2]
+
+
+def kind_of_branch(branch: str) -> str:
+    """Return what a branch does, whichever stream it is of: of `mlp.context` `mlp`."""
+    return branch.partition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -280,7 +296,7 @@ def _read_blocks(entry: Mapping[str, Any]) -> list[Block]:
 
 def check_branch(branch: str) -> None:
     """Raise AnatomyError unless a branch is of a known kind, whatever its name behind the dot."""
-    if branch.split(".")[0] not in BRANCHES:
+    if kind_of_branch(branch) not in BRANCHES:
         raise AnatomyError(f"unknown branch {branch!r}; a branch is one of {', '.join(BRANCHES)}")
 
 

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from dicache.anatomy.parts import BRANCHES
+from dicache.anatomy.parts import BRANCHES, block_of, branch_of, kind_of_branch
 from dicache.calibrate.methods import Axis, Between, CalibrationError, method
 from dicache.calibrate.spaces import ProfileSpace
 from dicache.profiler import Profile
@@ -95,7 +95,7 @@ class Eoc:
         kind = np.float32 if profile.provenance.target.dtype in (None, "float32", "float64") else np.float16
         tensors = {name_of(*pair): trend.astype(kind) for pair, trend in trends.items() if _place(pair) in chosen}
         sites = {
-            key: "".join("." if (_block(key), i) in chosen and (key, i) in pairs else "C" for i in range(base.steps))
+            key: "".join("." if (block_of(key), i) in chosen and (key, i) in pairs else "C" for i in range(base.steps))
             for key in profile.anatomy.sites
         }
         provenance = profile.provenance
@@ -117,7 +117,7 @@ class Eoc:
                 "model": provenance.model,
                 "runs": sum(run.ok for run in profile.runs),
                 "guidance": provenance.settings.get("guidance"),
-                "corrected": len({(site, step) for _, site, step in trends if (_block(site), step) in chosen}),
+                "corrected": len({(site, step) for _, site, step in trends if (block_of(site), step) in chosen}),
                 "held": len(_held(profile, base)),
                 "correction_bytes": sum(tensor.nbytes for tensor in tensors.values()),
                 "largest_score": max(scores.values()),
@@ -130,7 +130,7 @@ class Eoc:
         return {
             (site, step): sources
             for (site, step), sources in _held(profile, base).items()
-            if step < last and (not self.branches or site.split(".")[1] in self.branches)
+            if step < last and (not self.branches or kind_of_branch(branch_of(site)) in self.branches)
         }
 
     def _scores(self, profile: Profile, trends: dict[Pair, np.ndarray]) -> dict[tuple[int, int], float]:
@@ -199,13 +199,9 @@ def _of(base: Schedule) -> dict[str, Any]:
     return {f"base_{name}": value for name, value in base.settings.items() if value is not None}
 
 
-def _block(site: str) -> int:
-    return int(site.partition(".")[0])
-
-
 def _place(pair: Pair) -> tuple[int, int]:
     """Return the block and the step."""
-    return _block(pair[1]), pair[2]
+    return block_of(pair[1]), pair[2]
 
 
 @dataclass(frozen=True)

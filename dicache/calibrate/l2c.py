@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dicache.anatomy import Anatomy
-from dicache.anatomy.parts import span
+from dicache.anatomy.parts import block_of, span
 from dicache.calibrate.methods import CalibrationError, method
 from dicache.schedules import Plan, Rule, Schedule, Target
 from dicache.schedules.plan import ACT, COMPUTE
@@ -143,7 +143,7 @@ def check_fit(router: Router, anatomy: Anatomy, target: Target, steps: int) -> N
                 f"{len(kinds)}; take the router of this model, or train one with --train"
             )
     elif router.sites != anatomy.sites:
-        theirs = len({key.partition(".")[0] for key in router.sites})
+        theirs = len({block_of(key) for key in router.sites})
         raise CalibrationError(
             f"l2c: the router is for {theirs} blocks with {len(router.sites)} branches, but this {anatomy.model} has "
             f"{len(anatomy.blocks)} with {len(anatomy.sites)} or others; take the router of this model, or train one "

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dicache.anatomy import Anatomy
+from dicache.anatomy.parts import branch_of, kind_of_branch
 from dicache.calibrate.methods import CalibrationError, letters_of, method
 from dicache.schedules import Plan, PlanError, Rule
 
@@ -43,7 +44,7 @@ class Mask:
 
     def plan(self, anatomy: Anatomy, steps: int) -> Plan:
         others = [branch for branch in self.steps_computed if branch != ALL]
-        kinds = dict.fromkeys(key.partition(".")[2].partition(".")[0] for key in anatomy.sites)
+        kinds = dict.fromkeys(kind_of_branch(branch_of(key)) for key in anatomy.sites)
         masks: list[tuple[str, str]] = []
         for branch, text in self.steps_computed.items():
             computed = steps_of(text, steps)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from dicache.anatomy.parts import kind_of_branch
 from dicache.calibrate.adacache import AdaCache, AdaCacheSpace
 from dicache.calibrate.delta_cache import DeltaCache, DeltaCacheSpace
 from dicache.calibrate.delta_dit import DeltaDit, DeltaDitSpace
@@ -38,7 +39,7 @@ def spaces_of(profile: Profile, share: float) -> dict[str, Callable[[], MethodSp
     """
     on_plan = profile.anatomy, profile.provenance.target, profile.steps
     speedup = 1 / share
-    attention = {kind: 2 for kind in profile.branches if "attn" in kind.partition(".")[0]}
+    attention = {kind: 2 for kind in profile.branches if "attn" in kind_of_branch(kind)}
     spaces: dict[str, Callable[[], MethodSpace]] = {
         "fora": lambda: ForaSpace(*on_plan, Fora(2)),
         "delta-cache": lambda: DeltaCacheSpace(*on_plan, DeltaCache()),

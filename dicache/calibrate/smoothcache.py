@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from dicache.anatomy.parts import branch_of, kind_of_branch
 from dicache.calibrate.methods import Axis, CalibrationError, method
 from dicache.calibrate.spaces import ProfileSpace
 from dicache.profiler import Profile
@@ -71,7 +72,7 @@ def branch_errors(profile: Profile) -> dict[str, np.ndarray]:
     if not len(diff):
         raise CalibrationError("smoothcache: the profile has no run that did not fail; profile again")
     steps, lags = profile.steps, profile.provenance.lags
-    kinds = np.array([key.partition(".")[2].partition(".")[0] for key in profile.anatomy.sites])
+    kinds = np.array([kind_of_branch(branch_of(key)) for key in profile.anatomy.sites])
     errors = {kind: np.full((lags, steps), np.nan) for kind in dict.fromkeys(kinds.tolist())}
     for k in range(1, min(lags, steps - 1) + 1):
         changed, later = (np.nansum(x[:, :, k:, :, k - 1], axis=(0, 1)) for x in (diff, size))  # (steps - k, sites)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dicache.anatomy import Anatomy
+from dicache.anatomy.parts import kind_of_branch
 from dicache.calibrate.methods import Axis, Between, CalibrationError, name_of, planned_schedule
 from dicache.profiler import Profile
 from dicache.schedules import Schedule, Target
@@ -133,7 +134,7 @@ class PlanSpace(MethodSpace):
     @cached_property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of branch that the model has."""
-        return tuple(dict.fromkeys(s.branch.partition(".")[0] for block in self.anatomy.blocks for s in block.sites))
+        return tuple(dict.fromkeys(kind_of_branch(s.branch) for block in self.anatomy.blocks for s in block.sites))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from dicache.anatomy import Anatomy
+from dicache.anatomy.parts import branch_of, kind_of_branch
 from dicache.calibrate.methods import Axis, CalibrationError, letters_of, method
 from dicache.calibrate.spaces import PlanSpace
 from dicache.schedules import Plan, Rule
@@ -67,7 +68,7 @@ class TGate:
         Raises:
             CalibrationError: If there is no step for the gate, or the model has no cross-attention.
         """
-        kinds = {key.split(".")[1] for key in anatomy.sites}
+        kinds = {kind_of_branch(branch_of(key)) for key in anatomy.sites}
         if "cross_attn" not in kinds:
             raise CalibrationError(f"tgate: {anatomy.model} {_text_in(kinds)}")
         if self.gate >= steps:

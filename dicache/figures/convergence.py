@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dicache.anatomy.parts import branch_of
 from dicache.figures.heatmap import describe
 from dicache.figures.page import SMALL, label, new_page, whole_numbers
 from dicache.figures.palette import GRID, INK, branch_colour
@@ -70,7 +71,7 @@ def cost_of_holding(gram: np.ndarray) -> np.ndarray:
 
 def _changes(profile: Profile, branch: str) -> np.ndarray:
     """Return |x_i - x_(i-1)| / |x_i| of a branch's sites from step 1 on, (runs * passes * sites, s - 1)."""
-    places = [place for place, key in enumerate(profile.anatomy.sites) if key.partition(".")[2] == branch]
+    places = [place for place, key in enumerate(profile.anatomy.sites) if branch_of(key) == branch]
     squares = profile.arrays["sites/norm2"][..., places, 0]  # (r, c, s, sites)
     products = profile.arrays["sites/dot"][..., places, 0]
     change = squares[:, :, 1:] + squares[:, :, :-1] - 2 * products[:, :, 1:]

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dicache.anatomy.parts import kind_of_branch
 from dicache.calibrate.methods import CalibrationError
 from dicache.calibrate.smoothcache import branch_errors
 from dicache.formats.format import FormatError
@@ -74,7 +75,7 @@ def smoothcache_errors(profile: Profile, fit_to: str) -> dict[str, list[list[flo
         errors = branch_errors(profile)
     except CalibrationError as error:
         raise FormatError(str(error)) from None
-    modules = {site.branch.partition(".")[0]: site.module for block in profile.anatomy.blocks for site in block.sites}
+    modules = {kind_of_branch(site.branch): site.module for block in profile.anatomy.blocks for site in block.sites}
     return {
         modules[kind]: [[float(e) for e in row[: profile.steps - k]] for k, row in enumerate(rows, start=1)]
         for kind, rows in errors.items()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dicache.anatomy.parts import Anatomy, span
+from dicache.anatomy.parts import Anatomy, block_of, span
 from dicache.formats.format import FormatError, Given, Losses
 from dicache.schedules import Plan, Rule, Schedule
 from dicache.schedules.plan import ACT, COMPUTE, HOLD, StandIn
@@ -78,7 +78,7 @@ def step_mask(schedule: Schedule, losses: Losses, *, highest_order: int = 0) -> 
     passes = plan.contexts if len(plan.contexts) > 1 else (None, *plan.contexts)
     tables = [plan.table(anatomy, context) for context in passes]
     acting = {key for table in tables for key, letters in table.items() if set(letters) != {COMPUTE}}
-    blocks = sorted({int(key.partition(".")[0]) for key in acting})
+    blocks = sorted({block_of(key) for key in acting})
     if not blocks:
         raise FormatError("this plan computes everything; there is nothing to write")
     first, stop = blocks[0], blocks[-1] + 1

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dicache.anatomy import Anatomy
-from dicache.anatomy.parts import check_keys
+from dicache.anatomy.parts import block_of, branch_of, check_keys
 from dicache.schedules import Schedule, Target
 
 FORMAT = "dicache.profile/1"
@@ -200,7 +200,7 @@ class Profile:
     @cached_property
     def branches(self) -> tuple[str, ...]:
         """Kinds of branch, in the order in which a block calls them."""
-        return tuple(dict.fromkeys(key.partition(".")[2] for key in self.anatomy.sites))
+        return tuple(dict.fromkeys(branch_of(key) for key in self.anatomy.sites))
 
     def differences(self, schedule: Schedule) -> list[str]:
         """Return one sentence for each thing that a schedule was made for and that this profile is not of."""
@@ -231,9 +231,8 @@ class Profile:
         runs, contexts, steps, _ = cosine.shape
         out = np.full((runs, contexts, steps, len(self.anatomy.blocks)), np.nan)
         for place, key in enumerate(self.anatomy.sites):
-            block, _, kind = key.partition(".")
-            if kind == branch:
-                out[..., int(block)] = cosine[..., place]
+            if branch_of(key) == branch:
+                out[..., block_of(key)] = cosine[..., place]
         return out
 
     def relative_l1(self, what: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from dicache.anatomy import Anatomy, StepClock
 from dicache.anatomy.inputs import latents_of
 from dicache.anatomy.nested import tensors_of
 from dicache.anatomy.overrides import Overrides, forward_of
+from dicache.anatomy.parts import branch_of
 from dicache.anatomy.signal import frames_of
 from dicache.anatomy.time_embedding import Reading, watch_reading
 from dicache.anatomy.watching import parameters_of
@@ -197,7 +198,7 @@ class Recorder:
     def _begin(self, scheduler: Any) -> None:
         self._generation = Generation(len(scheduler.timesteps))
         self._generation.begin_step()
-        kinds = [key.partition(".")[2] for key in self._anatomy.sites]
+        kinds = [branch_of(key) for key in self._anatomy.sites]
         self._guided = [GuidedSteps(kinds, self._generation.steps, self._ranks) for _ in range(self.runs)]
         for passes in self._passes.values():
             for each in passes:

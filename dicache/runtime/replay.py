@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from dicache.anatomy import Anatomy
+from dicache.anatomy.parts import block_of
 from dicache.anatomy.standins import pass_on, view_of_zero
 from dicache.runtime.executor import Forward, Installer, Program
 from dicache.runtime.generation import Generation, Lane, Signature
@@ -333,7 +334,7 @@ class _Step:
         self.released = (*row.release, *row.release_delta, *row.release_older, *ended, *shapes)
         ages: dict[Key, int] = {key: len(weights) for key, weights in row.predict}
         used: list[Key] = [*(key for key in anatomy.sites if key in row.reuse), *row.skip]
-        used.sort(key=lambda key: int(key.split(".")[0]) if isinstance(key, str) else key[0])  # as they are read
+        used.sort(key=lambda key: block_of(key) if isinstance(key, str) else key[0])  # as they are read
         self.reads = tuple(
             (entry, key) for key in used for entry in (key, *((key, age + 1) for age in range(ages.get(key, 0))))
         )

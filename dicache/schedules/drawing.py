@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TypeVar
 
-from dicache.anatomy.parts import span
+from dicache.anatomy.parts import block_of, branch_of, span
 
 Row = TypeVar("Row")
 
@@ -19,8 +19,8 @@ def alike(rows: Mapping[str, Row]) -> list[tuple[str, Row]]:
         rows: Of each site, by its key, in the order of the blocks.
     """
     lines: list[tuple[str, Row]] = []
-    for branch in dict.fromkeys(key.partition(".")[2] for key in rows):
-        mine = [(int(key.partition(".")[0]), row) for key, row in rows.items() if key.partition(".")[2] == branch]
+    for branch in dict.fromkeys(branch_of(key) for key in rows):
+        mine = [(block_of(key), row) for key, row in rows.items() if branch_of(key) == branch]
         for row, group in groupby(mine, key=lambda item: item[1]):
             blocks = [block for block, _ in group]
             lines.append((f"{branch} {span(blocks[0], blocks[-1])}", row))

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-from dicache.anatomy.parts import BRANCHES, Anatomy, AnatomyError, parse_span, span
+from dicache.anatomy.parts import BRANCHES, Anatomy, AnatomyError, branch_of, kind_of_branch, parse_span, span
 
 Action = Literal["reuse", "skip"]
 Predictor = Literal["hold", "taylor", "feature", "forecast"]
@@ -83,7 +83,7 @@ class Rule:
         if self.steps.startswith(ACT):
             raise PlanError(f"the first step must be computed, nothing is kept before it; found steps {self.steps!r}")
         self._check_weights()
-        if self.branch != ALL and self.branch.split(".")[0] not in BRANCHES:
+        if self.branch != ALL and kind_of_branch(self.branch) not in BRANCHES:
             raise PlanError(f"unknown branch {self.branch!r}; write * or one of {', '.join(BRANCHES)}")
         if self.action == "skip" and self.branch != ALL:
             raise PlanError(f"skip takes whole blocks, so its branch must be *; found {self.branch!r}")
@@ -112,7 +112,7 @@ class Rule:
                 raise PlanError(f"the weights of the forecast of step {step} must be finite numbers, found {weights}")
 
     def covers(self, branch: str) -> bool:
-        return self.branch in (ALL, branch, branch.split(".")[0]) or self.branch == f"{branch}."
+        return self.branch in (ALL, branch, kind_of_branch(branch)) or self.branch == f"{branch}."
 
     def block_range(self, anatomy: Anatomy) -> tuple[int, int]:
         """Return the rule's blocks as a half-open range.
@@ -278,7 +278,7 @@ class Plan:
                 if rule.covers(site.branch)
             ]
             if not sites:
-                known = sorted({key.partition(".")[2] for key in anatomy.sites})
+                known = sorted({branch_of(key) for key in anatomy.sites})
                 raise PlanError(f"a rule is for branch {rule.branch}, but {anatomy.model} has {', '.join(known)}")
             if rule.context in (ALL, context):
                 yield rule, sites

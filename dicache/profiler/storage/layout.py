@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dicache.anatomy.parts import branch_of
 from dicache.profiler.profiles import RATES, RESIDUALS, Provenance, Run
 
 SITE_STATISTICS = ("diff_l1", "abs_l1", "dot", "norm2")
@@ -29,7 +30,7 @@ def shapes(provenance: Provenance) -> dict[str, tuple[int, ...]]:
     """Return the shape of each dataset of a profile, without its runs axis."""
     anatomy, steps = provenance.anatomy, len(provenance.target.timesteps or ())
     contexts, blocks, sites = len(provenance.contexts), len(anatomy.blocks), len(anatomy.sites)
-    branches = len({key.partition(".")[2] for key in anatomy.sites})
+    branches = len({branch_of(key) for key in anatomy.sites})
     decisions = (contexts, steps, len(provenance.decision_blocks), len(RESIDUALS))
     motion = {"diff_l1": (*decisions, RATES), "abs_l1": decisions, "between_frames": decisions}
     return {
