@@ -28,7 +28,13 @@ def calibrate() -> None:
 @calibrate.command()
 @click.option("--interval", type=int, help="Steps from one computation to the next; 2 or 3 is usual.")
 @target_options
-@click.option("--anchor", type=click.Choice(["end", "start"]), default="end", show_default=True, help="Counted from.")
+@click.option(
+    "--anchor",
+    type=click.Choice(["end", "start"]),
+    default="end",
+    show_default=True,
+    help="Step from which the interval is counted.",
+)
 @click.option("--branches", help="Kinds of branch to reuse, separated by commas: attn,mlp.  [default: all]")
 @click.option("--from", "first", type=click.IntRange(0), default=0, show_default=True, help="First step to reuse.")
 @click.option("--to", "last", type=click.IntRange(0), help="Last step to reuse.  [default: the last]")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     type=click.Choice(["attn", "rest", "block"]),
     default="attn",
     show_default=True,
-    help="What of them: what the attention adds, what all behind it adds, or both.",
+    help="Part of these blocks to decide by: what the attention adds, what all behind it adds, or both.",
 )
 @click.option("--motion/--no-motion", default=True, show_default=True, help="Compute fast videos more often.")
 @click.option("--published-motion", is_flag=True, help="Take the constants of Open-Sora, not those of the profile.")

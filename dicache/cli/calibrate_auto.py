@@ -31,7 +31,7 @@ ROUNDS = 3  # of timing
 
 @click.command(cls=Command)
 @target_options
-@click.option("--min-psnr", type=float, help="Instead: the fewest MACs for images this close, in dB.")
+@click.option("--min-psnr", type=float, help="Find the fewest MACs for images this close, in dB, instead.")
 @click.option("--max-rows", type=int, default=6, show_default=True, help="Most different rows of a plan.")
 @click.option(
     "--granularity",
@@ -53,7 +53,7 @@ ROUNDS = 3  # of timing
 @click.option("--held-out", type=click.IntRange(1), default=16, show_default=True, help="Images to judge them on.")
 @click.option("--prompts", type=click.Path(dir_okay=False), help="A file with a prompt or class a line.")
 @click.option("--seed", type=int, default=5000, show_default=True, help="Seed of the first image.")
-@click.option("--device", help="Such as cuda or cpu.  [default: cuda if there is one]")
+@click.option("--device", help="Device, such as cuda or cpu.  [default: cuda if there is one]")
 @profile_option
 @output_option
 @json_option

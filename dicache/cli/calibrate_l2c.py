@@ -30,7 +30,7 @@ OF_TRAINING = ("penalty", "iterations", "learning_rate", "batch", "seed", "promp
     type=float,
     default=5e-6,
     show_default=True,
-    help="Lambda, of the sum of betas: the larger, the faster.",
+    help="Lambda, the weight of the sum of betas: the larger, the faster.",
 )
 @click.option("--iterations", type=int, default=500, show_default=True, help="Updates of each step's router.")
 @click.option("--learning-rate", type=float, default=1e-2, show_default=True, help="Learning rate of AdamW.")
@@ -45,7 +45,7 @@ OF_TRAINING = ("penalty", "iterations", "learning_rate", "batch", "seed", "promp
     help="Where the router is written, and its training resumed.  [default: OUTPUT.router.pt]",
 )
 @profile_option
-@click.option("--model", help="Instead of a profile.")
+@click.option("--model", help="Model, in the place of a profile.")
 @click.option("--steps", type=click.IntRange(1), help="With --model: inference steps, an even number.")
 @click.option("--scheduler", help="With --model: another scheduler than the pipeline's.")
 @click.option("--device", help="Device to learn on, such as cuda or cpu.  [default: cuda if there is one]")

@@ -40,7 +40,7 @@ from dicache.cli.searching import Searching, Subject, given_options
     type=click.Choice(["reference", "diffusers"]),
     default="reference",
     show_default=True,
-    help="Whose way of counting the interval.",
+    help="How the interval is counted: as the authors' code or as diffusers does.",
 )
 @subject_options
 @search_with_target_options
@@ -199,14 +199,20 @@ def pab(
 @click.option(
     "--sp-interval", type=int, default=5, show_default=True, help="Steps between self-attentions before the gate."
 )
-@click.option("--fi-interval", type=int, default=1, show_default=True, help="The same from the gate on; 1 is always.")
+@click.option(
+    "--fi-interval",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Rhythm of self-attention from the gate on; 1 computes it always.",
+)
 @click.option("--warm-up", type=int, default=2, show_default=True, help="Steps at the start that are computed.")
 @click.option(
     "--after-gate",
     type=click.Choice(["single", "guided"]),
     default="single",
     show_default=True,
-    help="Where there is guidance: one pass with the mean of what both held, or both as before.",
+    help="What to do with guidance behind the gate: one pass with the mean of what both held, or both as before.",
 )
 @subject_options
 @search_with_target_options
@@ -250,7 +256,7 @@ def tgate(
     type=click.Choice(["multiply", "add"]),
     default="multiply",
     show_default=True,
-    help="C * (1 + weight * T), or C + weight * T.",
+    help="Correct what is held, C, to C * (1 + weight * T) or to C + weight * T.",
 )
 @profile_option
 @search_with_target_options

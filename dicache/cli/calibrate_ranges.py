@@ -102,7 +102,9 @@ def mask(
     help="What is skipped in between: shallow, middle or deep, three quarters of the blocks; 7-27; or how many.",
 )
 @click.option("--start", type=click.IntRange(0), help="With a number of blocks: the first of them.  [default: 0]")
-@click.option("--branch", type=int, help="Instead, of a U-Net: what lies inside this skip connection, 0 the outermost.")
+@click.option(
+    "--branch", type=int, help="Skip what lies inside this skip connection of a U-Net instead, 0 the outermost."
+)
 @subject_options
 @search_with_target_options
 @output_option
@@ -131,7 +133,7 @@ def delta_cache(
 @click.option("--blocks", type=int, help="How many blocks are skipped in between.  [default: three quarters]")
 @click.option("--target-speedup", type=click.FloatRange(1), help="How many times fewer MACs, such as 1.6.")
 @click.option(
-    "--max-macs", "budget", type=Macs(), help="Instead: the share of the MACs, such as 0.55, or 53.53T as papers count."
+    "--max-macs", "budget", type=Macs(), help="Share of the MACs instead, such as 0.55, or 53.53T as papers count."
 )
 @click.option(
     "--boundary", type=int, help="Elapsed steps from which on the shallow blocks are skipped.  [default: 0.6 of all]"

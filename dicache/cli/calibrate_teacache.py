@@ -62,8 +62,8 @@ class Range(Kind[tuple[float, float]]):
 @click.option(
     "--signal",
     type=click.Choice(["modulated", "time", "time-projected"]),
-    help="Whose change foretells: the modulated input of the first block, at run time; the time embedding, or its "
-    "projection for all blocks (Wan's retention mode), which give a fixed plan.  [default: modulated, or as published]",
+    help="Signal whose change predicts that of the output: the modulated input of the first block, at run time; "
+    "the time embedding, or its projection for all blocks (Wan's retention mode), which give a fixed plan.  [default: modulated, or as published]",
 )
 @click.option(
     "--negative",
@@ -72,8 +72,12 @@ class Range(Kind[tuple[float, float]]):
     show_default=True,
     help="Where the polynomial is negative: nothing is added, its magnitude is, or it is subtracted as published.",
 )
-@click.option("--first-steps", type=click.IntRange(1), help="Computed always.  [default: 1, or as published]")
-@click.option("--last-steps", type=click.IntRange(0), help="Computed always.  [default: 1, or as published]")
+@click.option(
+    "--first-steps", type=click.IntRange(1), help="Steps that are always computed.  [default: 1, or as published]"
+)
+@click.option(
+    "--last-steps", type=click.IntRange(0), help="Steps that are always computed.  [default: 1, or as published]"
+)
 @click.option("--published", "name", help="Take a published polynomial, such as flux; a wrong name lists them.")
 @click.option("--input-range", type=Range(), help="Hold x in LOW,HIGH, and not in the fitted or a sensible range.")
 @profile_option

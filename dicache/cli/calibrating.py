@@ -42,7 +42,7 @@ def target_options(function: F, *, when: str = "") -> F:
     text = f"{when}How many times fewer MACs, such as 1.8."
     speedup = click.option("--target-speedup", type=click.FloatRange(1), help=text)
     share = click.option(
-        "--max-macs", type=click.FloatRange(0, 1, min_open=True), help="Instead: the share of the MACs, such as 0.55."
+        "--max-macs", type=click.FloatRange(0, 1, min_open=True), help="Share of the MACs instead, such as 0.55."
     )
     return speedup(share(function))
 
@@ -54,7 +54,7 @@ def search_with_target_options(function: F) -> F:
 
 def subject_options(function: F) -> F:
     """Add what says for which model and sampler a plan is."""
-    model = click.option("--model", help="Instead of a profile: the method needs no measurement.")
+    model = click.option("--model", help="Model, in the place of a profile: the method needs no measurement.")
     steps = click.option("--steps", type=click.IntRange(1), help="With --model: inference steps.")
     return profile_option(model(steps(function)))
 

@@ -44,12 +44,19 @@ class Counted:
 @click.command(cls=Command, context_settings={"ignore_unknown_options": True})
 @click.option("--model", help="One whose configuration is in the package, a bundled one, or a folder of a pipeline.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the denoiser.  [default: the schedule's, or the usual]")
-@click.option("--guidance", type=click.FloatRange(0), help="Scale; two passes a step above 1.  [default: the usual]")
+@click.option(
+    "--guidance", type=click.FloatRange(0), help="Guidance scale; above 1 a step has two passes.  [default: the usual]"
+)
 @click.option("--height", type=click.IntRange(1), help="Height in pixels.  [default: the usual]")
 @click.option("--width", type=click.IntRange(1), help="Width in pixels.  [default: the usual]")
-@click.option("--text-tokens", type=click.IntRange(1), help="That the model reads.  [default: the usual]")
-@click.option("--schedule", "schedule_file", type=click.Path(path_type=Path), help="Count what it computes.")
-@click.option("--method", help="Instead: a method that needs no measurement, with its options behind it.")
+@click.option("--text-tokens", type=click.IntRange(1), help="Text tokens that the model reads.  [default: the usual]")
+@click.option(
+    "--schedule", "schedule_file", type=click.Path(path_type=Path), help="Schedule whose computations to count."
+)
+@click.option(
+    "--method",
+    help="Method to count in the place of a schedule: one that needs no measurement, with its options behind it.",
+)
 @click.option("--published", is_flag=True, help="Count the settings of papers again, beside their numbers.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF METHOD]")
 @json_option

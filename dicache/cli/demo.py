@@ -22,7 +22,13 @@ SHOWN = 10  # images of each schedule in the picture
 
 @click.command(cls=Command)
 @click.option(
-    "--model", "models", multiple=True, type=click.Choice(MODELS), default=MODELS, show_default=True, help="Repeatable."
+    "--model",
+    "models",
+    multiple=True,
+    type=click.Choice(MODELS),
+    default=MODELS,
+    show_default=True,
+    help="Model to show; repeatable.",
 )
 @click.option("--runs", type=click.IntRange(2), default=16, show_default=True, help="Runs to profile.")
 @click.option("--steps", type=click.IntRange(4), help="Inference steps.  [default: 50 of digits, 20 of scenes]")

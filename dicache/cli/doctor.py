@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--height", type=click.IntRange(1), help="Height in pixels.  [default: the pipeline's]")
 @click.option("--width", type=click.IntRange(1), help="Width in pixels.  [default: the pipeline's]")
 @click.option("--frames", type=click.IntRange(1), help="Frames of a video.  [default: the pipeline's]")
-@click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
+@click.option("--device", default=None, help="Device, such as cuda or cpu.  [default: cuda if there is one]")
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else bfloat16]")
 @click.option("--thorough", is_flag=True, help="Try every branch and every range of blocks, not one of each kind.")
 @json_option

@@ -19,10 +19,17 @@ NETWORKS = ("lpips", "clip", "fid", "is")  # by networks of others, whose weight
 
 @click.command(cls=Command, interrupted="uncached images are kept once all are made; the same command makes the others")
 @model_option()
-@click.option("--schedule", "files", multiple=True, required=True, type=click.Path(path_type=Path), help="Repeatable.")
+@click.option(
+    "--schedule",
+    "files",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Schedule to judge; repeatable.",
+)
 @click.option("--prompts", type=click.Path(dir_okay=False), help="A file with a prompt, or a class, a line.")
 @click.option("--runs", type=click.IntRange(1), default=16, show_default=True, help="Images, without --prompts.")
-@click.option("--scheduler", help="As the schedules were made for.  [default: the pipeline's]")
+@click.option("--scheduler", help="Guidance scale that the schedules were made for.  [default: the pipeline's]")
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance scale.  [default: the pipeline's]")
 @click.option("--height", type=click.IntRange(1), help="Height in pixels.  [default: the pipeline's]")
 @click.option("--width", type=click.IntRange(1), help="Width in pixels.  [default: the pipeline's]")
@@ -35,7 +42,13 @@ NETWORKS = ("lpips", "clip", "fid", "is")  # by networks of others, whose weight
 )
 @click.option("--real", type=click.Path(file_okay=False, path_type=Path), help="Folder of real images, for fid.")
 @click.option("--clip-model", help="Hub id or folder of the model of clip.  [default: openai/clip-vit-large-patch14]")
-@click.option("--timing-rounds", type=click.IntRange(0), default=5, show_default=True, help="0 times nothing.")
+@click.option(
+    "--timing-rounds",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    help="Rounds of single images to time; 0 times nothing.",
+)
 @click.option(
     "--references",
     type=click.Path(file_okay=False, path_type=Path),
@@ -44,7 +57,7 @@ NETWORKS = ("lpips", "clip", "fid", "is")  # by networks of others, whose weight
 @click.option(
     "--images", type=click.Path(file_okay=False, path_type=Path), help="Write what was made here, a folder a schedule."
 )
-@click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
+@click.option("--device", default=None, help="Device, such as cuda or cpu.  [default: cuda if there is one]")
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else bfloat16]")
 @json_option
 def evaluate(

@@ -24,7 +24,9 @@ def imported_in_words(schedule: "Schedule") -> list[str]:
 
 @click.command("export", cls=Command)
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--to", "name", required=True, metavar="FORMAT", help="See `dicache schedules formats`.")
+@click.option(
+    "--to", "name", required=True, metavar="FORMAT", help="Format, as `dicache schedules formats` lists them."
+)
 @click.option("--lossy", is_flag=True, help="Write it even if the picture will be another.")
 @click.option(
     "--set",
@@ -84,9 +86,13 @@ def _pair(text: str) -> tuple[str, Any]:
 
 @click.command("import", cls=Command)
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--from", "name", required=True, metavar="FORMAT", help="See `dicache schedules formats`.")
+@click.option(
+    "--from", "name", required=True, metavar="FORMAT", help="Format, as `dicache schedules formats` lists them."
+)
 @subject_options
-@click.option("--threshold", type=float, help="Where the file does not say it: of TeaCache, MagCache or a router.")
+@click.option(
+    "--threshold", type=float, help="Threshold of TeaCache, MagCache or a router, where the file does not say it."
+)
 @click.option("--max-skip", type=int, help="For MagCache: most steps skipped in a row.")
 @click.option("--retention", type=float, help="For MagCache: share of the steps at the start that are computed.")
 @click.option("--hold", type=click.Choice(["blocks", "branches"]), help="For a mask: what it holds.  [default: blocks]")

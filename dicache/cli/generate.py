@@ -27,7 +27,7 @@ LONGEST = 40  # characters of a prompt in a file's name
 @click.option("--height", type=click.IntRange(1), help="Height in pixels.  [default: the pipeline's]")
 @click.option("--width", type=click.IntRange(1), help="Width in pixels.  [default: the pipeline's]")
 @click.option("--frames", type=click.IntRange(1), help="Frames of a video.  [default: the pipeline's]")
-@click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
+@click.option("--device", default=None, help="Device, such as cuda or cpu.  [default: cuda if there is one]")
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else the model's]")
 @click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder.")
 @json_option

@@ -34,7 +34,7 @@ class Part(Kind[tuple[int, int]]):
 @click.option("--frames", type=click.IntRange(1), help="Frames of a video.  [default: the pipeline's]")
 @click.option("--component", help="Where two models share the steps, as in Wan 2.2: transformer or transformer_2.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first run; the next ones count up.")
-@click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
+@click.option("--device", default=None, help="Device, such as cuda or cpu.  [default: cuda if there is one]")
 @click.option("--dtype", help="float32, float16 or bfloat16.  [default: float32 on cpu, else bfloat16]")
 @click.option("--lags", type=click.IntRange(1), default=3, show_default=True, help="Steps back to compare with.")
 @click.option("--priors", is_flag=True, help="Keep the mean output of each branch at each step, for EOC.")

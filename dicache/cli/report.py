@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--prompts", type=click.Path(dir_okay=False), help="A file with a prompt, or a class, a line.")
 @click.option("--seed", type=int, default=1000, show_default=True, help="Seed of the first image.")
 @click.option("--model", help="Where the model is, if not where the profile says.")
-@click.option("--device", default=None, help="Such as cuda or cpu.  [default: cuda if there is one]")
+@click.option("--device", default=None, help="Device, such as cuda or cpu.  [default: cuda if there is one]")
 @json_option
 def report(
     profile_file: Path,
