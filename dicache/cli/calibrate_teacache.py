@@ -63,7 +63,8 @@ class Range(Kind[tuple[float, float]]):
     "--signal",
     type=click.Choice(["modulated", "time", "time-projected"]),
     help="Signal whose change predicts that of the output: the modulated input of the first block, at run time; "
-    "the time embedding, or its projection for all blocks (Wan's retention mode), which give a fixed plan.  [default: modulated, or as published]",
+    "the time embedding, or its projection for all blocks (Wan's retention mode), which give a fixed plan."
+    "  [default: modulated, or as published]",
 )
 @click.option(
     "--negative",

@@ -114,6 +114,10 @@ def with_numbers_that_numpy_has_not(file: h5py.File) -> None:
     h5py.h5d.create(file.id, b"magnitude", kind, h5py.h5s.create_simple(shape))
 
 
+def with_a_name_that_is_not_text(file: h5py.File) -> None:
+    h5py.h5g.create(file.id, b"\x9e")
+
+
 def of_no_text(file: h5py.File) -> None:
     file.attrs["format"] = np.zeros(3)
 
@@ -131,6 +135,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "no rows": (with_rows_that_are_not_there, "cannot be read as a profile"),
     "numbers": (with_numbers_for_prompts, "prompt is not stored as a profile's runs are"),
     "odd numbers": (with_numbers_that_numpy_has_not, "its magnitude is of numbers that cannot be read"),
+    "name": (with_a_name_that_is_not_text, "a name in it is not text"),
     "bytes": (with_bytes_for_prompts, "row 0 of its /runs/prompt is not text"),
     "one prompt more": (with_more_prompts_than_seeds, "3 prompts, 2 seeds and 2 states of runs"),
     "prior": (with_a_prior_of_other_steps, r"prior of 0\.mlp is not of as many steps as it says"),

@@ -106,7 +106,10 @@ def texts(dataset: Any) -> list[str]:
 
 
 def _members(group: Any) -> list[tuple[str, Any]]:
-    names = list(group)
+    try:
+        names = list(group)
+    except UnicodeDecodeError:
+        raise ProfileError("a name in it is not text") from None
     for name in names:
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise ProfileError(f"{name} in it is a link, which may lead to another file")
