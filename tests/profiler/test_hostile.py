@@ -135,7 +135,7 @@ HOSTILE: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "no rows": (with_rows_that_are_not_there, "cannot be read as a profile"),
     "numbers": (with_numbers_for_prompts, "prompt is not stored as a profile's runs are"),
     "odd numbers": (with_numbers_that_numpy_has_not, "its magnitude is of numbers that cannot be read"),
-    "name": (with_a_name_that_is_not_text, "a name in it is not text"),
+    "name": (with_a_name_that_is_not_text, r"the name b'\\x9e' in it is not text"),
     "bytes": (with_bytes_for_prompts, "row 0 of its /runs/prompt is not text"),
     "one prompt more": (with_more_prompts_than_seeds, "3 prompts, 2 seeds and 2 states of runs"),
     "prior": (with_a_prior_of_other_steps, r"prior of 0\.mlp is not of as many steps as it says"),

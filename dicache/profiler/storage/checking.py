@@ -106,11 +106,10 @@ def texts(dataset: Any) -> list[str]:
 
 
 def _members(group: Any) -> list[tuple[str, Any]]:
-    try:
-        names = list(group)
-    except UnicodeDecodeError:
-        raise ProfileError("a name in it is not text") from None
+    names = list(group)
     for name in names:
+        if not isinstance(name, str):  # HDF5's names are bytes, which h5py cannot look up where they are not UTF-8
+            raise ProfileError(f"the name {name!r} in it is not text")
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise ProfileError(f"{name} in it is a link, which may lead to another file")
     return [(name, group[name]) for name in names]
