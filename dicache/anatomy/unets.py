@@ -117,13 +117,14 @@ def _links(model: nn.Module, calls: list[BlockCall]) -> Links:
     made = [_enters(calls[0]), *(call.outputs[0] for call in calls)]  # by block -1, 0, 1, ...
     links: list[tuple[int, int]] = []
     for index, call in enumerate(calls[1:], 1):
-        given, before = _enters(call), made[index]
+        given = _enters(call)
+        before = made[index].to(given.device)  # the model may lie on several
         if given.shape == before.shape and torch.equal(given, before):
             continue
         rest = given[:, before.shape[1] :]
         # A later maker first: an attention that adds nothing makes what the block before it made.
         makers = [m for m in range(index - 1, -2, -1) if rest.shape == made[m + 1].shape]
-        maker = next((m for m in makers if torch.equal(rest, made[m + 1])), None)
+        maker = next((m for m in makers if torch.equal(rest, made[m + 1].to(rest.device))), None)
         if maker is None or not torch.equal(given[:, : before.shape[1]], before):
             raise AnatomyError(
                 f"{type(model).__name__}: what enters {call.path} is neither what the block before it made, nor that "

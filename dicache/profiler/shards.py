@@ -78,6 +78,9 @@ def profile_together(
             **options,
         )
     ranks = Workers(distributed.get_rank(), distributed.get_world_size(), AGAIN)
+    if resume and ranks.rank == 0:
+        _remove_joined(output)
+    ranks.wait()
     begun = [file for file in (output, *shards_of(output)) if file.exists()]
     if begun and not resume:
         raise ProfileError(f"{begun[0]} exists; pass --resume to go on with it, or another -o")
@@ -105,6 +108,14 @@ def profile_together(
         _join(output, planned)
     ranks.wait()
     return output
+
+
+def _remove_joined(output: Path) -> None:
+    """Remove the shards of which all is in the profile, as where ranks were killed between joining and removing."""
+    joined = {run.key for run in storage.header(output)[1]} if output.exists() else set()
+    for file in shards_of(output):
+        if joined.issuperset(run.key for run in storage.header(file)[1]):
+            storage.remove(file)
 
 
 def _join(output: Path, planned: Sequence[Run]) -> None:

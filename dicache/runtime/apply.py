@@ -80,7 +80,7 @@ def apply(
     allowed = frozenset(allow) | ({"num_inference_steps"} if "timesteps" in allow else set())
     fitting = Fitting(model, schedule, fit, allowed)
     fitting.check_model(None if pipeline is None else pipeline.scheduler)
-    ranks = Ranks(() if group is None else (group,), next(model.parameters()).device)
+    ranks = Ranks(() if group is None else (group,))
     store = None if store_dtype is None and not store_on_cpu else Store(store_dtype, on_cpu=store_on_cpu)
     return Cache(model, schedule, pipeline, fitting, ranks, store, compiling)
 

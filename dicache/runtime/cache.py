@@ -150,7 +150,14 @@ class Cache:
         return {key: value for lane in lanes for key, value in lane.entries.items()}
 
     def detach(self) -> None:
-        """Give the model and the scheduler their own methods back, and free all that is kept."""
+        """Give the model and the scheduler their own methods back, and free all that is kept.
+
+        A call of the model that another thread is in is waited for.
+        """
+        with self._lock:
+            self._detach()
+
+    def _detach(self) -> None:
         if not self._attached:
             return
         self._attached = False

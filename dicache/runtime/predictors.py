@@ -85,8 +85,8 @@ class Corrector:
         known = (batch, tensors[0].shape, tensors[0].dtype, tensors[0].device)
         if known not in self._known:
             self._check(tensors, batch)
-            self._load(tensors, batch)
             self._known.add(known)
+        self._load(tensors, batch)
         return self._factors
 
     def _check(self, tensors: list[Tensor], batch: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from dicache.anatomy.spread import RanksError, waiting
+from dicache.anatomy.spread import RanksError, device_of, waiting
 
 
 class Ranks:
@@ -16,7 +16,6 @@ class Ranks:
     Args:
         groups: Of `torch.distributed`, each a dimension of the ranks; its time-out is how long one rank waits for the
             others. None for a model that is whole in this process.
-        device: Of the model.
 
     Attributes:
         groups: As they were given; may be changed between generations.
@@ -24,9 +23,9 @@ class Ranks:
             others wait in the model, and what they wait for must not be answered by something else.
     """
 
-    def __init__(self, groups: Sequence[Any] = (), device: torch.device | str = "cpu") -> None:
+    def __init__(self, groups: Sequence[Any] = ()) -> None:
         self.groups, self.of_model = tuple(groups), False
-        self._device = device
+        self._device: torch.device | None = None  # where what was measured lies, once something was
 
     def quotients(self, sums: Tensor) -> list[float]:
         """Return each row's first number divided by its second, each summed over the ranks first.
@@ -53,7 +52,8 @@ class Ranks:
     def give_up(self, count: int) -> None:
         """Let the other ranks, which wait for `count` numbers of this one, fail as well."""
         if self.groups and not self.of_model:
-            self._reduce(torch.full((1 + count,), torch.nan, dtype=torch.float32, device=self._device))
+            device = device_of(self.groups[0]) if self._device is None else self._device
+            self._reduce(torch.full((1 + count,), torch.nan, dtype=torch.float32, device=device))
 
     def _reduce(self, numbers: Tensor) -> Tensor:
         for group in self.groups:

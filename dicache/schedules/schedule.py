@@ -244,20 +244,26 @@ class Schedule:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file in one go: a reader sees the old one or the new one, never a part.
 
-        The tensors of corrections go into a file beside it, of the same name but for its ending.
+        The tensors of corrections go into a file beside it, of the same name but for its ending (`.safetensors`, or
+        `.new.safetensors` if a schedule is replaced that has the other).
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = self.to_json()
+        content, before = self.to_json(), _tensors_of(path)
+        beside = None
         if self.corrections is not None:
-            beside = path.with_name(f"{path.name.removesuffix('.json')}.safetensors")
+            stem = path.name.removesuffix(".json")
+            beside = path.with_name(f"{stem}.safetensors")
+            if beside == before:  # which the old schedule needs until the new one is there
+                beside = path.with_name(f"{stem}.new.safetensors")
             content["corrections"]["file"] = beside.name
         text = dump(content) + "\n"
-        if self.corrections is not None:
+        if self.corrections is not None and beside is not None:
             with replacing(beside) as part:
                 self.corrections.write(part)
         with replacing(path) as part:
             part.write_text(text, encoding="utf-8")
+        if before is not None and before != beside:
+            before.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Schedule":
@@ -276,6 +282,16 @@ class Schedule:
             raise ScheduleError(f"{path} is a folder; needed a schedule file") from None
         except (ScheduleError, DocumentError) as error:
             raise ScheduleError(f"{path}: {shortened(error)}") from None
+
+
+def _tensors_of(path: Path) -> Path | None:
+    """Return where the corrections of a schedule lie that is to be replaced; None if it has none of its own."""
+    try:
+        name = parse(read_text(path))["corrections"]["file"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    stem = path.name.removesuffix(".json")
+    return path.with_name(name) if name in (f"{stem}.safetensors", f"{stem}.new.safetensors") else None
 
 
 def _resampled(plan: Plan, mine: tuple[float, ...], theirs: tuple[float, ...]) -> Plan:

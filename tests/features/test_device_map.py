@@ -12,11 +12,13 @@ from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import compute_module_sizes
 from torch import nn
 
+from dicache import apply
 from dicache.anatomy import survey
 from dicache.anatomy.fingerprint import fingerprint
+from dicache.anatomy.inputs import Inputs
 from dicache.profiler import storage
 from dicache.profiler.profiling import profile_pipeline
-from dicache.schedules import AdaCachePolicy, Schedule, Target
+from dicache.schedules import AdaCachePolicy, Rule, Schedule, Target
 from tests import devices
 from tests.profiler.test_two_models import PROMPTS, SAMPLING
 from tests.spreading import (
@@ -32,7 +34,7 @@ from tests.spreading import (
     plan_of,
     replayed,
 )
-from tests.tiny import anatomy_of, first_block, flux
+from tests.tiny import anatomy_of, arguments, first_block, flux, sample, scheduled, some_blocks, unet
 
 if not devices.AVAILABLE:
     pytest.skip("this PyTorch takes no devices written in Python", allow_module_level=True)
@@ -86,10 +88,32 @@ def profiled(folder: Path) -> Told:
     return {}
 
 
+def spread_unet() -> Told:
+    """Cut a U-Net behind its way down."""
+    model: Any = unet()
+    inputs = Inputs((), arguments(model))
+    whole = survey(model, inputs)
+    schedule = scheduled(unet, Rule("skip", "C.C.", blocks=some_blocks(unet)))
+    want = sample(model, steps=1)
+    with apply(model, schedule) as cache:
+        wanted = sample(model, cache)
+    below = ("mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out")
+    places = {name: f"fake:{int(name in below)}" for name, _ in model.named_children()}
+    dispatch_model(model, places, main_device="fake:0")
+    with apply(model, schedule) as cache:
+        found = sample(model, cache)
+    same = survey(model, inputs) == whole
+    return {
+        "same": same,
+        "errors": [float((found - wanted).abs().max()), float((sample(model, steps=1) - want).abs().max())],
+    }
+
+
 def work(_: int, folder: str) -> None:
     torch.set_num_threads(1)
     devices.begin()
     said = {name: attempted(lambda: spread(name)) for name in MODELS}  # noqa: B023
+    said["unet"] = attempted(spread_unet)
     said["profile"] = attempted(lambda: profiled(Path(folder)))
     Path(folder, "said.json").write_text(json.dumps(said))
 
@@ -127,6 +151,12 @@ def test_a_schedule_does_the_same_to_a_model_on_two_devices(said: Any, name: str
         assert wanted == found
         assert {"C", "."} == set(wanted)
     assert all(error < ROUNDING for error in told["errors"].values()), told["errors"]
+
+
+def test_a_u_net_on_two_devices_is_surveyed_and_follows_its_schedule(said: Callable[[str], Told]) -> None:
+    told = said("unet")
+    assert told["same"]
+    assert max(told["errors"]) < ROUNDING
 
 
 def test_a_profile_of_a_model_on_two_devices_is_that_of_the_model(said: Any, folder: Path) -> None:

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dicache.profiler import ProfileError, Provenance, Run, storage
+from dicache.profiler.storage import merging, writing
 from dicache.schedules import Target
 from tests.toys import written
 
@@ -161,3 +163,34 @@ def test_profiles_of_other_settings_are_refused_and_other_versions_are_not(tmp_p
     ):
         storage.merge([one, other], one)
     assert one.read_bytes() == before
+
+
+def test_a_profile_that_was_extended_since_it_was_loaded_says_so(tmp_path: Path) -> None:
+    first, second, *_ = storage.shapes(PROVENANCE)
+    path = write(tmp_path / "p.h5", RUNS[1:4])
+    profile = storage.load(path)
+    assert len(profile.arrays[first]) == 3
+    storage.merge([path, write(tmp_path / "other.h5", RUNS[:1])], path)
+    with pytest.raises(ProfileError, match=r"p\.h5: runs were added to it since it was loaded; load it again"):
+        profile.arrays[second]
+    assert len(storage.load(path).arrays[second]) == 4
+
+
+def test_runs_that_come_while_a_merge_waits_are_merged_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, other = write(tmp_path / "p.h5", RUNS[1:3]), write(tmp_path / "other.h5", RUNS[3:5])
+    alone = writing.alone
+
+    def later(output: Path) -> Any:
+        monkeypatch.undo()
+        storage.merge([path, write(tmp_path / "third.h5", RUNS[:1])], path)  # by another process, in the meantime
+        return alone(output)
+
+    monkeypatch.setattr(merging, "alone", later)
+    storage.merge([path, other], path)
+    assert_same(path, write(tmp_path / "whole.h5", RUNS[:5]))
+
+
+def test_files_without_a_run_are_joined(tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{name}.h5", []) for name in "ab"]
+    assert storage.merge(files, tmp_path / "joined.h5") == ()
+    assert storage.load(tmp_path / "joined.h5").runs == ()

@@ -5,10 +5,13 @@ import multiprocessing
 import os
 import random
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,3 +137,23 @@ def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
         storage.alone(Path("/proc/p.h5")),
     ):
         pass
+
+
+@pytest.mark.parametrize("locking", ["TRUE", "FALSE"])
+def test_another_process_is_kept_out_whatever_hdf5_is_told_of_locks(locking: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from dicache.profiler import ProfileError, storage\n"
+        "try:\n"
+        "    with storage.alone(Path(sys.argv[1])): print('in', flush=True); sys.stdin.readline()\n"
+        "except ProfileError as error: print(error)\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "p.h5")]
+    env = {**os.environ, "HDF5_USE_FILE_LOCKING": locking}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": env}
+    with subprocess.Popen(words, **pipes) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "in\n"
+        second = subprocess.run(words, input="", capture_output=True, text=True, env=env, check=True)
+        assert "is being written already" in second.stdout
+        first.communicate("\n")
+    assert not list(tmp_path.iterdir())

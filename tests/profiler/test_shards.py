@@ -24,9 +24,9 @@ SOON = 60.0  # seconds, by which each rank must have ended; a rank that waits fo
 Task = Callable[[int, Path], object]
 
 
-def together(output: Path, **options: bool) -> Path:
+def together(output: Path, conditions: Sequence[str] = CONDITIONS, **options: bool) -> Path:
     return shards.profile_together(
-        pipeline_of(dit), "tiny", output, CONDITIONS, sampling=SAMPLING, lags=2, priors=True, progress=False, **options
+        pipeline_of(dit), "tiny", output, conditions, sampling=SAMPLING, lags=2, priors=True, progress=False, **options
     )
 
 
@@ -50,6 +50,16 @@ def make_until_it_is_killed(rank: int, output: Path) -> None:
 
         storage.Addition.write = write  # type: ignore[method-assign]  # of this process alone
     together(output)
+
+
+def make_until_all_is_joined(rank: int, output: Path) -> None:
+    """Rank 0 dies before it removes what it has joined."""
+    storage.remove = lambda path: os.kill(os.getpid(), signal.SIGKILL)  # of this process alone
+    together(output)
+
+
+def make_more(rank: int, output: Path) -> None:
+    together(output, [*CONDITIONS, "7", "8"], resume=True)
 
 
 def work(task: Task, rank: int, count: int, output: Path, meeting: Path) -> None:
@@ -119,6 +129,16 @@ def test_a_rank_that_is_killed_loses_one_run_and_a_restart_with_more_ranks_makes
     assert run(make, 3, output, tmp_path / "again") == ["done"] * 3
     assert_same(output, alone)
     assert names(output.parent) == ["p.h5"]
+
+
+def test_a_rank_that_is_killed_when_all_is_joined_does_not_hinder_the_next_profile(tmp_path: Path, alone: Path) -> None:
+    output = tmp_path / "out" / "p.h5"
+    run(make_until_all_is_joined, 2, output, tmp_path / "meeting")
+    assert len(names(output.parent)) >= 3  # with its shards
+    assert run(make_more, 2, output, tmp_path / "again") == ["done"] * 2
+    assert names(output.parent) == ["p.h5"]
+    assert len(storage.header(output)[1]) == len(CONDITIONS) + 2
+    assert storage.load(alone).runs == storage.load(output).runs[: len(CONDITIONS)]
 
 
 def test_a_rank_makes_no_run_that_is_there(tmp_path: Path, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:

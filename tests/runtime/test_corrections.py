@@ -256,3 +256,12 @@ def test_half_precision_is_corrected_in_half_precision() -> None:
         out = sample(model, cache, steps=STEPS)
         assert cache.stats.bytes_of_corrections == len(anatomy_of(dit).sites) * len(REUSED) * TOKENS * WIDTH * 2
     assert out.dtype == torch.bfloat16
+
+
+def test_a_model_whose_dtype_changes_between_generations_and_back_is_corrected_each_time() -> None:
+    schedule, model, other = corrected(pixart, 0.1, "multiply", contexts={"0": 2}), pixart(), pixart()
+    with apply(model, schedule) as cache:
+        for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):
+            with apply(other.to(dtype), schedule) as fresh:
+                want = sample(other, fresh, steps=schedule.steps)
+            assert torch.equal(sample(model.to(dtype), cache, steps=schedule.steps), want)

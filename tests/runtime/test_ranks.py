@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import Tensor, distributed
 
 from dicache import apply
@@ -34,9 +35,13 @@ def inputs() -> Iterator[dict[str, Tensor]]:
         yield {**first, "hidden_states": first["hidden_states"] + moved * noise, "timestep": timestep}
 
 
-def letters(samples: slice, group: Any = None, fails_at: int | None = None, policy: Any = adaptive) -> str:
+def letters(
+    samples: slice, group: Any = None, fails_at: int | None = None, policy: Any = adaptive, *, offloaded: bool = False
+) -> str:
     """Return what a model does on some of the samples, each step of a generation."""
     model = dit()
+    if offloaded:
+        cpu_offload(model, execution_device=torch.device("cpu"))
     with apply(model, policy(dit, THRESHOLDS[policy], steps=STEPS), group=group) as cache:
         cache.begin_generation()
         for step, given in enumerate(inputs()):
@@ -74,6 +79,18 @@ def with_a_failure(rank: int) -> str:
     except RanksError as error:
         return f"{error} after {'a moment' if time.monotonic() - start < TIMEOUT / 2 else 'a long time'}"
     except Exception as error:
+        return f"own {type(error).__name__}"
+
+
+def with_an_early_failure(rank: int) -> str:
+    """Rank 1 fails before anything was decided, and lives on."""
+    start = time.monotonic()
+    try:
+        return letters(of_rank(rank), distributed.group.WORLD, fails_at=1 if rank else None, offloaded=True)
+    except RanksError as error:
+        return f"{error} after {'a moment' if time.monotonic() - start < TIMEOUT / 2 else 'a long time'}"
+    except Exception as error:
+        time.sleep(3)  # so that it is not its leaving that the other finds out
         return f"own {type(error).__name__}"
 
 
@@ -142,6 +159,12 @@ def test_ranks_decide_as_one_model_that_is_not_spread_would(
 
 def test_a_rank_that_fails_lets_the_others_fail_at_once(tmp_path: Path) -> None:
     waiting, failing = run(with_a_failure, tmp_path)
+    assert failing.startswith("own ")
+    assert waiting == "another rank has failed in this step; see its own error after a moment"
+
+
+def test_a_rank_whose_model_is_offloaded_and_that_fails_at_first_lets_the_others_fail_at_once(tmp_path: Path) -> None:
+    waiting, failing = run(with_an_early_failure, tmp_path)
     assert failing.startswith("own ")
     assert waiting == "another rank has failed in this step; see its own error after a moment"
 

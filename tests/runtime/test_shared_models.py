@@ -1,13 +1,16 @@
 """Two pipelines with one model: one has a schedule, the other is neither cached by it nor disturbs it."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dicache import apply
 from dicache.runtime.apply import denoiser
+from dicache.schedules import Rule
 from tests.runtime.test_hazards import (
     aborted_picture,
     every_method,
@@ -16,7 +19,20 @@ from tests.runtime.test_hazards import (
     schedule_of,
     some_models,
 )
-from tests.tiny import Build, arguments, flux, generate, pipeline_of, predict, sd3, unet
+from tests.tiny import (
+    Build,
+    arguments,
+    block_of,
+    dit,
+    flux,
+    generate,
+    pipeline_of,
+    predict,
+    replay,
+    scheduled,
+    sd3,
+    unet,
+)
 
 
 def beside(pipe: Any, build: Build) -> Any:
@@ -77,3 +93,29 @@ def test_a_call_by_hand_after_a_generation_that_was_aborted_is_plain(build: Buil
     with apply(pipe, schedule_of(build, "FORA")):
         aborted_picture(pipe)
         assert torch.equal(predict(denoiser(pipe), given), want)
+
+
+def test_detaching_waits_for_the_call_that_another_thread_is_in() -> None:
+    model, schedule = dit(), scheduled(dit, Rule("skip", "C..C", blocks="1-2"))
+    calls = [{**arguments(model, seed=step), "timestep": torch.full((2,), 900 - 200 * step)} for step in range(2)]
+    with apply(model, schedule) as cache:
+        want = replay(model, cache, calls)
+    inside, left = threading.Event(), threading.Event()
+
+    def wait(*_: object) -> None:
+        if cache.stats.calls == 1:
+            inside.set()
+            left.wait(0.3)  # as long as the other thread is given to detach, which it must not
+
+    hook = block_of(model, dit, 1).register_forward_hook(wait)
+    cache = apply(model, schedule)
+    made: list[Tensor] = []
+    thread = threading.Thread(target=lambda: made.extend(replay(model, cache, calls)))
+    thread.start()
+    assert inside.wait(60)
+    cache.detach()
+    left.set()
+    thread.join(60)
+    hook.remove()
+    assert [torch.equal(one, other) for one, other in zip(made, want, strict=True)] == [True, True]
+    assert "forward" not in vars(model)

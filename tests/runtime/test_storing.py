@@ -12,7 +12,7 @@ from dicache.runtime.storing import DTYPES, Store, Stored
 from dicache.schedules import Rule
 from tests.features.laws import METHODS, schedule_of
 from tests.runtime.test_collapse import tgate
-from tests.tiny import Build, anatomy_of, dit, every_model, generate, pipeline_of, pixart, sample, scheduled
+from tests.tiny import Build, anatomy_of, dit, every_model, flux, generate, pipeline_of, pixart, sample, scheduled
 
 HALF = 2**-8  # what rounding to bfloat16 changes at most, of a number
 BITS = {torch.float16: 10, torch.bfloat16: 7, torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}  # of their mantissas
@@ -99,14 +99,15 @@ def test_the_mean_of_both_passes_is_taken_of_what_they_made(dtype: torch.dtype) 
     assert 0 < (found - want).abs().max() < (want - plain).abs().max()
 
 
-@pytest.mark.parametrize("method", ["reuse", "teacache"])
-def test_compiled_steps_read_what_is_stored(method: str) -> None:
-    model, schedule = dit(), schedule_of(dit, method)
+@pytest.mark.parametrize(("build", "method"), [(dit, "reuse"), (dit, "teacache"), (flux, "reuse")])
+def test_compiled_steps_read_what_is_stored(build: Build, method: str) -> None:
+    model, schedule = build(), schedule_of(build, method)
     with apply(model, schedule, store_dtype=torch.float16) as cache:
-        want = sample(model, cache)
+        want, stats = sample(model, cache), cache.stats
     torch._dynamo.reset()
     with apply(model, schedule, store_dtype=torch.float16, compile={"backend": "eager"}) as cache:
         assert torch.equal(sample(model, cache), want)
+        assert cache.stats.peak_bytes_held <= stats.peak_bytes_held
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

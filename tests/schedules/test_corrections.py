@@ -144,3 +144,29 @@ def test_two_schedules_with_other_trends_differ() -> None:
 def test_a_plan_in_which_guidance_collapses_is_not_corrected() -> None:
     with pytest.raises(ScheduleError, match="the plan lets guidance collapse from step 2 on; a schedule can do one"):
         replace(schedule(), plan=replace(PLAN, collapse_guidance_from=2))
+
+
+def test_a_save_that_is_killed_leaves_the_schedule_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "eoc.json"
+    schedule().save(path)
+    before, write = Schedule.load(path), Path.write_text
+
+    def killed(file: Path, *args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)  # when the tensors are there and the JSON is not
+    with pytest.raises(KeyboardInterrupt):
+        schedule(weight=0.5).save(path)
+    monkeypatch.setattr(Path, "write_text", write)
+    assert Schedule.load(path) == before
+    for weight in (0.5, 0.25, 0.125):
+        schedule(weight=weight, tensors={key: trend + weight for key, trend in TRENDS.items()}).save(path)
+        found = Schedule.load(path).corrections
+        assert found is not None
+        assert found.weight == weight
+        assert found.tensors["0/0.mlp/1"][0, 0, 0] == 1 + weight
+        assert len(os.listdir(tmp_path)) == 2
+    Schedule("fora", {}, written(2), Target(), 4, PLAN).save(path)
+    assert os.listdir(tmp_path) == ["eoc.json"]

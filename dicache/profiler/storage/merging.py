@@ -5,12 +5,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from dicache.profiler.profiles import ProfileError, Provenance, Run
 from dicache.profiler.storage.checking import check_room, inflated, numbers_of, row_size
 from dicache.profiler.storage.layout import shapes
-from dicache.profiler.storage.reading import header, of_file, opened
+from dicache.profiler.storage.reading import header_of, of_file, opened
 from dicache.profiler.storage.writing import PriorShape, alone, writing
 
 Rows = list[tuple[Run, int, int]]  # of the joined file: the run, the file that it is from, its place there
@@ -33,16 +34,16 @@ def merge(files: Sequence[Path], output: Path) -> tuple[Run, ...]:
         ProfileError: If the files differ in model or settings, hold other numbers of the same run, or hold priors of
             which some runs are in several of them.
     """
-    headers = [header(file) for file in files]
-    first = headers[0][0]
-    for file, (provenance, _) in zip(files, headers, strict=True):
-        if differing := first.differences(provenance):
-            raise ProfileError(
-                f"{file} cannot be joined with {files[0]}: it was made with another {', '.join(differing)}; needed "
-                "profiles of one model and one set of settings"
-            )
     with alone(output), ExitStack() as stack:
         sources = [stack.enter_context(Source(file)) for file in files]
+        headers = [source.header for source in sources]
+        first = headers[0][0]
+        for file, (provenance, _) in zip(files, headers, strict=True):
+            if differing := first.differences(provenance):
+                raise ProfileError(
+                    f"{file} cannot be joined with {files[0]}: it was made with another {', '.join(differing)}; needed "
+                    "profiles of one model and one set of settings"
+                )
         used, rows = _rows(sources, [runs for _, runs in headers], shapes(first))
         priors = _priors(sources)
         room = sum(file.stat().st_size for file in files)
@@ -71,6 +72,12 @@ class Source:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    @property
+    def header(self) -> tuple[Provenance, tuple[Run, ...]]:
+        """What it was made of, and its runs."""
+        with of_file(self.path):
+            return header_of(self.path, self._file)
+
     def check_rows(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise ProfileError unless the rows of what has a name are of a shape, and a few of them fit into memory."""
         with of_file(self.path):
@@ -91,7 +98,10 @@ class Source:
         """The steps and the shape of each site's priors."""
         found: dict[str, PriorShape] = {}
         with of_file(self.path):
-            for key, dataset in self._file.get("priors", {}).items():
+            priors = self._file.get("priors", {})
+            if isinstance(priors, h5py.Dataset):
+                raise ProfileError("its priors are no group")
+            for key, dataset in priors.items():
                 steps = np.array(dataset.attrs["steps"])
                 if dataset.ndim != 4 or steps.shape != dataset.shape[1:2]:
                     raise ProfileError(f"the prior of {key} is not of as many steps as it says")
@@ -103,7 +113,7 @@ class Source:
         with of_file(self.path):
             dataset = self._file["priors"][key]
             counts = np.array(dataset.attrs["counts"])
-            if counts.shape != dataset.shape[:2]:
+            if counts.shape != dataset.shape[:2] or counts.dtype.kind not in "iu" or (counts < 0).any():
                 raise ProfileError(f"the prior of {key} is not of as many parts and steps as it says")
             return counts
 
@@ -176,6 +186,8 @@ def _priors(sources: Sequence[Source]) -> dict[str, PriorShape]:
 
 def _average(sources: Sequence[Source], key: str, into: Any) -> None:
     """Write the mean of means, weighed by the number of runs that each is of."""
+    if not sources:  # none of the files has a run
+        return
     counts = np.array([source.counts(key) for source in sources])  # (files, parts, steps)
     for part, step in np.ndindex(counts.shape[1:]):
         total = np.zeros(into.shape[2:])

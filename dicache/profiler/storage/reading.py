@@ -29,7 +29,7 @@ def load(path: str | os.PathLike[str]) -> Profile:
             found, needed = numbers_of(file, name).shape, (len(runs), *shape)
             if found != needed:
                 raise ProfileError(f"{path}: found {name} of shape {found}, needed {needed}; profile again")
-    return Profile(provenance, runs, _Arrays(path, tuple(shapes(provenance)), np.array([run.ok for run in runs])))
+    return Profile(provenance, runs, _Arrays(path, tuple(shapes(provenance)), runs))
 
 
 def load_prior(path: str | os.PathLike[str], site: str) -> tuple[tuple[int, ...], np.ndarray]:
@@ -63,16 +63,19 @@ def has_priors(path: str | os.PathLike[str]) -> bool:
 class _Arrays(Mapping[str, np.ndarray]):
     """The datasets of a profile by name, without the rows of failed runs, each read once."""
 
-    def __init__(self, path: Path, names: tuple[str, ...], ok: np.ndarray) -> None:
-        self._path, self._names, self._ok = path, names, ok
+    def __init__(self, path: Path, names: tuple[str, ...], runs: tuple[Run, ...]) -> None:
+        self._path, self._names, self._runs = path, names, runs
+        self._ok = np.array([run.ok for run in runs])
         self._read: dict[str, np.ndarray] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._names:
             raise KeyError(name)
         if name not in self._read:
-            with of_file(self._path), h5py.File(self._path, "r") as file:  # checked when the profile was loaded
-                rows = measured_rows(file[name])
+            with reading(self._path) as file:
+                if _runs(file) != self._runs:
+                    raise ProfileError("runs were added to it since it was loaded; load it again")
+                rows = measured_rows(numbers_of(file, name))
             self._read[name] = rows if self._ok.all() else rows[self._ok]
         return self._read[name]
 
@@ -90,7 +93,12 @@ def header(path: str | os.PathLike[str]) -> tuple[Provenance, tuple[Run, ...]]:
         ProfileError: If the file is missing, cut off, or not a profile.
     """
     with reading(Path(path)) as file:
-        return _provenance(path, file), _runs(file)
+        return header_of(path, file)
+
+
+def header_of(path: str | os.PathLike[str], file: Any) -> tuple[Provenance, tuple[Run, ...]]:
+    """Read the same of a profile that is open."""
+    return _provenance(path, file), _runs(file)
 
 
 def array_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:

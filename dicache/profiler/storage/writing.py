@@ -19,6 +19,11 @@ import h5py
 import numpy as np
 import torch
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 from dicache.profiler.priors import Prior, Priors
 from dicache.profiler.profiles import FORMAT, ProfileError, Provenance
 from dicache.profiler.storage.layout import RunRecord, shapes
@@ -97,7 +102,7 @@ def alone(path: Path) -> Iterator[None]:
     lock = _lock_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        holding = h5py.File(lock, "w")  # locked by HDF5, until it is closed or the process ends
+        holding = _locked(lock)
     except OSError as error:
         if error.errno in (None, errno.EAGAIN):  # none: it is open in this process
             raise ProfileError(f"{path} is being written already; wait for that, or choose another -o") from None
@@ -107,6 +112,28 @@ def alone(path: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _locked(lock: Path) -> Any:
+    """Return a file that is locked until it is closed or the process ends.
+
+    Raises:
+        OSError: If it is locked already.
+    """
+    if fcntl is None:
+        return h5py.File(lock, "w")  # locked by HDF5, if that is not told not to
+    holding = lock.open("ab")
+    try:
+        fcntl.flock(holding, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(holding.fileno()).st_ino != lock.stat().st_ino:  # whoever held it has just removed it
+            raise BlockingIOError(errno.EAGAIN, "locked")
+    except FileNotFoundError:
+        holding.close()
+        raise BlockingIOError(errno.EAGAIN, "locked") from None
+    except BaseException:
+        holding.close()
+        raise
+    return holding
 
 
 def append(path: Path, record: RunRecord) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dicache.runtime.compiled.calls import Calls
@@ -79,6 +80,7 @@ class CompiledReplay(Replay):
         )
         self._calls = Calls(model, self._forwards.trace, compiling)
         self._readied: dict[tuple[str, int, int], _Ready] = {}
+        self._weighed: tuple[torch.device, torch.dtype] | None = None  # where the weights of those are
         self._predicted: dict[str, frozenset[Key]] = {}
         self._now: tuple[_Ready, Lane] | None = None
 
@@ -88,6 +90,10 @@ class CompiledReplay(Replay):
 
     def prepare(self, lane: Lane, context: str, generation: Generation) -> None:
         super().prepare(lane, context, generation)
+        like = next(self._model.parameters())  # which may be moved from one generation to the next
+        if (like.device, like.dtype) != self._weighed:
+            self._readied.clear()
+            self._weighed = like.device, like.dtype
         key = (context, generation.step, lane.since)
         if key not in self._readied:
             self._readied[key] = self._ready(context, generation.step, lane.since)
@@ -129,7 +135,12 @@ class CompiledReplay(Replay):
             raise
         made: dict[Any, Any] = results.made
         for key, value in made.items():
-            self._push(key, value, ready.older.get(key, 0))
+            if isinstance(key, tuple) and isinstance(
+                key[1], str
+            ):  # the shape of a module inside, which takes no memory
+                self._entries[key] = value
+            else:
+                self._push(key, value, ready.older.get(key, 0))
         self._ran.update(results.ran)
         self._ran.update(part for part in ready.kind.keep_delta if part in made)
         return results.out
