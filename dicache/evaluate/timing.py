@@ -40,5 +40,5 @@ def speedup(baseline: Sequence[float], variant: Sequence[float]) -> float:
 
 
 def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        torch.cuda.synchronize(device)

@@ -33,7 +33,7 @@ class Priors:
 
     sites: Mapping[str, Prior]
     _arriving: list[tuple[Tensor, int, Tensor]] = field(default_factory=list)
-    _device: str = ""
+    _devices: set[torch.device] = field(default_factory=set)  # that they come from
 
     def add(self, key: str, step: int, first: int, output: Tensor) -> None:
         """Take what a site gave.
@@ -51,13 +51,13 @@ class Priors:
         if output.device.type == "cpu":
             _take(*arriving, output)
         else:
-            self._device = output.device.type
+            self._devices.add(output.device)
             self._arriving.append((*arriving, output.float().to("cpu", non_blocking=True)))
 
     def flush(self) -> None:
-        """Wait for the outputs that are on their way from the device, and take them."""
-        if self._arriving:
-            getattr(torch, self._device).synchronize()
+        """Wait for the outputs that are on their way from the devices, and take them."""
+        for device in self._devices if self._arriving else ():
+            getattr(torch, device.type).synchronize(device)
         for means, count, output in self._arriving:
             _take(means, count, output)
         self._arriving.clear()
