@@ -157,7 +157,6 @@ def test_what_is_evaluated_costs_what_was_planned(workplace: Path) -> None:
     ("words", "said"),
     [
         (("--model", "digits", "--steps", 20), "DiTTransformer2DModel has no cross-attention to hold"),
-        (("--model", "sd3"), "SD3Transformer2DModel has no cross-attention to hold"),
         (("--model", "pixart", "--gate", 20), "1 to 19 of 20 steps, found 20"),
         (("--model", "pixart", "--gate", 0), "the gate must be step 1 or later, found 0"),
         (("--model", "pixart", "--gate", 2), "the warm-up must be shorter than the gate, 0 to 1 steps, found 2"),
