@@ -6,6 +6,7 @@ for the files.
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,11 @@ def profile_together(
 
 def _remove_joined(output: Path) -> None:
     """Remove the shards of which all is in the profile, as where ranks were killed between joining and removing."""
-    joined = {run.key for run in storage.header(output)[1]} if output.exists() else set()
-    for file in shards_of(output):
-        if joined.issuperset(run.key for run in storage.header(file)[1]):
-            storage.remove(file)
+    with suppress(ProfileError):  # a broken one stays, and is told by all ranks
+        joined = {run.key for run in storage.header(output)[1]} if output.exists() else set()
+        for file in shards_of(output):
+            if joined.issuperset(run.key for run in storage.header(file)[1]):
+                storage.remove(file)
 
 
 def _join(output: Path, planned: Sequence[Run]) -> None:

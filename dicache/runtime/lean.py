@@ -112,8 +112,9 @@ class Embeddings:
             if given is timesteps and before == _version(timesteps) and then == _version(made):
                 return made
             made = forward(timesteps)
-            if isinstance(timesteps, Tensor) and (version := _version(timesteps)) is not None:
-                self._made[key] = (timesteps, version, made, _version(made))
+            versions = _version(timesteps), _version(made)
+            if None not in versions:  # where it is not counted, that one was written to could not be seen
+                self._made[key] = (timesteps, versions[0], made, versions[1])
             return made
 
         return run

@@ -1,5 +1,7 @@
 """Profiles whose writer is killed, finds the disk full, or is not alone."""
 
+import errno
+import fcntl
 import itertools
 import multiprocessing
 import os
@@ -157,3 +159,13 @@ def test_another_process_is_kept_out_whatever_hdf5_is_told_of_locks(locking: str
         assert "is being written already" in second.stdout
         first.communicate("\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_is_written_to_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with storage.alone(tmp_path / "p.h5"):
+        write(tmp_path / "p.h5", RUNS[:1])
+    assert [file.name for file in tmp_path.iterdir()] == ["p.h5"]

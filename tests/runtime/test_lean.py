@@ -116,3 +116,19 @@ def test_a_timestep_that_is_written_to_between_blocks_is_embedded_anew() -> None
             cache.begin_step()
             outs.append(predict(model, given))
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_sines_that_a_block_writes_into_are_not_shared(mode: type) -> None:
+    model = dit()
+    given = arguments(model)
+    for block in anatomy_of(dit).blocks:  # each works in place on what its embedding begins with
+        module = model.get_submodule(f"{block.module}.norm1.emb.timestep_embedder")
+        module.register_forward_pre_hook(lambda _, args: (args[0].mul_(0.5),))
+    with mode():
+        want = model(**given).sample
+        with apply(model, scheduled(dit, Rule("reuse", "C."))) as cache:
+            cache.begin_generation()
+            for _ in range(2):
+                cache.begin_step()
+                assert torch.equal(model(**given).sample, want)

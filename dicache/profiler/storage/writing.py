@@ -92,6 +92,9 @@ def writing(
         yield file
 
 
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # a file system that has none; HDF5 goes on without
+
+
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Keep other processes from writing a profile while the block runs.
@@ -125,13 +128,13 @@ def _locked(lock: Path) -> Any:
     holding = lock.open("ab")
     try:
         fcntl.flock(holding, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(holding.fileno()).st_ino != lock.stat().st_ino:  # whoever held it has just removed it
+        removed = not lock.exists() or not os.path.samestat(os.fstat(holding.fileno()), lock.stat())
+        if removed:  # by whoever held it until now
             raise BlockingIOError(errno.EAGAIN, "locked")
-    except FileNotFoundError:
+    except OSError as error:
         holding.close()
-        raise BlockingIOError(errno.EAGAIN, "locked") from None
-    except BaseException:
-        holding.close()
+        if error.errno in NO_LOCKS:
+            return h5py.File(lock, "w")
         raise
     return holding
 

@@ -135,9 +135,8 @@ class CompiledReplay(Replay):
             raise
         made: dict[Any, Any] = results.made
         for key, value in made.items():
-            if isinstance(key, tuple) and isinstance(
-                key[1], str
-            ):  # the shape of a module inside, which takes no memory
+            inside = isinstance(key, tuple) and isinstance(key[1], str)
+            if inside:  # the shape of a module inside of a site or a range, which takes no memory
                 self._entries[key] = value
             else:
                 self._push(key, value, ready.older.get(key, 0))
